@@ -1,0 +1,8 @@
+"""The parts that `cifar10_deepspeed.py` is built from; each module knows one thing. Importing the package imports none."""
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done. The message is one line that says why and what to type instead.
+
+    Raised before anything is written; entry points print it and exit with code 2.
+    """
