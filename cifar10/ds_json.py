@@ -1,0 +1,259 @@
+"""DeepSpeed's JSON: read, checked, and resolved for a world size, before DeepSpeed sees it and without importing it.
+
+DeepSpeed ignores misspelt top-level keys, clips at 1.0 when clipping is not mentioned, and asserts on a batch triple that
+does not fit the world size; here each of these is refused, said, or resolved. Facts are those of DeepSpeed 0.19.8.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hjson
+
+from cifar10 import UsageError
+
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+TOP_LEVEL_KEYS = frozenset(
+    """activation_checkpointing aio amp autotuning bf16 checkpoint comms_logger communication_data_type compile csv_monitor
+    comet curriculum_learning data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather
+    disable_python_gc dump_state expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op
+    gradient_clipping gradient_predivide_factor hybrid_engine log_level managed_gradient_accumulation memory_breakdown
+    optimizer pipeline prescale_gradients scheduler seq_parallel_communication_data_type steps_per_print tensor_parallel
+    tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu
+    use_data_before_expert_parallelism wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer
+    zero_force_ds_cpu_optimizer zero_optimization""".split()
+)  # a test checks each against DeepSpeed's own source
+
+SECTION_KEYS = {
+    "optimizer": frozenset({"type", "params", "legacy_fusion"}),
+    "scheduler": frozenset({"type", "params"}),
+    "torch_autocast": frozenset({"enabled", "dtype", "lower_precision_safe_modules"}),
+    "fp16": frozenset(
+        """enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis
+        min_loss_scale fp16_master_weights_and_grads""".split()
+    ),
+    "bf16": frozenset(
+        "enabled check_grad_overflow immediate_grad_update bf16_master_weights_and_grads bf16_optimizer_states".split()
+    ),
+}
+
+OPTIMIZER_PARAMS = {
+    "sgd": frozenset("lr momentum dampening weight_decay nesterov maximize foreach differentiable fused".split()),
+    "adam": frozenset("lr betas eps weight_decay amsgrad bias_correction torch_adam adam_w_mode fused foreach".split()),
+}
+OPTIMIZER_PARAMS["adamw"] = OPTIMIZER_PARAMS["adam"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The batch triple and the world size it was resolved for: global = micro * accumulation * world_size."""
+
+    global_images: int
+    micro_images: int
+    accumulation: int
+    world_size: int
+
+    @property
+    def rank_images(self) -> int:
+        """Images that one rank trains on in one step."""
+        return self.micro_images * self.accumulation
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen = dict(pairs)
+    if len(seen) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise UsageError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} is given twice")
+    return seen
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The checked content of a DeepSpeed JSON file; comments are allowed, as DeepSpeed allows them.
+
+    Raises UsageError (one line) for a file that cannot be read or parsed, a misspelt key, or a value that cannot be meant.
+    """
+    try:
+        config = hjson.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)
+    except UsageError as error:
+        raise UsageError(f"--deepspeed_config {path}: {error}") from None
+    except OSError as error:
+        raise UsageError(f"--deepspeed_config {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"--deepspeed_config {path} is not a text file in UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--deepspeed_config {path} is not JSON: {str(error).splitlines()[0]}") from None
+    if not isinstance(config, dict):
+        raise UsageError(f"--deepspeed_config {path} must hold one JSON object: {{...}}")
+    try:
+        check(config)
+    except UsageError as error:
+        raise UsageError(f"--deepspeed_config {path}: {error}") from None
+    return config
+
+
+def _check_keys(where: str, given: Any, known: frozenset[str]) -> None:
+    if not isinstance(given, dict):
+        raise UsageError(f"{where} must be an object: {{...}}")
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(sorted(known))}"
+            raise UsageError(f"unknown key {key!r} in {where}{hint}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_number(where: str, value: Any, least: float, *, whole: bool = False, above: bool = False) -> None:
+    ok = _is_number(value) and (isinstance(value, int) or not whole) and (value > least if above else value >= least)
+    if not ok:
+        kind = "a whole number" if whole else "a number"
+        raise UsageError(
+            f"{where} is {value!r}; it must be {kind} {'above' if above else 'from'} {least:g}{'' if above else ' up'}"
+        )
+
+
+def check(config: dict[str, Any]) -> None:
+    """Refuse what DeepSpeed would ignore in silence or choke on later. Raises UsageError."""
+    _check_keys("the top level", config, TOP_LEVEL_KEYS)
+    for section, known in SECTION_KEYS.items():
+        if section in config:
+            _check_keys(repr(section), config[section], known)
+    for key in BATCH_KEYS:
+        if key in config:
+            _check_number(key, config[key], 1, whole=True)
+    if "gradient_clipping" in config:
+        _check_number("gradient_clipping", config["gradient_clipping"], 0)
+    for section in ("fp16", "bf16", "torch_autocast"):
+        if not isinstance(config.get(section, {}).get("enabled", False), bool):
+            raise UsageError(f"{section}.enabled must be true or false")
+    if sum(config.get(section, {}).get("enabled", False) for section in ("fp16", "bf16", "torch_autocast")) > 1:
+        raise UsageError("more than one of fp16, bf16 and torch_autocast is enabled; enable one")
+    _check_zero(config.get("zero_optimization", {}))
+    _check_optimizer(config.get("optimizer"))
+
+
+def _check_zero(zero: Any) -> None:
+    if not isinstance(zero, dict):
+        raise UsageError("'zero_optimization' must be an object: {\"stage\": 0}")
+    if zero.get("stage", 0) not in (0, 1, 2, 3) or isinstance(zero.get("stage"), bool):
+        raise UsageError(f"zero_optimization.stage is {zero['stage']!r}; it must be 0, 1, 2 or 3")
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if optimizer is None:
+        raise UsageError('no \'optimizer\'; add {"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}}')
+    name, params = optimizer.get("type"), optimizer.get("params", {})
+    if not isinstance(name, str):
+        raise UsageError('optimizer.type must be a name, as in "SGD"')
+    if not isinstance(params, dict):
+        raise UsageError('optimizer.params must be an object: {"lr": 0.1}')
+    if name.lower() in OPTIMIZER_PARAMS:
+        _check_keys(f"optimizer.params of {name}", params, OPTIMIZER_PARAMS[name.lower()])
+    if "lr" not in params:
+        raise UsageError("optimizer.params has no 'lr', the base learning rate; add one, as in \"lr\": 0.1")
+    _check_number("optimizer.params.lr", params["lr"], 0, above=True)
+    for key in ("momentum", "weight_decay", "dampening"):
+        if key in params:
+            _check_number(f"optimizer.params.{key}", params[key], 0)
+
+
+def override(config: dict[str, Any], *, lr: float | None, global_batch_size: int | None) -> dict[str, Any]:
+    """A copy of `config` in which the command line's --lr and --global-batch-size have replaced the JSON's."""
+    config = copy.deepcopy(config)
+    if lr is not None:
+        config["optimizer"]["params"]["lr"] = lr
+    if global_batch_size is not None:
+        if "train_batch_size" not in config:
+            config.pop("gradient_accumulation_steps", None)
+        config["train_batch_size"] = global_batch_size
+    return config
+
+
+def batch(config: dict[str, Any], world_size: int) -> Batch:
+    """The batch triple for `world_size` ranks: the global batch is kept, and the micro-batch where accumulation fits it.
+
+    A JSON that names no global batch means micro * accumulation images on each rank. Raises UsageError if the global batch
+    does not divide over the ranks, and names the nearest that does.
+    """
+    total, micro, accumulation = (config.get(key) for key in BATCH_KEYS)
+    if total is None and micro is None:
+        raise UsageError('the JSON names no batch size; add "train_batch_size": 128, or type --global-batch-size 128')
+    if total is None:
+        accumulation = accumulation or 1
+        return Batch(micro * accumulation * world_size, micro, accumulation, world_size)
+    if total % world_size:
+        near = max(1, round(total / world_size)) * world_size
+        raise UsageError(f"global batch {total} does not divide over {world_size} ranks; try --global-batch-size {near}")
+    per_rank = total // world_size
+    if micro is None:
+        micro = per_rank // accumulation if accumulation and per_rank % accumulation == 0 else per_rank
+    elif per_rank % micro:
+        micro = per_rank
+    return Batch(total, micro, per_rank // micro, world_size)
+
+
+def resolve(config: dict[str, Any], world_size: int) -> tuple[dict[str, Any], Batch, list[str]]:
+    """`config` as it is handed to DeepSpeed, its batch, and one line for each thing that was changed.
+
+    What is changed, and why (none of it changes what the JSON means):
+    - the batch triple is filled in for this world size;
+    - a missing gradient_clipping is written out as DeepSpeed's default, 1.0;
+    - the throughput timer, which waits for the device twice a step, is off unless asked for;
+    - ZeRO: buckets of 20 MB in place of 2 GB, and SGD declared as wanted, which DeepSpeed otherwise refuses;
+    - bf16, and fp16 without ZeRO, become torch_autocast: DeepSpeed's own bf16 fails on BatchNorm's fp32 buffers, and its
+      fp16 at stage 0 divides by a loss scale that it never multiplied by, and so does not train.
+    """
+    config, notes = copy.deepcopy(config), []
+    sizes = batch(config, world_size)
+    triple = dict(zip(BATCH_KEYS, (sizes.global_images, sizes.micro_images, sizes.accumulation), strict=True))
+    if any(key in config and config[key] != value for key, value in triple.items()):
+        notes.append(
+            f"batch: {sizes.global_images} images = {sizes.micro_images} per rank and pass x {sizes.accumulation} passes"
+            f" x {world_size} ranks (the JSON's triple fits another number of ranks)"
+        )
+    config.update(triple)
+    if "gradient_clipping" not in config:
+        config["gradient_clipping"] = 1.0
+        notes.append("gradient_clipping: 1.0 (DeepSpeed's default; the JSON does not say)")
+    config.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
+    _settle_precision(config, notes)
+    _settle_zero(config, notes)
+    _settle_optimizer(config)
+    return config, sizes, notes
+
+
+def _settle_precision(config: dict[str, Any], notes: list[str]) -> None:
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    for section, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if config.get(section, {}).get("enabled") and (section == "bf16" or stage == 0):
+            config[section] = {"enabled": False}
+            config["torch_autocast"] = {"enabled": True, "dtype": dtype}
+            notes.append(f"{section} -> torch_autocast {dtype}, which keeps fp32 weights and BatchNorm statistics")
+
+
+def _settle_zero(config: dict[str, Any], notes: list[str]) -> None:
+    zero = config.get("zero_optimization", {})
+    if not zero.get("stage"):
+        return
+    for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
+        zero.setdefault(bucket, 5_000_000)
+    if not config.get("zero_allow_untested_optimizer"):
+        config["zero_allow_untested_optimizer"] = True
+        notes.append(f"zero_allow_untested_optimizer: true (ZeRO refuses {config['optimizer']['type']} without it)")
+
+
+def _settle_optimizer(config: dict[str, Any]) -> None:
+    """PyTorch's fused optimizers: one kernel, no compiler, and a device-side switch that skips a bad step."""
+    name, params = config["optimizer"]["type"].lower(), config["optimizer"].setdefault("params", {})
+    if name in ("adam", "adamw"):
+        params.setdefault("torch_adam", True)  # DeepSpeed's FusedAdam needs a compiler, on the CPU as well
+    if name in OPTIMIZER_PARAMS and not params.get("foreach") and not params.get("differentiable"):
+        params.setdefault("fused", True)

@@ -1,0 +1,281 @@
+"""A recipe is a frozen description of one experiment; this file checks it, loads it by name, and reads the command line.
+
+Two layers and no third: a flag wins over the recipe. The optimizer, its base learning rate, clipping, precision, ZeRO and
+the global batch belong to DeepSpeed's JSON; everything else that changes the result belongs to the recipe. What changes
+only how a run is carried out (folders, threads, logging) is in `Options`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import io
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from cifar10 import UsageError
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One experiment. Every field is a flag; its comment is that flag's help text."""
+
+    epochs: float
+    """Passes over the training split; fractions are allowed. Shortening a run shortens its schedule with it."""
+    warmup_epochs: float
+    """Epochs until the full learning rate; never more than a tenth of --epochs, so that a short run reaches it too."""
+    val_images: int
+    """Training images held out for validation, stratified by class. 0 trains on all of them: the best model is then the
+    last one, and early stopping watches the training loss."""
+    lr_moves: Literal["per-step", "per-epoch"] = "per-step"
+    """Whether the learning rate moves at every step, or once an epoch as in the reference document."""
+    model: str = "bn_cnn"
+    """Name of the network, one of cifar10/models."""
+    dataset: Literal["cifar10", "synthetic"] = "cifar10"
+    """The images: the real data set, or learnable synthetic ones that need no download."""
+    mean: tuple[float, float, float] = (0.4914, 0.4822, 0.4465)
+    """Per-channel mean that normalisation subtracts, on the scale 0..1."""
+    std: tuple[float, float, float] = (0.2023, 0.1994, 0.2010)
+    """Per-channel deviation that normalisation divides by. (The document's: the mean of per-image deviations.)"""
+    crop_padding: int = 4
+    """Black pixels on each side before the random 32x32 crop; 0 turns the crop off."""
+    flip: bool = True
+    """Mirror every other training image, at random."""
+    label_smoothing: float = 0.0
+    """Share of each training target spread evenly over all classes."""
+    patience: int = 15
+    """Epochs without improvement of the watched loss before the run stops early; 0 never stops early."""
+    min_improvement: float = 1e-5
+    """How much lower the watched loss must be to count as an improvement."""
+    plateau_patience: int = 5
+    """Epochs without improvement that count as a plateau, which is reported."""
+    plateau_lr_factor: float = 1.0
+    """The learning rate is multiplied by this at each plateau; 1 leaves it alone."""
+    max_skipped_in_a_row: int = 25
+    """Steps in a row with a non-finite loss or gradient (each is skipped) that end the run."""
+    seed: int = 0
+    """Seeds the initial weights, the order of the images and their augmentation."""
+    split_seed: int = 0
+    """Seeds the choice of validation images, apart from --seed so that seeds can be compared on one split."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run is carried out. None of these changes what a finished run has learned, but --max-steps, which cuts it short."""
+
+    recipe: str = "bn_cnn"
+    """A name from recipes/, or the recipe.json of an earlier run."""
+    deepspeed_config: Path | None = None
+    """DeepSpeed's JSON; default: the recipe's own."""
+    lr: float | None = None
+    """Base learning rate, instead of the JSON's."""
+    global_batch_size: int | None = None
+    """Images per step over all ranks and accumulation, instead of the JSON's."""
+    data_dir: Path = Path("data")
+    """Where CIFAR-10 is looked for, or downloaded to (default: $CIFAR10_DIR, else data/)."""
+    output_dir: Path | None = None
+    """The run's own folder (default: runs/<recipe>-<time>). The same command with the same folder continues the run."""
+    resume: str = "auto"
+    """auto: continue an unfinished run in --output-dir; never: refuse a folder that is not empty; or the path of another
+    run's folder, whose newest checkpoint this run then starts from."""
+    max_steps: int | None = None
+    """End the run in good order after this many steps; the schedule stays that of --epochs."""
+    test_images: int | None = None
+    """How many test images the final test uses (default: all); 0 leaves the test split unopened, as tuning should."""
+    threads: int | None = None
+    """CPU threads per rank (default: cores of this machine over ranks on it)."""
+    log_every_steps: int = 100
+    """Steps between two rows of steps.csv; nothing is read back from the device in between."""
+    save_every_epochs: int = 1
+    """Epochs between two resumable checkpoints; 0 saves only at the end or at a stop."""
+    keep_checkpoints: int = 2
+    """How many resumable checkpoints are kept."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What one file in recipes/ defines: a recipe, and the DeepSpeed JSON that goes with it (a path inside the project)."""
+
+    recipe: Recipe
+    deepspeed_config: str = "ds_config.json"
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    """`; did you mean X?` for a misspelt word, or the list of what there is."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(sorted(known))}"
+
+
+def _check(settings: Recipe | Options, name: str, ok: bool, wanted: str) -> None:
+    if not ok:
+        flag = "--" + name.replace("_", "-")
+        raise UsageError(f"{flag} {getattr(settings, name)} is impossible; type {wanted}, as in {flag} {_example(name)}")
+
+
+def _example(name: str) -> object:
+    examples = {"epochs": 50, "std": "0.2023 0.1994 0.201", "lr": 0.1, "global_batch_size": 128, "val_images": 5000}
+    defaults = {
+        f.name: f.default for cls in (Recipe, Options) for f in fields(cls) if f.default not in (None, dataclasses.MISSING)
+    }
+    return examples.get(name, defaults.get(name, 1))
+
+
+def model_names() -> list[str]:
+    """The network of the story, and those of the files in cifar10/models."""
+    return ["bn_cnn", *sorted(p.stem for p in (PROJECT / "cifar10" / "models").glob("*.py") if p.stem != "__init__")]
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse values that cannot be meant. Raises UsageError, which says what to type."""
+    positive = "a number above 0"
+    for name in ("epochs", "min_improvement", "plateau_lr_factor"):
+        value = getattr(recipe, name)
+        _check(recipe, name, math.isfinite(value) and value > 0, positive)
+    for name in ("patience", "crop_padding", "val_images", "seed", "split_seed"):
+        _check(recipe, name, 0 <= getattr(recipe, name) < 2**31, "a whole number from 0 up")
+    for name in ("plateau_patience", "max_skipped_in_a_row"):
+        _check(recipe, name, getattr(recipe, name) >= 1, "a whole number from 1 up")
+    _check(recipe, "warmup_epochs", math.isfinite(recipe.warmup_epochs) and recipe.warmup_epochs >= 0, "a number from 0 up")
+    _check(recipe, "label_smoothing", 0 <= recipe.label_smoothing < 1, "a share from 0 to below 1")
+    _check(recipe, "mean", all(math.isfinite(m) for m in recipe.mean), "three finite numbers")
+    _check(recipe, "std", all(math.isfinite(s) and s > 0 for s in recipe.std), "three numbers above 0")
+    if recipe.model not in model_names():
+        raise UsageError(f"--model {recipe.model} is unknown{_nearest(recipe.model, model_names())}")
+
+
+def check_options(options: Options) -> None:
+    """Refuse values that cannot be meant. Raises UsageError, which says what to type."""
+    for name in ("max_steps", "global_batch_size", "threads", "log_every_steps", "keep_checkpoints"):
+        value = getattr(options, name)
+        _check(options, name, value is None or value >= 1, "a whole number from 1 up")
+    for name in ("test_images", "save_every_epochs"):
+        value = getattr(options, name)
+        _check(options, name, value is None or value >= 0, "a whole number from 0 up")
+    _check(options, "lr", options.lr is None or (math.isfinite(options.lr) and options.lr > 0), "a number above 0")
+
+
+def recipe_names() -> list[str]:
+    """The names of the files in recipes/."""
+    return sorted(p.stem for p in (PROJECT / "recipes").glob("*.py") if p.stem != "__init__")
+
+
+def load(name: str) -> Experiment:
+    """The experiment called `name`, or written in the file `name` (a recipe.json; code is never loaded from a path).
+
+    Raises UsageError for an unknown name and for a file that is not a recipe.
+    """
+    if name.endswith(".json"):
+        return _load_json(Path(name))
+    if name not in recipe_names():
+        raise UsageError(f"--recipe {name} is unknown{_nearest(name, recipe_names())}")
+    return importlib.import_module(f"recipes.{name}").EXPERIMENT
+
+
+def _load_json(path: Path) -> Experiment:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        values = content["settings"]
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        recipe = Recipe(**settings)
+        check_recipe(recipe)
+    except UsageError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UsageError(f"--recipe {path} is not the recipe.json of a run: {type(error).__name__}: {error}") from None
+    return Experiment(recipe, deepspeed_config=str(path.parent / "ds_config.json"))
+
+
+def as_json(recipe: Recipe, name: str) -> str:
+    """The text of recipe.json, which `--recipe` reads again."""
+    return json.dumps({"recipe": name, "settings": dataclasses.asdict(recipe)}, indent=2) + "\n"
+
+
+def without_launcher_flags(argv: list[str]) -> list[str]:
+    """`argv` without what launchers add and older command lines carry: --local_rank[=]N and --deepspeed."""
+    kept, skip = [], False
+    for word in argv:
+        if skip:
+            skip = False
+        elif re.fullmatch(r"--local[_-]rank", word):
+            skip = True
+        elif word != "--deepspeed" and not re.match(r"--local[_-]rank=", word):
+            kept.append(word)
+    return kept
+
+
+@dataclass(frozen=True)
+class _CommandLine:
+    run: Options
+    experiment: Recipe
+
+
+def _early_value(argv: list[str], flag: str) -> str | None:
+    """The value of one flag, read before the others because their defaults depend on it."""
+    for at, word in enumerate(argv):
+        if word == flag and at + 1 < len(argv):
+            return argv[at + 1]
+        if word.startswith(flag + "="):
+            return word[len(flag) + 1 :]
+    return None
+
+
+def _one_line(printed: str) -> str:
+    """The sentence in the box that tyro prints about a bad value: what stands between its title and its first rule."""
+    lines = [line.strip("│|╭╮╰╯─- ") for line in printed.strip().splitlines()[1:]]
+    while lines and not lines[0]:
+        lines.pop(0)
+    sentence = " ".join(lines[: lines.index("")] if "" in lines else lines).removeprefix("Error parsing ")
+    return f"{sentence.rstrip('.')}; --help lists every flag"
+
+
+def _refuse_unknown(words: list[str]) -> None:
+    """Raise UsageError for the first word that no flag claims, with the nearest flag."""
+    if not words:
+        return
+    flags = ["--" + f.name.replace("_", "-") for cls in (Options, Recipe) for f in fields(cls)]
+    flag = words[0].split("=")[0]
+    raise UsageError(f"{flag} is not a flag of this program{_nearest(flag.replace('_', '-'), flags)}")
+
+
+def parse(argv: list[str], program: str = "cifar10_deepspeed.py", description: str | None = None) -> tuple[Recipe, Options]:
+    """Read a command line: the recipe's fields and the options, all of them flags made from the dataclasses above.
+
+    Raises UsageError (one line) for whatever cannot be meant. `--help` prints and exits with 0.
+    """
+    argv = without_launcher_flags(argv)
+    experiment = load(_early_value(argv, "--recipe") or Options.recipe)
+    options = Options(
+        data_dir=Path(os.environ.get("CIFAR10_DIR") or "data"),
+        deepspeed_config=PROJECT / experiment.deepspeed_config,  # an absolute path stays as it is
+    )
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            line, unknown = tyro.cli(
+                _CommandLine,
+                args=argv,
+                default=_CommandLine(options, experiment.recipe),
+                prog=program,
+                description=description,
+                config=(tyro.conf.OmitArgPrefixes,),
+                return_unknown_args=True,
+            )
+    except SystemExit as leave:
+        if leave.code == 0:  # --help
+            raise
+        raise UsageError(_one_line(printed.getvalue())) from None
+    _refuse_unknown(unknown)
+    check_recipe(line.experiment)
+    check_options(line.run)
+    return line.experiment, line.run

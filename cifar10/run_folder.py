@@ -1,0 +1,161 @@
+"""A run's own folder: which one it is, whether this command may use it, and the files that say what the run is.
+
+recipe.json  ds_config.json     the settings; `--recipe <run>/recipe.json` runs them again
+environment.json                versions, commit, hardware, command of each start
+metrics.csv  steps.csv          what was measured
+summary.json                    how it stands: running, stopped, failed or finished, and the results
+checkpoints/                    see checkpoint.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from cifar10 import UsageError
+
+
+def choose(output_dir: Path | None, recipe: str) -> Path:
+    """The folder asked for, or a new one: runs/<recipe>-<time>."""
+    if output_dir is not None:
+        return output_dir
+    name = Path(recipe).parent.name if recipe.endswith(".json") else recipe
+    stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    tries = (stem if n == 1 else stem.with_name(f"{stem.name}-{n}") for n in range(1, 1_000))
+    return next(folder for folder in tries if not folder.exists())
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raise UsageError unless `folder`, or the nearest folder above it that exists, can be written to."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise UsageError(f"--output-dir {folder}: {existing} is a file; name a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"--output-dir {folder}: {existing} cannot be written to; name another folder")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file of ours; None if there is no such file. Raises UsageError if it is not whole."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is damaged ({type(error).__name__}); move it away, or name another --output-dir") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} is damaged (not an object); move it away, or name another --output-dir")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write strict JSON so that readers see the old file or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}, so that a difference can be named."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value})
+    return flat
+
+
+def refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Raise UsageError, naming the differences, if `folder` holds a run of other settings than `settings`.
+
+    `settings` is {"recipe": ..., "deepspeed": ...}. How a global batch is cut into micro-batches may differ: that depends
+    on the number of ranks.
+    """
+    saved_recipe, saved_config = read_json(folder / "recipe.json"), read_json(folder / "ds_config.json")
+    if saved_recipe is None or saved_config is None:
+        return
+    ours = _flat({"recipe": settings["recipe"], "deepspeed": settings["deepspeed"]})
+    theirs = _flat({"recipe": saved_recipe["settings"], "deepspeed": saved_config})
+    free = {"deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps"}
+    differing = sorted(key for key in (ours.keys() | theirs.keys()) - free if ours.get(key) != theirs.get(key))
+    if differing:
+        shown = "; ".join(f"{key.split('.', 1)[1]} {theirs.get(key)} there, {ours.get(key)} here" for key in differing[:4])
+        raise UsageError(f"--output-dir {folder} holds a run with other settings ({shown}); name another --output-dir")
+
+
+def refuse_if_never(folder: Path, resume: str) -> None:
+    """--resume never: raise UsageError if the folder has anything in it."""
+    if resume == "never" and folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"--resume never, but --output-dir {folder} is not empty; name another folder, or use --resume auto")
+
+
+def is_finished(summary: dict[str, Any] | None, max_steps: int | None) -> bool:
+    """Whether a run with this summary has nothing left to do; one that --max-steps ended goes on if more are allowed now."""
+    if summary is None or summary.get("status") != "finished":
+        return False
+    return summary.get("ended_by") != "max_steps" or (max_steps is not None and max_steps <= summary["steps"])
+
+
+def _commit() -> str | None:
+    """This program's commit, marked where files differ from it; None outside a git checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _environment(argv: list[str], facts: dict[str, Any]) -> dict[str, Any]:
+    """When, by which command, with which versions, on what: one start of a run."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(argv),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "torchvision", "deepspeed", "numpy")},
+        "processor": _processor(),
+        **facts,
+    }
+
+
+def open_run(folder: Path, recipe_json: str, ds_config: dict[str, Any], resume: str, argv: list[str], **facts: Any) -> None:
+    """Make the folder, write down its settings unless an earlier start did, and add this start to environment.json."""
+    refuse_if_never(folder, resume)
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if not (folder / "recipe.json").exists():
+            write_json(folder / "ds_config.json", ds_config)
+            write_json(folder / "recipe.json", json.loads(recipe_json))
+        starts = (read_json(folder / "environment.json") or {}).get("starts", [])
+        write_json(folder / "environment.json", {"starts": [*starts, _environment(argv, facts)]})
+    except OSError as error:
+        raise UsageError(f"--output-dir {folder} cannot be written to ({error.strerror}); name another folder") from None
+
+
+def command_to_continue(start: str, argv: list[str], folder: Path) -> str:
+    """The command line that goes on with the run in `folder`: `start` is how the program was started, without its flags."""
+    start = os.environ.get("CIFAR10_STARTED_BY", start)  # main.py says how it was started
+    if "UV_RUN_RECURSION_DEPTH" in os.environ and not start.startswith("uv run"):
+        start = f"uv run {start}"
+    words, skip = [], False
+    for word in argv:
+        if (
+            not skip
+            and word not in ("--output-dir", "--output_dir")
+            and not word.startswith(("--output-dir=", "--output_dir="))
+        ):
+            words.append(word)
+        skip = not skip and word in ("--output-dir", "--output_dir")
+    return f"{start} {shlex.join([*words, '--output-dir', str(folder)])}"
