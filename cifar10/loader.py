@@ -1,0 +1,77 @@
+"""Which images a rank trains on, and when. No worker processes: the images are on the device and a batch is one gather."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cifar10 import augment, draws
+
+CHUNK_IMAGES = 512  # images gathered at once: several small steps share the cost of launching a dozen operations
+
+MicroBatch = tuple[Tensor, Tensor]  # float32 [B, 3, S, S] channels last, int64 [B]
+
+
+@dataclass(frozen=True)
+class TrainLoader:
+    """The training images of all ranks, and this rank's share of each step.
+
+    Step s of an epoch trains on places s * global_images .. (s+1) * global_images of that epoch's order, whatever the
+    world size; a rank takes its slice of them. The last partial global batch of an epoch is dropped.
+    """
+
+    store: augment.PixelStore
+    labels: Tensor  # int64 [N], on the device
+    normalise: augment.Normalise
+    flip: bool
+    seed: int
+    global_images: int
+    micro_images: int
+    rank: int
+    world_size: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.labels) // self.global_images
+
+    def rank_indices(self, epoch: int) -> Tensor:
+        """The images that this rank visits: int64 [steps, images per rank and step]."""
+        order = draws.permutation(len(self.labels), self.seed, epoch)
+        steps = order[: self.steps_per_epoch * self.global_images].view(self.steps_per_epoch, self.world_size, -1)
+        return steps[:, self.rank]
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[MicroBatch]]:
+        """Each step's micro-batches, from step `first_step` of `epoch` to its end."""
+        chunk_steps = max(1, CHUNK_IMAGES * self.world_size // self.global_images)
+        for indices in self.rank_indices(epoch)[first_step:].split(chunk_steps):
+            yield from self._steps(indices.to(self.labels.device, non_blocking=True), epoch)
+
+    def _steps(self, indices: Tensor, epoch: int) -> Iterator[list[MicroBatch]]:
+        flat = indices.reshape(-1)
+        images = augment.random_crop_and_mirror(self.store, flat, seed=self.seed, epoch=epoch, flip=self.flip)
+        images, labels = self.normalise(images), self.labels[flat]
+        micro_batches = list(zip(images.split(self.micro_images), labels.split(self.micro_images), strict=True))
+        accumulation = indices.shape[1] // self.micro_images
+        for first in range(0, len(micro_batches), accumulation):
+            yield micro_batches[first : first + accumulation]
+
+
+@dataclass(frozen=True)
+class EvaluationLoader:
+    """The images of a split as they are; every image goes to exactly one rank, and none is padded or repeated."""
+
+    store: augment.PixelStore
+    labels: Tensor  # int64 [N], on the device
+    normalise: augment.Normalise
+    rank: int
+    world_size: int
+    batch_images: int = 1_000
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        mine = torch.arange(self.rank, len(self.labels), self.world_size, device=self.labels.device)
+        for indices in mine.split(self.batch_images):
+            yield self.normalise(augment.centre(self.store, indices)), self.labels[indices]

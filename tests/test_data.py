@@ -1,0 +1,680 @@
+"""cifar10/data.py: verification, repair and download against a real local server; splits; synthetic images."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cifar10 import UsageError, data
+
+ROOT = Path(__file__).resolve().parent.parent
+IMAGES_PER_FILE = 4
+PATIENCE_SECONDS = 60  # only so that a broken test ends; nothing is timed
+
+
+@pytest.fixture
+def real_data_dir() -> Path:
+    """The folder that holds the real data set."""
+    if folder := os.environ.get("CIFAR10_DIR"):
+        return Path(folder)
+    folder = ROOT.parent / "shared" / "data"
+    if not (folder / data.FOLDER).is_dir():
+        pytest.skip("needs the real data set: set CIFAR10_DIR")
+    return folder
+
+
+# --- a tiny CIFAR-10, and a server that has it ------------------------------------------------------------------------
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content).hexdigest()
+
+
+def make_files() -> dict[str, bytes]:
+    """Name -> content of a data set in CIFAR-10's format with a few random images per file."""
+    rng = np.random.default_rng(0)
+    files = {"batches.meta": pickle.dumps({"label_names": list(data.CLASSES)})}
+    for name in (*data.SPLIT_FILES["train"], *data.SPLIT_FILES["test"]):
+        pixels = rng.integers(0, 256, (IMAGES_PER_FILE, 3072), dtype=np.uint8)
+        labels = rng.integers(0, 10, IMAGES_PER_FILE).tolist()
+        files[name] = pickle.dumps({"data": pixels, "labels": labels})
+    return files
+
+
+def make_archive(members: dict[str, bytes], links: dict[str, str] | None = None) -> bytes:
+    """A .tar.gz of these paths, in this order, after these symbolic links (path -> target)."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, target in (links or {}).items():
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.SYMTYPE, target
+            tar.addfile(link)
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def in_folder(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {f"{data.FOLDER}/{name}": content for name, content in files.items()}
+
+
+@dataclass
+class Tiny:
+    """The tiny data set that data.py is made to believe in."""
+
+    files: dict[str, bytes]
+    archive: bytes
+
+    def write(self, data_dir: Path, *, leave_out: tuple[str, ...] = ()) -> Path:
+        """Put the files into `data_dir` -> their folder."""
+        folder = data_dir / data.FOLDER
+        folder.mkdir(parents=True)
+        for name in self.files.keys() - {*leave_out}:
+            (folder / name).write_bytes(self.files[name])
+        return folder
+
+    def assert_whole(self, data_dir: Path) -> None:
+        """Every file is there with the right bytes, and no temporary file is left."""
+        found = {path.name: path.read_bytes() for path in (data_dir / data.FOLDER).iterdir()}
+        assert found == self.files
+
+
+@pytest.fixture
+def tiny(monkeypatch) -> Tiny:
+    files = make_files()
+    archive = make_archive(in_folder(files))
+    monkeypatch.setattr(data, "FILES", {name: (md5(content), len(content)) for name, content in files.items()})
+    monkeypatch.setattr(data, "ARCHIVE_MD5", md5(archive))
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.delenv("CIFAR10_URL", raising=False)
+    monkeypatch.setattr(data, "URL", "http://127.0.0.1:9/no-test-may-ask-the-real-server")
+    return Tiny(files, archive)
+
+
+@dataclass
+class Server:
+    """What the server sends, and what it saw."""
+
+    url: str
+    bodies: list[bytes]  # one per request; the last one for all further requests
+    honours_range: bool = True
+    stall_after: int | None = None  # bytes of each answer, then silence
+    close_after: int | None = None  # bytes of each answer, then the connection is closed
+    gate: threading.Event = field(default_factory=threading.Event)  # a stalled or held answer goes on when it is set
+    held: bool = False  # answers wait for the gate
+    ranges: list[str | None] = field(default_factory=list)  # each request's Range header
+    sent: list[int] = field(default_factory=list)  # bytes of body sent in answer to each
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        told: Server = self.server.told
+        body = told.bodies.pop(0) if len(told.bodies) > 1 else told.bodies[0]
+        wanted = self.headers.get("Range")
+        told.ranges.append(wanted)
+        if told.held:
+            told.gate.wait(PATIENCE_SECONDS)
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and told.honours_range else 0
+        if start and start >= len(body):
+            self.send_error(416)
+            return
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        end = next((start + n for n in (told.stall_after, told.close_after) if n is not None), len(body))
+        self.wfile.write(body[start:end])
+        told.sent.append(len(body[start:end]))
+        if told.stall_after is not None:
+            told.gate.wait(PATIENCE_SECONDS)
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tiny, monkeypatch) -> Iterator[Server]:
+    """A server of the tiny archive, at CIFAR10_URL."""
+    listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    listener.daemon_threads = True
+    told = listener.told = Server(f"http://127.0.0.1:{listener.server_port}/{data.ARCHIVE}", [tiny.archive])
+    monkeypatch.setenv("CIFAR10_URL", told.url)
+    thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield told
+    told.gate.set()
+    listener.shutdown()
+    thread.join()
+    listener.server_close()
+
+
+@pytest.fixture
+def no_network(tiny, monkeypatch) -> Iterator[None]:
+    """CIFAR10_URL is a port that nobody listens on."""
+    with socket.socket() as bound:  # and that nobody else can take meanwhile
+        bound.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("CIFAR10_URL", f"http://127.0.0.1:{bound.getsockname()[1]}/{data.ARCHIVE}")
+        yield
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """An empty folder that any user can reach; pytest's own are closed to others."""
+    with tempfile.TemporaryDirectory() as outer:
+        os.chmod(outer, 0o755)
+        (Path(outer) / "data").mkdir()
+        yield Path(outer) / "data"
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Nothing below `folder` (of `open_folder`) can be written, even if the tests run as root."""
+    folders = [folder, *(path for path in folder.iterdir() if path.is_dir())]
+    for path in folders:
+        path.chmod(0o555)
+    if is_root := os.geteuid() == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        for path in folders:
+            path.chmod(0o755)
+
+
+def refusal(data_dir: Path, need_test: bool = True) -> str:
+    """The one line with which ensure_cifar10 refuses."""
+    with pytest.raises(UsageError) as error:
+        data.ensure_cifar10(data_dir, need_test=need_test)
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
+
+
+def assert_three_ways_out(line: str, data_dir: Path) -> None:
+    for words in ("https://www.cs.toronto.edu/~kriz/cifar.html", data.ARCHIVE, f"into {data_dir}", "CIFAR10_DIR"):
+        assert words in line
+    for words in ("--data-dir", "CIFAR10_URL", "--dataset synthetic"):
+        assert words in line
+
+
+def leftovers(data_dir: Path) -> set[str]:
+    """Names of the files under `data_dir`, without the lock."""
+    return {p.name for p in data_dir.rglob("*") if p.is_file()} - {".cifar10.lock"}
+
+
+CHILD = """
+import json, sys
+from pathlib import Path
+from cifar10 import data
+settings = json.loads(sys.argv[1])
+data.FILES, data.ARCHIVE_MD5, data.TIMEOUT_SECONDS = settings["files"], settings["archive_md5"], settings["timeout"]
+if settings["print_opened"]:
+    sys.addaudithook(lambda event, args: print(args[0]) if event == "open" else None)
+data.ensure_cifar10(Path(settings["data_dir"]), need_test=settings["need_test"])
+"""
+
+
+def child(data_dir: Path, need_test: bool = True, print_opened: bool = False, **popen) -> subprocess.Popen:
+    """`ensure_cifar10` on the tiny data set in a process of its own."""
+    settings = {
+        "files": data.FILES,
+        "archive_md5": data.ARCHIVE_MD5,
+        "timeout": PATIENCE_SECONDS,
+        "print_opened": print_opened,
+        "data_dir": str(data_dir),
+        "need_test": need_test,
+    }
+    return subprocess.Popen([sys.executable, "-c", CHILD, json.dumps(settings)], cwd=ROOT, text=True, **popen)
+
+
+# --- what the file promises about itself ------------------------------------------------------------------------------
+
+
+def test_the_table_is_torchvisions():
+    from torchvision.datasets import CIFAR10
+
+    assert (CIFAR10.base_folder, CIFAR10.filename, CIFAR10.url) == (data.FOLDER, data.ARCHIVE, data.URL)
+    assert CIFAR10.tgz_md5 == data.ARCHIVE_MD5
+    known = [[name, md5] for name, (md5, _) in data.FILES.items()]
+    assert known == [*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]]
+    assert data.SPLIT_FILES["train"] == tuple(name for name, _ in CIFAR10.train_list)
+    assert data.SPLIT_FILES["test"] == tuple(name for name, _ in CIFAR10.test_list)
+
+
+def test_importing_it_is_light():
+    heavy = "{'torch', 'torchvision', 'deepspeed', 'rich'}"
+    code = f"import sys, cifar10.data; print({heavy} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "set()"
+
+
+# --- files on disk ----------------------------------------------------------------------------------------------------
+
+
+def test_loads_what_the_files_hold(tiny, tmp_path):
+    tiny.write(tmp_path)
+    for split, num_files in (("train", 5), ("test", 1)):
+        images = data.load_cifar10(tmp_path, split)
+        batches = [pickle.loads(tiny.files[name]) for name in data.SPLIT_FILES[split]]
+        assert len(images) == num_files * IMAGES_PER_FILE
+        assert images.pixels.shape == (len(images), 32, 32, 3)
+        assert images.pixels.dtype == np.uint8
+        assert images.pixels.flags.c_contiguous
+        assert images.labels.dtype == np.int64
+        assert images.labels.tolist() == [label for batch in batches for label in batch["labels"]]
+        planes = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
+        np.testing.assert_array_equal(images.pixels.transpose(0, 3, 1, 2), planes)
+
+
+def test_good_files_in_a_read_only_folder(tiny, open_folder, no_network):
+    tiny.write(open_folder)
+    with read_only(open_folder):
+        data.ensure_cifar10(open_folder, need_test=True)
+        assert len(data.load_cifar10(open_folder, "train")) == 5 * IMAGES_PER_FILE
+    assert not (open_folder / ".cifar10.lock").exists()
+
+
+def test_without_need_test_the_test_file_is_neither_required_nor_opened(tiny, tmp_path, no_network):
+    folder = tiny.write(tmp_path)
+    for need_test in (False, True):
+        with child(tmp_path, need_test, print_opened=True, stdout=subprocess.PIPE) as process:
+            opened = process.stdout.read()
+        assert process.returncode == 0
+        assert "data_batch_5" in opened
+        assert ("test_batch" in opened) == need_test
+    (folder / "test_batch").unlink()
+    data.ensure_cifar10(tmp_path, need_test=False)
+    assert len(data.load_cifar10(tmp_path, "train")) == 5 * IMAGES_PER_FILE
+    assert "test_batch (missing)" in refusal(tmp_path)
+
+
+def test_repairing_train_does_not_touch_the_test_file(tiny, server, tmp_path):
+    folder = tiny.write(tmp_path, leave_out=("data_batch_1",))
+    (folder / "test_batch").write_bytes(b"not looked at")
+    data.ensure_cifar10(tmp_path, need_test=False)
+    assert (folder / "test_batch").read_bytes() == b"not looked at"
+    assert (folder / "data_batch_1").read_bytes() == tiny.files["data_batch_1"]
+
+
+class Bomb:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_wrong_bytes_are_never_unpickled(tiny, tmp_path, split):
+    folder = tiny.write(tmp_path)
+    name = data.SPLIT_FILES[split][-1]
+    (folder / name).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    with pytest.raises(UsageError, match=f"{name} is truncated"):
+        data.load_cifar10(tmp_path, split)
+    assert not (tmp_path / "exploded").exists()
+    (folder / name).unlink()
+    with pytest.raises(UsageError, match=f"{name} is missing"):
+        data.load_cifar10(tmp_path, split)
+
+
+# --- repair -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing", "empty"])
+@pytest.mark.parametrize("name", ["data_batch_3", "test_batch"])
+def test_a_damaged_file_is_repaired_from_the_archive_without_a_request(tiny, server, tmp_path, capfd, damage, name):
+    path = tiny.write(tmp_path) / name
+    good = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"truncated": good[:100], "altered": good[:-1] + b"!", "empty": b""}[damage])
+    (tmp_path / data.ARCHIVE).write_bytes(tiny.archive)
+    data.ensure_cifar10(tmp_path, need_test=True)
+    tiny.assert_whole(tmp_path)
+    assert server.ranges == []
+    if damage != "missing":
+        assert name in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [(None, "missing"), (b"x", "truncated: 1 of {size} bytes"), (b"x" * 99_999, "altered")],
+)
+def test_what_cannot_be_repaired_is_named(tiny, tmp_path, no_network, content, fault):
+    path = tiny.write(tmp_path) / "data_batch_2"
+    path.unlink() if content is None else path.write_bytes(content)
+    before = leftovers(tmp_path)
+    line = refusal(tmp_path)
+    assert f"data_batch_2 ({fault.format(size=len(tiny.files['data_batch_2']))})" in line
+    assert "data_batch_1" not in line
+    assert_three_ways_out(line, tmp_path)
+    assert leftovers(tmp_path) == before
+
+
+def test_a_hostile_member_is_never_written(tiny, server, tmp_path, monkeypatch):
+    data_dir = tmp_path / "a" / "data"
+    evil = {f"{data.FOLDER}/../../evil": b"1", "../evil": b"2", str(tmp_path / "evil"): b"3", "data_batch_1": b"4"}
+    links = {f"{data.FOLDER}/data_batch_2": "/etc/passwd", data.FOLDER: str(tmp_path)}
+    archive = make_archive(evil | in_folder(tiny.files), links)
+    monkeypatch.setattr(data, "ARCHIVE_MD5", md5(archive))
+    server.bodies = [archive]
+    data.ensure_cifar10(data_dir, need_test=True)
+    written = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if not p.is_dir()}
+    files = {f"a/data/{data.FOLDER}/{name}" for name in tiny.files}
+    assert written == files | {f"a/data/{data.ARCHIVE}", "a/data/.cifar10.lock"}
+    assert not any(p.is_symlink() for p in tmp_path.rglob("*"))
+    tiny.assert_whole(data_dir)
+
+
+def test_an_archive_with_a_wrong_member_is_refused(tiny, server, tmp_path, monkeypatch):
+    archive = make_archive(in_folder(tiny.files | {"data_batch_4": b"wrong"}))
+    monkeypatch.setattr(data, "ARCHIVE_MD5", md5(archive))
+    server.bodies = [archive]
+    assert "data_batch_4" in refusal(tmp_path)
+    assert "data_batch_4" not in leftovers(tmp_path)
+
+
+# --- download ---------------------------------------------------------------------------------------------------------
+
+
+def test_fresh_download(tiny, server, tmp_path, capfd):
+    data_dir = tmp_path / "made" / "here"
+    data.ensure_cifar10(data_dir, need_test=True)
+    tiny.assert_whole(data_dir)
+    assert (data_dir / data.ARCHIVE).read_bytes() == tiny.archive
+    assert server.ranges == [None]
+    assert leftovers(data_dir) == {data.ARCHIVE, *tiny.files}
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == f"fetching CIFAR-10 from {server.url} to {data_dir / data.ARCHIVE}"
+    assert lines[1].startswith("fetched 0.1 MB in ")
+    data.ensure_cifar10(data_dir, need_test=True)  # the second time nothing happens and nothing is said
+    assert server.ranges == [None]
+    assert capfd.readouterr().err == ""
+
+
+def test_a_fresh_download_without_need_test_is_complete_too(tiny, server, tmp_path):
+    data.ensure_cifar10(tmp_path, need_test=False)
+    tiny.assert_whole(tmp_path)
+
+
+def test_a_terminal_sees_a_progress_bar(tiny, server, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    data.ensure_cifar10(tmp_path, need_test=True)
+    tiny.assert_whole(tmp_path)
+    assert "━" in terminal.getvalue()
+
+
+def test_resume_asks_only_for_the_rest(tiny, server, tmp_path):
+    (tmp_path / f"{data.ARCHIVE}.part").write_bytes(tiny.archive[:1000])
+    data.ensure_cifar10(tmp_path, need_test=True)
+    tiny.assert_whole(tmp_path)
+    assert server.ranges == ["bytes=1000-"]
+    assert server.sent == [len(tiny.archive) - 1000]
+    assert leftovers(tmp_path) == {data.ARCHIVE, *tiny.files}
+
+
+def test_a_whole_part_is_used_as_it_is(tiny, server, tmp_path):
+    (tmp_path / f"{data.ARCHIVE}.part").write_bytes(tiny.archive)
+    data.ensure_cifar10(tmp_path, need_test=True)
+    tiny.assert_whole(tmp_path)
+    assert server.sent == []
+
+
+def test_a_server_without_range_sends_all_again(tiny, server, tmp_path):
+    server.honours_range = False
+    (tmp_path / f"{data.ARCHIVE}.part").write_bytes(tiny.archive[:1000])
+    data.ensure_cifar10(tmp_path, need_test=True)
+    tiny.assert_whole(tmp_path)
+    assert server.ranges == ["bytes=1000-"]
+    assert server.sent == [len(tiny.archive)]
+
+
+def test_a_corrupt_part_is_thrown_away_and_fetched_from_zero(tiny, server, tmp_path):
+    (tmp_path / f"{data.ARCHIVE}.part").write_bytes(b"x" * 1000)
+    data.ensure_cifar10(tmp_path, need_test=True)
+    tiny.assert_whole(tmp_path)
+    assert server.ranges == ["bytes=1000-", None]
+
+
+def test_a_corrupt_answer_is_fetched_once_more(tiny, server, tmp_path):
+    server.bodies = [b"<html>sign in to this network</html>", tiny.archive]
+    data.ensure_cifar10(tmp_path, need_test=True)
+    tiny.assert_whole(tmp_path)
+    assert server.ranges == [None, None]
+
+
+def test_a_server_that_always_sends_something_else_is_refused(tiny, server, tmp_path):
+    server.bodies = [b"<html>sign in to this network</html>"]
+    line = refusal(tmp_path)
+    assert server.url in line
+    assert "md5" in line
+    assert_three_ways_out(line, tmp_path)
+    assert server.ranges == [None, None]
+    assert leftovers(tmp_path) == set()
+
+
+def test_a_corrupt_archive_is_fetched_anew(tiny, server, tmp_path):
+    (tmp_path / data.ARCHIVE).write_bytes(tiny.archive[:-1] + b"x")
+    data.ensure_cifar10(tmp_path, need_test=True)
+    tiny.assert_whole(tmp_path)
+    assert (tmp_path / data.ARCHIVE).read_bytes() == tiny.archive
+    assert server.ranges == [None]
+
+
+def test_a_closed_connection_is_resumed_once(tiny, server, tmp_path):
+    server.close_after = 1000
+    line = refusal(tmp_path)
+    assert f"closed after 2000 of {len(tiny.archive)} bytes" in line
+    assert server.ranges == [None, "bytes=1000-"]
+    assert (tmp_path / f"{data.ARCHIVE}.part").read_bytes() == tiny.archive[:2000]
+    server.close_after = None
+    data.ensure_cifar10(tmp_path, need_test=True)
+    tiny.assert_whole(tmp_path)
+    assert server.ranges[2:] == ["bytes=2000-"]
+
+
+def test_a_stalled_transfer_ends_and_can_be_resumed(tiny, server, tmp_path, monkeypatch):
+    server.stall_after = 500
+    monkeypatch.setattr(data, "TIMEOUT_SECONDS", 2)
+    line = refusal(tmp_path)
+    assert "no answer for 2 seconds" in line
+    assert_three_ways_out(line, tmp_path)
+    part = (tmp_path / f"{data.ARCHIVE}.part").read_bytes()
+    assert part == tiny.archive[: len(part)]
+    assert len(part) == 1000
+    assert leftovers(tmp_path) == {f"{data.ARCHIVE}.part"}
+    server.stall_after = None
+    monkeypatch.setattr(data, "TIMEOUT_SECONDS", PATIENCE_SECONDS)
+    data.ensure_cifar10(tmp_path, need_test=True)
+    tiny.assert_whole(tmp_path)
+
+
+def test_a_server_that_never_answers_is_asked_once(tiny, server, tmp_path, monkeypatch):
+    server.held = True
+    monkeypatch.setattr(data, "TIMEOUT_SECONDS", 0.2)
+    assert_three_ways_out(refusal(tmp_path), tmp_path)
+    assert len(server.ranges) <= 1
+
+
+@pytest.mark.parametrize("address", ["nonsense", "http://", "ftp:nothing", "http://127.0.0.1:1/x y"])
+def test_a_nonsense_mirror_is_refused(tiny, tmp_path, monkeypatch, address):
+    monkeypatch.setenv("CIFAR10_URL", address)
+    assert_three_ways_out(refusal(tmp_path), tmp_path)
+
+
+def test_a_missing_page_is_refused(tiny, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(Handler, "do_GET", lambda self: self.send_error(404))
+    line = refusal(tmp_path)
+    assert "404" in line
+    assert_three_ways_out(line, tmp_path)
+
+
+def test_no_network(tiny, no_network, tmp_path):
+    line = refusal(tmp_path)
+    assert line.startswith(f"no CIFAR-10 in {tmp_path}, and {os.environ['CIFAR10_URL']} cannot be fetched: ")
+    assert_three_ways_out(line, tmp_path)
+    assert leftovers(tmp_path) == set()
+
+
+def test_two_processes_download_once(tiny, server, tmp_path):
+    server.held = True  # the answer waits until the other process stands before the lock
+    read_end, write_end = os.pipe()
+    processes = [child(tmp_path, stderr=write_end) for _ in range(2)]
+    os.close(write_end)
+    with open(read_end) as both:
+        lines = []
+        for line in both:
+            lines.append(line)
+            if line.startswith("waiting for another process"):
+                server.gate.set()
+    assert [process.wait(PATIENCE_SECONDS) for process in processes] == [0, 0], "".join(lines)
+    assert server.ranges == [None]
+    assert sum(line.startswith("waiting for another process") for line in lines) == 1, "".join(lines)
+    tiny.assert_whole(tmp_path)
+
+
+# --- folders that will not do -----------------------------------------------------------------------------------------
+
+
+def test_a_file_is_not_a_folder(tiny, no_network, tmp_path):
+    path = tmp_path / "data"
+    path.write_text("")
+    for data_dir in (path, path / "below"):
+        assert "--data-dir" in refusal(data_dir)
+
+
+@pytest.mark.parametrize("below", ["", "deeper/still"])
+def test_an_unwritable_folder(tiny, no_network, open_folder, below):
+    with read_only(open_folder):
+        line = refusal(open_folder / below)
+    assert "Permission denied" in line
+    assert "--data-dir" in line
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk(tiny, server, tmp_path):
+    part = tmp_path / f"{data.ARCHIVE}.part"
+    part.symlink_to("/dev/full")
+    line = refusal(tmp_path)
+    assert "No space left" in line
+    assert "--data-dir" in line
+    assert part.is_symlink()  # kept for the next try
+    assert leftovers(tmp_path) == set()
+
+
+# --- splits -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_split_of_cifar_is_stratified_and_fixed_by_its_seed():
+    labels = np.arange(50_000) % 10
+    train, val = data.stratified_split(labels, 5000, seed=0)
+    assert train.dtype == val.dtype == np.int64
+    assert (len(train), len(val)) == (45_000, 5_000)
+    assert np.bincount(labels[val]).tolist() == [500] * 10
+    assert (np.diff(train) > 0).all()
+    assert (np.diff(val) > 0).all()
+    np.testing.assert_array_equal(np.sort(np.concatenate([train, val])), np.arange(50_000))
+    again = data.stratified_split(labels, 5000, seed=0)
+    np.testing.assert_array_equal(again[1], val)
+    other = data.stratified_split(labels, 5000, seed=1)[1]
+    assert len(np.intersect1d(other, val)) < 1000
+    assert val[:5].tolist() == [0, 21, 38, 43, 54]  # the same on every platform and in every version of NumPy
+
+
+@pytest.mark.parametrize("val_images", [0, 1, 7, 10, 33, 99])
+def test_other_sizes_are_as_equal_as_can_be(val_images):
+    labels = np.arange(100) % 10
+    train, val = data.stratified_split(labels, val_images, seed=3)
+    counts = np.bincount(labels[val], minlength=10)
+    assert len(val) == val_images
+    assert len(train) == 100 - val_images
+    assert counts.max() - counts.min() <= 1
+
+
+def test_unequal_classes_keep_their_proportions():
+    labels = np.repeat([0, 1, 2], [800, 150, 50])
+    _, val = data.stratified_split(labels, 100, seed=0)
+    assert np.bincount(labels[val]).tolist() == [80, 15, 5]
+
+
+@pytest.mark.parametrize("val_images", [-1, 100, 101])
+def test_an_impossible_split_says_what_to_type(val_images):
+    with pytest.raises(UsageError, match=f"--val-images {val_images} .* from 0 to 99"):
+        data.stratified_split(np.arange(100) % 10, val_images, seed=0)
+
+
+# --- synthetic images -------------------------------------------------------------------------------------------------
+
+
+def test_synthetic_images_are_a_function_of_seed_split_and_index():
+    images = data.synthetic("train", 1500, seed=0)
+    assert images.pixels.shape == (1500, 32, 32, 3)
+    assert images.pixels.dtype == np.uint8
+    assert images.labels.dtype == np.int64
+    assert np.bincount(images.labels).tolist() == [150] * 10
+    assert md5(images.pixels.tobytes()) == "79f1dd11d6ff740749d9c28b6554d200"  # the same on every platform
+    for num_images in (0, 1, 999, 1001):
+        fewer = data.synthetic("train", num_images, seed=0)
+        assert len(fewer) == num_images
+        np.testing.assert_array_equal(fewer.pixels, images.pixels[:num_images])
+        np.testing.assert_array_equal(fewer.labels, images.labels[:num_images])
+    for other in (data.synthetic("test", 1500, seed=0), data.synthetic("train", 1500, seed=1)):
+        assert not (other.pixels == images.pixels).all(axis=(1, 2, 3)).any()
+    assert len(np.unique(images.pixels.reshape(1500, -1), axis=0)) == 1500
+
+
+def test_synthetic_images_can_be_learned_but_not_by_a_ruler():
+    """The nearest class mean is far above chance (0.1) on other draws of the same classes, and far from perfect."""
+    train, test = data.synthetic("train", 3000, seed=0), data.synthetic("test", 500, seed=1)
+    rows, questions = (images.pixels.reshape(len(images), -1).astype(np.float32) for images in (train, test))
+    means = np.stack([rows[train.labels == label].mean(axis=0) for label in range(10)])
+    distance = (means**2).sum(axis=1) - 2 * questions @ means.T  # [500, 10], up to a constant per row
+    accuracy = (distance.argmin(axis=1) == test.labels).mean()
+    assert 0.2 < accuracy < 0.6
+
+
+# --- the real data set ------------------------------------------------------------------------------------------------
+
+
+def test_the_real_data_set_is_torchvisions(real_data_dir):
+    from torchvision.datasets import CIFAR10
+
+    data.ensure_cifar10(real_data_dir, need_test=True)
+    for split, num_images in (("train", 50_000), ("test", 10_000)):
+        images = data.load_cifar10(real_data_dir, split)
+        assert len(images) == num_images
+        theirs = CIFAR10(real_data_dir, train=split == "train")
+        np.testing.assert_array_equal(images.pixels, theirs.data)
+        np.testing.assert_array_equal(images.labels, theirs.targets)
+        assert tuple(theirs.classes) == data.CLASSES
+    for name, (_, num_bytes) in data.FILES.items():
+        assert (real_data_dir / data.FOLDER / name).stat().st_size == num_bytes
