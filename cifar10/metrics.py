@@ -1,0 +1,186 @@
+"""What a run has measured, on its way to people: rows go to sinks, and only rank 0 has any."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+@dataclass(frozen=True)
+class SplitResult:
+    """A split's mean loss and accuracy (a fraction) over `images` images, each counted once, in `seconds` seconds."""
+
+    loss: float
+    accuracy: float
+    images: int
+    seconds: float
+
+    @property
+    def throughput(self) -> float:
+        """Images per second."""
+        return self.images / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """Means over the steps since the row before: one row of steps.csv."""
+
+    step: int
+    epoch: int  # the epoch under way, from 1
+    loss: float
+    accuracy: float
+    grad_norm: float
+    lr: float
+    skipped: int  # steps skipped since the row before
+
+
+@dataclass(frozen=True)
+class EpochRow:
+    """An epoch's end: training over the epoch (augmented images, moving weights), validation after it."""
+
+    epoch: int  # from 1
+    train: SplitResult
+    val: SplitResult | None
+    grad_norm: float
+    lr: float
+    skipped: int
+
+
+class Sink:
+    """Where rows go; the base takes everything and keeps nothing."""
+
+    def step(self, row: StepRow) -> None: ...
+    def epoch(self, row: EpochRow) -> None: ...
+    def test(self, epoch: int, result: SplitResult) -> None: ...
+    def event(self, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class Metrics(Sink):
+    """All sinks as one. Ranks other than 0 make it of no sinks, and need not ask which rank they are again."""
+
+    def __init__(self, sinks: Sequence[Sink] = ()) -> None:
+        self._sinks = sinks
+
+    def step(self, row: StepRow) -> None:
+        for sink in self._sinks:
+            sink.step(row)
+
+    def epoch(self, row: EpochRow) -> None:
+        for sink in self._sinks:
+            sink.epoch(row)
+
+    def test(self, epoch: int, result: SplitResult) -> None:
+        for sink in self._sinks:
+            sink.test(epoch, result)
+
+    def event(self, text: str) -> None:
+        for sink in self._sinks:
+            sink.event(text)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+
+class CsvSink(Sink):
+    """metrics.csv (a row per epoch and split) and steps.csv (a row per log interval), flushed row by row.
+
+    On a resume, rows later than the checkpoint are cut, and the files go on from there.
+    """
+
+    METRICS = ("epoch", "phase", "loss", "accuracy", "throughput")
+    STEPS = tuple(f.name for f in fields(StepRow))
+
+    def __init__(self, folder: Path, *, step: int, epoch: int) -> None:
+        self._metrics_file = self._open(folder / "metrics.csv", self.METRICS, last=epoch)
+        self._steps_file = self._open(folder / "steps.csv", self.STEPS, last=step)
+        self._metrics, self._steps = csv.writer(self._metrics_file), csv.writer(self._steps_file)
+
+    @staticmethod
+    def _open(path: Path, header: Iterable[str], last: int) -> TextIO:
+        """Open for appending after the rows whose first column is at most `last`."""
+        rows = list(csv.reader(path.open(newline="", encoding="utf-8")))[1:] if path.exists() else []
+        file = path.open("w", newline="", encoding="utf-8", buffering=1)
+        csv.writer(file).writerows([header, *(row for row in rows if row and int(row[0]) <= last and row[1:2] != ["test"])])
+        return file
+
+    def _split(self, epoch: int, phase: str, result: SplitResult) -> None:
+        accuracy = f"{result.accuracy:.6f}"
+        self._metrics.writerow((epoch, phase, f"{result.loss:.6f}", accuracy, f"{result.throughput:.1f}"))
+
+    def step(self, row: StepRow) -> None:
+        self._steps.writerow(f"{value:.7g}" if isinstance(value, float) else value for value in astuple(row))
+
+    def epoch(self, row: EpochRow) -> None:
+        self._split(row.epoch, "train", row.train)
+        if row.val is not None:
+            self._split(row.epoch, "val", row.val)
+
+    def test(self, epoch: int, result: SplitResult) -> None:
+        self._split(epoch, "test", result)
+
+    def close(self) -> None:
+        self._metrics_file.close()
+        self._steps_file.close()
+
+
+class ConsoleSink(Sink):
+    """With a terminal a live line with images/s and the time left; without, one line per epoch that greps well."""
+
+    def __init__(self, total_steps: int, total_epochs: float, first_step: int, global_images: int) -> None:
+        self._console = Console(soft_wrap=True, highlight=False)
+        self._total_epochs = total_epochs
+        self._progress = None
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TimeElapsedColumn(),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[speed]}"),
+                console=self._console,
+            )
+            self._task = self._progress.add_task("training", total=total_steps, completed=first_step, speed="")
+            self._progress.start()
+        self._global_images = global_images
+
+    def line(self, text: str = "") -> None:
+        self._console.print(text, markup=False)
+        if not self._console.is_terminal:
+            sys.stdout.flush()
+
+    def step(self, row: StepRow) -> None:
+        if self._progress is not None:
+            speed = self._progress.tasks[self._task].speed
+            self._progress.update(
+                self._task,
+                completed=row.step,
+                description=f"epoch {row.epoch}/{self._total_epochs:g}  loss {row.loss:.4f}  train accuracy {row.accuracy:.2%}",
+                speed=f"{speed * self._global_images:,.0f} images/s" if speed else "",
+            )
+
+    def epoch(self, row: EpochRow) -> None:
+        val = f"  val loss {row.val.loss:.4f} accuracy {row.val.accuracy:.2%}" if row.val else ""
+        skipped = f"  skipped {row.skipped} steps" if row.skipped else ""
+        self.line(
+            f"epoch {row.epoch}/{self._total_epochs:g}  train loss {row.train.loss:.4f} accuracy {row.train.accuracy:.2%}{val}"
+            f"  lr {row.lr:.6f}  grad norm {row.grad_norm:.3f}  {row.train.throughput:,.0f} images/s{skipped}"
+        )
+
+    def event(self, text: str) -> None:
+        self.line(text)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None

@@ -1,0 +1,28 @@
+"""A small smooth network: tanh and average pooling, no batch statistics.
+
+For comparing runs to the last digits: nothing in it jumps when a rounding differs (as ReLU and max-pooling do), and no
+image's result depends on which others share its micro-batch (as with BatchNorm).
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class SmoothCNN(nn.Module):
+    """conv 3>8, conv 8>16, linear 1024>10; 11,642 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv2d(8, 16, kernel_size=3, padding=1)
+        self.pool = nn.AvgPool2d(2)
+        self.fc = nn.Linear(16 * 8 * 8, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """float32 [B, 3, 32, 32] -> logits [B, 10]."""
+        x = self.pool(torch.tanh(self.conv1(images)))  # [B, 8, 16, 16]
+        x = self.pool(torch.tanh(self.conv2(x)))  # [B, 16, 8, 8]
+        return self.fc(torch.flatten(x, 1))  # [B, 10]
+
+
+build = SmoothCNN

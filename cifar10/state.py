@@ -1,0 +1,71 @@
+"""The only mutable record of a run: plain numbers. Everything else is frozen, or owned by the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Sums:
+    """What a stretch of steps added up to. Skipped steps taught nothing and are counted apart."""
+
+    steps: int = 0
+    images: int = 0
+    loss: float = 0.0  # sum over steps of the mean loss of the global batch
+    correct: int = 0
+    grad_norm: float = 0.0
+    skipped: int = 0
+
+    def add(self, images: int, loss: float, correct: int, grad_norm: float) -> None:
+        """Count one step that was applied."""
+        self.steps += 1
+        self.images += images
+        self.loss += loss
+        self.correct += correct
+        self.grad_norm += grad_norm
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss / self.steps if self.steps else float("nan")
+
+    @property
+    def accuracy(self) -> float:
+        """A fraction."""
+        return self.correct / self.images if self.images else float("nan")
+
+    @property
+    def mean_grad_norm(self) -> float:
+        return self.grad_norm / self.steps if self.steps else float("nan")
+
+
+@dataclass
+class RunState:
+    """Where a run stands. Order and augmentation follow from `step` alone, so this is all that a resume needs."""
+
+    step: int = 0  # optimizer updates so far, skipped ones included
+    epoch: int = 0  # complete passes over the training split
+    epoch_step: int = 0  # steps into the epoch under way
+    epoch_sums: Sums = field(default_factory=Sums)
+    interval_sums: Sums = field(default_factory=Sums)  # since the last row of steps.csv
+    last_epoch_sums: Sums = field(default_factory=Sums)
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    trained_images: int = 0
+    train_seconds: float = 0.0  # wall time of training steps, without evaluation and saving
+    seconds_before_epoch: float = 0.0  # of them, before the epoch under way
+    lr_factor: float = 1.0  # what plateaus have made of the learning rate
+    best_loss: float = float("inf")  # of the watched loss: validation's, or training's where nothing is held out
+    epochs_without_improvement: int = 0
+    best_accuracy: float = -1.0  # of best_model, on its split
+    best_step: int = -1
+    resumed_at_steps: list[int] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunState:
+        sums = {key: Sums(**values[key]) for key in ("epoch_sums", "interval_sums", "last_epoch_sums")}
+        return cls(**{**values, **sums})

@@ -1,0 +1,80 @@
+"""Stopping in good order: a signal only sets a flag; ranks agree at a step boundary, and then all of them save and leave."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from cifar10.world import World
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SECONDS_BETWEEN_AGREEMENTS = 1.0
+TIMED_STEPS = 20
+
+
+def _parent_and_start(pid: int) -> tuple[int, str] | None:
+    """A process's parent and start time (which tells it from a later one of the same number), where /proc tells."""
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, IndexError):
+        return None
+    return int(after_name[1]), after_name[19]
+
+
+def _launchers_above() -> dict[int, str]:
+    """The processes that this rank was launched by, from its parent up: {pid: start time}."""
+    found, pid = {}, os.getppid()
+    while pid > 1 and (known := _parent_and_start(pid)):
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            break
+        if not any(word in command for word in (b"deepspeed", b"torchrun", b"torch.distributed.run", b"main.py")):
+            break
+        found[pid] = known[1]
+        pid = known[0]
+    return found
+
+
+class StopRequest:
+    """Whether this run has been asked to stop: by SIGTERM, SIGINT or SIGUSR1, or by the death of one of its launchers.
+
+    Handlers are installed by the constructor. With several ranks, all of them get the same answer at the same step.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._reason = ""
+        self._launchers = _launchers_above()
+        self._started = time.perf_counter()
+        self._calls = 0
+        self._every = 0  # steps between agreements; 0 until rank 0 has timed the first steps
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    @property
+    def reason(self) -> str:
+        """Why, in words; empty on a rank that was told by the others."""
+        return self._reason
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        self._reason = self._reason or signal.Signals(number).name
+
+    def _look_for_launchers(self) -> None:
+        for pid, started in self._launchers.items():
+            known = _parent_and_start(pid)
+            if known is None or known[1] != started:
+                self._reason = self._reason or f"launcher process {pid} is gone"
+
+    def agreed(self) -> bool:
+        """Asked after every step. One rank reads its flag; several agree about once a second, all at the same steps."""
+        self._calls += 1
+        if not self._every and self._calls == TIMED_STEPS:
+            seconds = (time.perf_counter() - self._started) / TIMED_STEPS
+            self._every = self._world.from_main(lambda: max(1, min(1_000, round(SECONDS_BETWEEN_AGREEMENTS / seconds))))
+        if self._calls % (self._every or TIMED_STEPS):
+            return self._world.size == 1 and bool(self._reason)
+        self._look_for_launchers()
+        return self._world.any_rank(bool(self._reason))

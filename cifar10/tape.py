@@ -1,0 +1,59 @@
+"""What each step measured, kept on the device until a log point, so that training never waits to be watched."""
+
+import torch
+from torch import Tensor
+
+from cifar10.state import RunState
+from cifar10.world import World
+
+Row = tuple[float, int, float, bool]  # mean loss of the global batch, correct images, gradient norm, skipped
+
+
+class Tape:
+    """Room for `length` steps; `write` launches device work only, `read` is the one place where the host waits."""
+
+    def __init__(self, length: int, device: torch.device) -> None:
+        self._rows = torch.zeros(length, 4, device=device)
+        self._used = 0
+
+    @property
+    def is_full(self) -> bool:
+        return self._used == len(self._rows)
+
+    def write(self, loss: Tensor, correct: Tensor, grad_norm: Tensor, skipped: Tensor) -> None:
+        """Record one step: 0-dim tensors. Loss and correct are this rank's; the gradient norm is already everyone's."""
+        torch.stack((loss, correct.to(loss.dtype), grad_norm, skipped), out=self._rows[self._used])
+        self._used += 1
+
+    def read(self, world: World) -> list[Row]:
+        """The steps since the last reading, over all ranks; every rank must call it."""
+        if not self._used:
+            return []
+        rows = self._rows[: self._used]
+        rows[:, :2] = world.total(rows[:, :2].contiguous())
+        self._used = 0
+        return [
+            (loss / world.size, round(correct) if skip == 0 else 0, norm, skip != 0)
+            for loss, correct, norm, skip in rows.tolist()
+        ]
+
+
+class TooManySkippedSteps(Exception):
+    """Step after step was not finite; training on would learn nothing."""
+
+
+def count_steps(rows: list[Row], state: RunState, *, global_images: int, max_skipped_in_a_row: int) -> None:
+    """Add steps read from a tape to the run's state. Raises TooManySkippedSteps when too many in a row were skipped."""
+    for loss, correct, grad_norm, skipped in rows:
+        state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
+        state.skipped_steps += skipped
+        state.trained_images += global_images
+        for sums in (state.interval_sums, state.epoch_sums):
+            sums.skipped += skipped
+            if not skipped:
+                sums.add(global_images, loss, correct, grad_norm)
+        if state.skipped_in_a_row >= max_skipped_in_a_row:
+            raise TooManySkippedSteps(
+                f"{state.skipped_in_a_row} steps in a row, by step {state.step}, had a loss or gradient that is not finite,"
+                f" and were skipped; lower the learning rate (--lr)"
+            )
