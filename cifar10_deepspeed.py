@@ -1,0 +1,478 @@
+"""Train a CNN on CIFAR-10 with DeepSpeed, on a CPU or on GPUs, and measure what it has learned on images it never saw.
+
+    deepspeed --num_gpus=2 cifar10_deepspeed.py            the deepspeed launcher
+    torchrun --nproc_per_node=2 cifar10_deepspeed.py       torch's
+    python cifar10_deepspeed.py                            one process
+    python main.py                                         finds the GPUs, and minds the launcher
+
+Read from top to bottom: the network, its images, the learning rate, the measures, one epoch, the whole run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cifar10 import UsageError, augment, checkpoint, data, preflight, report, run_folder, world
+from cifar10.engine import Engine, prepare, weights_sha256
+from cifar10.loader import EvaluationLoader, TrainLoader
+from cifar10.metrics import ConsoleSink, CsvSink, EpochRow, Metrics, SplitResult, StepRow
+from cifar10.preflight import Plan
+from cifar10.recipe import Recipe, as_json, without_launcher_flags
+from cifar10.state import RunState, Sums
+from cifar10.stop import StopRequest
+from cifar10.tape import Tape, TooManySkippedSteps, count_steps
+from cifar10.world import World
+
+# --- the network ------------------------------------------------------------------------------------------------------
+
+
+class CIFAR10CNNEnhanced(nn.Module):
+    """The reference document's network: two convolutions with BatchNorm, two linear layers; 268,746 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, kernel_size=3, padding=1)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.conv2 = nn.Conv2d(16, 32, kernel_size=3, padding=1)
+        self.bn2 = nn.BatchNorm2d(32)
+        self.pool = nn.MaxPool2d(kernel_size=2)
+        self.fc1 = nn.Linear(32 * 8 * 8, 128)
+        self.fc2 = nn.Linear(128, 10)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Kaiming normal over the inputs of each layer, linear weights halved, biases zero."""
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+                if isinstance(module, nn.Linear):
+                    module.weight.data.mul_(0.5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """float32 [B, 3, 32, 32] -> logits [B, 10].
+
+        The document pools after ReLU. The two commute, to the bit, and pooled first ReLU has a quarter of the work.
+        """
+        x = F.relu(self.pool(self.bn1(self.conv1(images))))  # [B, 16, 16, 16]
+        x = F.relu(self.pool(self.bn2(self.conv2(x))))  # [B, 32, 8, 8]
+        x = F.relu(self.fc1(torch.flatten(x, 1)))  # [B, 128]
+        return self.fc2(x)  # [B, 10]
+
+
+def build_model(name: str, seed: int) -> nn.Module:
+    """The network called `name`, its initial weights drawn from `seed`."""
+    torch.manual_seed(seed)
+    build = CIFAR10CNNEnhanced if name == "bn_cnn" else importlib.import_module(f"cifar10.models.{name}").build
+    return build()
+
+
+# --- its images -------------------------------------------------------------------------------------------------------
+
+
+def load_images(plan: Plan, split: str) -> data.Images:
+    """The train or test images of the recipe's data set: uint8 [N, 32, 32, 3] and labels."""
+    if plan.recipe.dataset == "synthetic":
+        num_images = preflight.TRAIN_IMAGES if split == "train" else preflight.TEST_IMAGES
+        return data.synthetic(split, num_images, seed=plan.recipe.split_seed)
+    data.ensure_cifar10(plan.options.data_dir, need_test=split == "test")
+    return data.load_cifar10(plan.options.data_dir, split)
+
+
+def evaluation_loader(images: Any, labels: Any, recipe: Recipe, here: World) -> EvaluationLoader:
+    """Every image as it is, exactly once over all ranks."""
+    store = augment.pack(torch.from_numpy(images).to(here.device), padding=0)
+    normalise = augment.Normalise(recipe.mean, recipe.std, here.device)
+    return EvaluationLoader(store, torch.from_numpy(labels).to(here.device), normalise, here.rank, here.size)
+
+
+def get_cifar10_dataloaders(plan: Plan, here: World) -> tuple[TrainLoader, EvaluationLoader]:
+    """The training images, cropped and mirrored at random, and the held-out validation images as they are."""
+    recipe, batch = plan.recipe, plan.batch
+    images = load_images(plan, "train")
+    train, val = data.stratified_split(images.labels, recipe.val_images, recipe.split_seed)
+    train_loader = TrainLoader(
+        store=augment.pack(torch.from_numpy(images.pixels[train]).to(here.device), recipe.crop_padding),
+        labels=torch.from_numpy(images.labels[train]).to(here.device),
+        normalise=augment.Normalise(recipe.mean, recipe.std, here.device),
+        flip=recipe.flip,
+        seed=recipe.seed,
+        global_images=batch.global_images,
+        micro_images=batch.micro_images,
+        rank=here.rank,
+        world_size=here.size,
+    )
+    return train_loader, evaluation_loader(images.pixels[val], images.labels[val], recipe, here)
+
+
+def get_test_loader(plan: Plan, here: World) -> EvaluationLoader:
+    """The test images, or the first --test-images of them. Called once, when training is over."""
+    images = load_images(plan, "test")
+    count = plan.options.test_images
+    return evaluation_loader(images.pixels[:count], images.labels[:count], plan.recipe, here)
+
+
+# --- the learning rate ------------------------------------------------------------------------------------------------
+
+
+def get_lr_schedule(epoch: int, initial_lr: float, warmup_epochs: float = 5, total_epochs: float = 50) -> float:
+    """The document's learning rate in whole epochs, counted from 0: a linear warmup, then a cosine towards 0.
+
+    >>> [get_lr_schedule(e, 0.01, 5, 50) for e in (0, 25, 49)]
+    [0.002, 0.005868240888334652, 1.2179748700879013e-05]
+    """
+    if epoch < warmup_epochs:
+        return initial_lr * min(1.0, (epoch + 1) / warmup_epochs)
+    progress = (epoch - warmup_epochs) / (total_epochs - warmup_epochs)
+    return initial_lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def lr_multiplier(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
+    """What the base learning rate is multiplied by at `step`, a pure function of it.
+
+    Moving per step, a step counts as its middle, e = (step + 1/2) / steps_per_epoch epochs, so that the first and the last
+    step both learn: min(1, e / warmup), then a cosine to 0. The warmup is at most a tenth of the run.
+    """
+    warmup = min(recipe.warmup_epochs, recipe.epochs / 10)
+    if recipe.lr_moves == "per-epoch":
+        return get_lr_schedule(step // steps_per_epoch, 1.0, warmup, recipe.epochs)
+    epoch = (step + 0.5) / steps_per_epoch
+    if epoch < warmup:
+        return epoch / warmup
+    return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (recipe.epochs - warmup)))
+
+
+# --- the measures -----------------------------------------------------------------------------------------------------
+
+
+def calculate_accuracy(outputs: Tensor, targets: Tensor) -> float:
+    """The percentage of rows of `outputs` [B, classes] whose largest value is at `targets` [B]."""
+    return (outputs.argmax(dim=1) == targets).float().mean().item() * 100.0
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: EvaluationLoader, here: World) -> SplitResult:
+    """Mean loss and accuracy of a plain fp32 `model` over a split, each image counted once; the same on every rank."""
+    started = time.perf_counter()
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=here.device)  # loss, correct
+    for images, labels in loader:
+        logits = model(images)
+        sums[0] += F.cross_entropy(logits, labels, reduction="sum")
+        sums[1] += (logits.argmax(dim=1) == labels).sum()
+    loss, correct = here.total(sums).tolist()
+    return SplitResult(loss / len(loader), correct / len(loader), len(loader), time.perf_counter() - started)
+
+
+# --- one step, one epoch ------------------------------------------------------------------------------------------------
+
+
+def train_step(
+    engine: Engine, micro_batches: list[tuple[Tensor, Tensor]], multiplier: float, smoothing: float, tape: Tape
+) -> None:
+    """One update of the weights; what it measured goes on the tape, and the host waits for nothing."""
+    losses, corrects = [], []
+    for images, labels in micro_batches:
+        logits = engine.forward(images).float()
+        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        engine.backward(loss)
+        engine.step(multiplier)
+        losses.append(loss.detach())
+        corrects.append((logits.detach().argmax(dim=1) == labels).sum())
+    mean_loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+    correct = corrects[0] if len(corrects) == 1 else torch.stack(corrects).sum()
+    tape.write(mean_loss, correct, engine.grad_norm, engine.skipped)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run in progress works with: nothing in it is replaced while the run lasts."""
+
+    plan: Plan
+    here: World
+    engine: Engine
+    train: TrainLoader
+    val: EvaluationLoader
+    model: nn.Module  # a plain fp32 copy for evaluation, whatever ZeRO and precision do to the trained one
+    tape: Tape
+    metrics: Metrics
+    stop: StopRequest
+    folder: Path
+    total_steps: int  # of the schedule
+    last_step: int  # where this run ends: the same, or --max-steps
+
+
+def read_tape(run: Run, state: RunState) -> None:
+    """Count what the last steps measured; at a log point, a row for steps.csv and the console."""
+    limit, images = run.plan.recipe.max_skipped_in_a_row, run.plan.batch.global_images
+    count_steps(run.tape.read(run.here), state, global_images=images, max_skipped_in_a_row=limit)
+    sums = state.interval_sums
+    if state.step % run.plan.options.log_every_steps == 0 and sums.steps + sums.skipped:
+        means = sums.mean_loss, sums.accuracy, sums.mean_grad_norm
+        run.metrics.step(StepRow(state.step, state.epoch + 1, *means, run.engine.lr, sums.skipped))
+        state.interval_sums = Sums()
+
+
+def train_one_epoch(run: Run, state: RunState) -> bool:
+    """Train to the end of the epoch under way, or to the run's last step. True if the run was asked to stop on the way."""
+    smoothing, every = run.plan.recipe.label_smoothing, run.plan.options.log_every_steps
+    stopping, started = False, time.perf_counter()
+    run.engine.deepspeed.train()
+    for micro_batches in run.train.epoch(state.epoch, first_step=state.epoch_step):
+        if state.step == run.last_step or stopping:
+            break
+        multiplier = lr_multiplier(run.plan.recipe, state.step, run.train.steps_per_epoch) * state.lr_factor
+        train_step(run.engine, micro_batches, multiplier, smoothing, run.tape)
+        state.step += 1
+        state.epoch_step += 1
+        if run.tape.is_full or state.step % every == 0:
+            read_tape(run, state)
+        stopping = run.stop.agreed()
+    read_tape(run, state)
+    state.train_seconds += time.perf_counter() - started
+    return stopping and state.step < run.last_step
+
+
+# --- the whole run ------------------------------------------------------------------------------------------------------
+
+
+def save_portable(run: Run, name: str, module: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write checkpoints/<name> on rank 0: weights with all that is needed to use them."""
+    if run.here.is_main:
+        recipe = run.plan.recipe
+        about = {
+            "recipe": run.plan.settings["recipe"],
+            "model": recipe.model,
+            "classes": list(data.CLASSES),
+            "normalisation": {"mean": list(recipe.mean), "std": list(recipe.std)},
+        }
+        checkpoint.save_portable(run.folder / "checkpoints" / name, module, {**about, **facts})
+
+
+def validate(run: Run, state: RunState) -> SplitResult | None:
+    """Measure the weights as they are, and keep them as best_model if they are the best yet; None if nothing is held out."""
+    if not len(run.val):
+        return None
+    weights = run.engine.portable_state()
+    run.model.load_state_dict(weights)
+    result = evaluate(run.model, run.val, run.here)
+    if result.accuracy > state.best_accuracy:
+        state.best_accuracy, state.best_step = result.accuracy, state.step
+        save_portable(run, "best_model", weights, {"step": state.step, "val_accuracy": result.accuracy})
+    return result
+
+
+def gave_up(recipe: Recipe, state: RunState) -> bool:
+    """Early stopping: the watched loss has not improved for --patience epochs."""
+    return 0 < recipe.patience <= state.epochs_without_improvement
+
+
+def watch_loss(run: Run, state: RunState, loss: float) -> None:
+    """Count the epochs without improvement of the watched loss, and report plateaus and the early stop."""
+    recipe = run.plan.recipe
+    if loss < state.best_loss - recipe.min_improvement:
+        state.best_loss, state.epochs_without_improvement = loss, 0
+        return
+    state.epochs_without_improvement += 1
+    waited = state.epochs_without_improvement
+    since = f"no better {'validation' if len(run.val) else 'training'} loss than {state.best_loss:.5f} for {waited} epochs"
+    if waited % recipe.plateau_patience == 0:
+        state.lr_factor *= recipe.plateau_lr_factor
+        change = f"; learning rate x {recipe.plateau_lr_factor:g}" if recipe.plateau_lr_factor != 1 else ""
+        run.metrics.event(f"plateau: {since}{change}")
+    if gave_up(recipe, state):
+        run.metrics.event(f"stopping early: {since}")
+
+
+def finish_epoch(run: Run, state: RunState) -> None:
+    """Validate, report and count the epoch. A run that ends inside an epoch is measured too, but there is none to judge by."""
+    sums = state.epoch_sums
+    train = SplitResult(sums.mean_loss, sums.accuracy, sums.images, state.train_seconds - state.seconds_before_epoch)
+    val = validate(run, state)
+    run.metrics.epoch(EpochRow(state.epoch + 1, train, val, sums.mean_grad_norm, run.engine.lr, sums.skipped))
+    state.last_epoch_sums = sums
+    if state.epoch_step == run.train.steps_per_epoch:
+        state.epoch, state.epoch_step = state.epoch + 1, 0
+        state.epoch_sums, state.seconds_before_epoch = Sums(), state.train_seconds
+        watch_loss(run, state, val.loss if val else train.loss)
+
+
+def summarise(run: Run, state: RunState, status: str, **results: Any) -> dict[str, Any]:
+    """Write summary.json: how the run stands, and what it has measured so far."""
+    who = {"status": status, "recipe": run.plan.options.recipe, "seed": run.plan.recipe.seed, "world_size": run.here.size}
+    content = {**who, **report.summary(state, run.train.steps_per_epoch), **results}
+    if run.here.is_main:
+        run_folder.write_json(run.folder / "summary.json", content)
+    return content
+
+
+def save(run: Run, state: RunState, status: str) -> None:
+    """A resumable checkpoint, and a summary beside it."""
+    checkpoint.save(run.folder / "checkpoints", run.engine, state, run.here, keep=run.plan.options.keep_checkpoints)
+    summarise(run, state, status)
+
+
+def train(run: Run, state: RunState) -> str:
+    """Train until the schedule's end, --max-steps, early stopping or a stop request; returns which it was."""
+    every = run.plan.options.save_every_epochs
+    while state.step < run.last_step and not gave_up(run.plan.recipe, state):
+        if train_one_epoch(run, state):
+            save(run, state, "stopped")
+            return "stop"
+        finish_epoch(run, state)
+        if state.step == run.last_step or gave_up(run.plan.recipe, state) or (every and state.epoch % every == 0):
+            save(run, state, "running")
+    if gave_up(run.plan.recipe, state):
+        return "early_stopping"
+    return "epochs" if state.step == run.total_steps else "max_steps"
+
+
+def test_best_model(run: Run, state: RunState) -> SplitResult | None:
+    """Open the test split, once, for the model that validation chose; None with --test-images 0."""
+    if run.plan.options.test_images == 0:
+        return None
+    best = run.here.from_main(lambda: checkpoint.load_portable(run.folder / "checkpoints" / "best_model")["module"])
+    run.model.load_state_dict(best)
+    result = evaluate(run.model, get_test_loader(run.plan, run.here), run.here)
+    run.metrics.test(math.ceil(state.step / run.train.steps_per_epoch), result)
+    return result
+
+
+def finish(run: Run, state: RunState, ended_by: str) -> None:
+    """Keep the last state, test the best one, and write down what the run came to."""
+    weights = run.engine.portable_state()
+    save_portable(run, "final", weights, {"step": state.step})
+    if not len(run.val):
+        state.best_step = state.step
+        save_portable(run, "best_model", weights, {"step": state.step, "val_accuracy": None})
+    test = test_best_model(run, state)
+    results = {
+        "test_accuracy": test.accuracy if test else None,
+        "test_images": test.images if test else 0,
+        "quality": report.quality_tier(test.accuracy) if test else None,
+        "weights_sha256": weights_sha256(weights),
+        "ended_by": ended_by,
+    }
+    summary = summarise(run, state, "finished", **results)
+    for line in (*report.closing_lines(summary, len(run.val), preflight.TEST_IMAGES), f"written to {run.folder}"):
+        run.metrics.event(line)
+
+
+# --- starting and ending --------------------------------------------------------------------------------------------------
+
+
+def start_run(plan: Plan, here: World, folder: Path) -> tuple[Run, RunState]:
+    """Build everything a run works with, and take up its state where a checkpoint left it."""
+    deepspeed = prepare()
+    recipe, options = plan.recipe, plan.options
+    train_loader, val_loader = get_cifar10_dataloaders(plan, here)
+    model = build_model(recipe.model, recipe.seed).to(here.device)
+    deepspeed_engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=plan.ds_config)
+    engine = Engine(deepspeed_engine, here)
+    start_from = None if options.resume in ("auto", "never") else Path(options.resume) / "checkpoints"
+    state = checkpoint.resume(folder / "checkpoints", start_from, engine, here)
+    total_steps = max(1, round(recipe.epochs * train_loader.steps_per_epoch))
+    last_step = min(total_steps, options.max_steps or total_steps)
+    metrics = Metrics()
+    if here.is_main:
+        console = ConsoleSink(last_step, recipe.epochs, state.step, plan.batch.global_images)
+        metrics = Metrics([console, CsvSink(folder, step=state.step, epoch=state.epoch)])
+    tape, stop = Tape(options.log_every_steps, here.device), StopRequest(here)
+    copy = build_model(recipe.model, recipe.seed).to(here.device)
+    return Run(plan, here, engine, train_loader, val_loader, copy, tape, metrics, stop, folder, total_steps, last_step), state
+
+
+def describe(run: Run, state: RunState) -> None:
+    """Say what is about to be trained, on what, and what was settled in DeepSpeed's JSON."""
+    plan, here, say = run.plan, run.here, run.metrics.event
+    parameters = sum(p.numel() for p in run.model.parameters())
+    say(f"recipe {plan.options.recipe}: {plan.recipe.model}, {parameters:,} parameters; run folder {run.folder}")
+    say(
+        f"{len(run.train.labels):,} train and {len(run.val):,} val images of {plan.recipe.dataset};"
+        f" {run.total_steps:,} steps of {plan.batch.global_images} images = {plan.recipe.epochs:g} epochs"
+    )
+    say(f"{here.size} {'rank' if here.size == 1 else 'ranks'} on {here.device.type}, {torch.get_num_threads()} threads each")
+    for note in plan.notes:
+        say(f"note: {note}")
+    if state.step:
+        say(f"resumed at step {state.step}")
+    if run.last_step < run.total_steps:
+        say(f"ends at step {run.last_step} (--max-steps); the schedule stays that of {run.total_steps:,} steps")
+
+
+def train_and_finish(plan: Plan, here: World, folder: Path, how_to_continue: str) -> None:
+    """The run in `folder`, from where it stands to its end, to a stop, or to a failure that is written down."""
+    run, state = start_run(plan, here, folder)
+    describe(run, state)
+    summarise(run, state, "running")
+    try:
+        ended_by = train(run, state)
+        if ended_by == "stop":
+            run.metrics.event(f"stopped at step {state.step}{f' ({run.stop.reason})' if run.stop.reason else ''}; all is saved")
+            run.metrics.event(f"to continue: {how_to_continue}")
+        else:
+            finish(run, state, ended_by)
+    except Exception as error:
+        summarise(run, state, "failed", reason=f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        run.metrics.close()
+
+
+def open_folder(plan: Plan, here: World, argv: list[str]) -> Path | None:
+    """The run's folder, chosen by rank 0 for all, and what this start adds to it; None if its run has finished."""
+    options = plan.options
+    folder = here.from_main(lambda: run_folder.choose(options.output_dir, options.recipe))
+    if here.from_main(lambda: run_folder.is_finished(run_folder.read_json(folder / "summary.json"), options.max_steps)):
+        return None
+
+    device = torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else "cpu"
+    facts = {"launcher": here.launcher, "world_size": here.size, "device": device, "threads": torch.get_num_threads()}
+    command, settings = [sys.argv[0], *argv], as_json(plan.recipe, options.recipe)
+    here.from_main(lambda: run_folder.open_run(folder, settings, plan.ds_config, options.resume, command, **facts))
+    return folder
+
+
+def run(argv: list[str]) -> None:
+    """Train as the command line says. Raises UsageError for one that cannot be carried out."""
+    plan = preflight.check(argv, int(os.environ.get("WORLD_SIZE", 1)), "cifar10_deepspeed.py", __doc__)
+    here = world.join(plan.options.threads)
+    folder = open_folder(plan, here, argv)
+    if folder is None:
+        if here.is_main:
+            print(f"{plan.options.output_dir} holds a finished run; its results are in its summary.json")
+        return
+    starts = {
+        "deepspeed": f"deepspeed --num_gpus={here.local_size}",
+        "torchrun": f"torchrun --nproc_per_node={here.local_size}",
+    }
+    start = f"{starts.get(here.launcher, 'python')} cifar10_deepspeed.py"
+    train_and_finish(plan, here, folder, run_folder.command_to_continue(start, without_launcher_flags(argv), folder))
+
+
+def main() -> int:
+    """Train as sys.argv says; returns the exit code: 0, 1 for a run that failed, 2 for a command that cannot be carried out."""
+    try:
+        run(sys.argv[1:])
+    except (UsageError, TooManySkippedSteps) as error:
+        if world.is_main_process():
+            print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    finally:
+        world.leave()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
