@@ -1,0 +1,22 @@
+"""Fixtures that several test files share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def real_data_dir() -> Path:
+    """The folder of the real CIFAR-10: $CIFAR10_DIR, else ../shared/data. Tests that need it are skipped where it is not.
+
+    With CIFAR10_TESTS_NEED_DATA set, as in .ci/run, its absence is a failure.
+    """
+    for folder in (os.environ.get("CIFAR10_DIR"), PROJECT.parent / "shared" / "data", PROJECT / "data"):
+        if folder and (Path(folder) / "cifar-10-batches-py" / "data_batch_1").is_file():
+            return Path(folder).resolve()
+    if os.environ.get("CIFAR10_TESTS_NEED_DATA"):
+        pytest.fail("the real data set is not here, and CIFAR10_TESTS_NEED_DATA is set")
+    pytest.skip("needs the real data set: set CIFAR10_DIR to a folder that holds cifar-10-batches-py")

@@ -1,0 +1,39 @@
+"""How tests start the program: as a user would, in processes of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+SHORT = ("--dataset", "synthetic", "--max-steps", "8", "--log-every-steps", "4", "--test-images", "200", "--threads", "1")
+DEADLINE_SECONDS = 600  # it ends at all
+
+COMMANDS = {
+    "python": [sys.executable, "cifar10_deepspeed.py"],
+    "main.py": [sys.executable, "main.py"],
+    "main.py, 2 ranks": [sys.executable, "main.py", "--num-gpus", "2"],
+    "deepspeed, 2 ranks": [str(BIN / "deepspeed"), "--num_gpus=2", "--master_port=29611", "cifar10_deepspeed.py"],
+    "torchrun, 2 ranks": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2", "cifar10_deepspeed.py"],
+}
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's environment without what would change where and how a run goes."""
+    kept = {
+        k: v for k, v in os.environ.items() if k not in ("CIFAR10_STARTED_BY", "CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE")
+    }
+    return {**kept, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", **more}
+
+
+def run(command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in the project's folder to its end."""
+    options: dict[str, Any] = {"cwd": PROJECT, "env": environment(**more), "timeout": DEADLINE_SECONDS}
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())

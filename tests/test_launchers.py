@@ -1,0 +1,185 @@
+"""Every way to start the program trains the same model; stopping and failing end in order, and leave no process behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.launching import COMMANDS, DEADLINE_SECONDS, PROJECT, SHORT, environment, run, summary
+
+LONG = ("--dataset", "synthetic", "--log-every-steps", "5", "--test-images", "200", "--threads", "1", "--epochs", "1")
+MAIN = [sys.executable, "main.py"]
+
+
+def processes_mentioning(text: str) -> list[psutil.Process]:
+    """Live processes whose command line holds `text`, but for this one."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            alive = process.status() != psutil.STATUS_ZOMBIE and process.pid != os.getpid()
+            if alive and any(text in word for word in process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait_until(condition, what: str) -> None:
+    """Wait for `condition()`; the deadline is only there so that a hang becomes a failure."""
+    end = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < end, f"waited in vain for {what}"
+        time.sleep(0.1)
+
+
+def has_trained(folder: Path) -> bool:
+    """Whether a row of steps.csv has been written: training is under way."""
+    steps = folder / "steps.csv"
+    return steps.exists() and len(steps.read_text().splitlines()) > 1
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, subprocess.CompletedProcess[str]]]:
+    """The same short run under every launcher."""
+    folder = tmp_path_factory.mktemp("launchers")
+    done = {}
+    for name, command in COMMANDS.items():
+        output = folder / name.replace(" ", "_")
+        extra = ["--deepspeed", "--deepspeed_config", "ds_config.json"] if name.startswith("deepspeed") else []
+        done[name] = output, run([*command, *extra, *SHORT, "--output-dir", str(output)])
+    return done
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_launcher_runs_to_a_finished_summary(runs, name) -> None:
+    folder, process = runs[name]
+    assert process.returncode == 0, process.stderr
+    results = summary(folder)
+    assert results["status"] == "finished"
+    assert results["world_size"] == (2 if "2 ranks" in name else 1)
+    assert results["test_images"] == 200
+    assert f"test accuracy  {results['test_accuracy']:.2%}  (best_model; the first 200 of 10,000 images)" in process.stdout
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_final_weights_do_not_depend_on_the_launcher(runs, ranks) -> None:
+    prints = {name: summary(folder)["weights_sha256"] for name, (folder, _) in runs.items()}
+    of_these = {name: value for name, value in prints.items() if ("2 ranks" in name) == (ranks == 2)}
+    assert len(of_these) >= 2
+    assert len(set(of_these.values())) == 1, of_these
+
+
+def test_the_console_is_quiet_but_for_the_program(runs) -> None:
+    for name in ("python", "main.py", "main.py, 2 ranks"):
+        _, process = runs[name]
+        assert process.stderr == "", name
+        assert process.stdout.startswith("recipe bn_cnn: bn_cnn, 268,746 parameters"), name
+        assert process.stdout.count("train loss") == 1, name  # said once, not once per rank
+
+
+def test_the_run_folder_says_what_was_run(runs) -> None:
+    folder, _ = runs["main.py, 2 ranks"]
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "recipe.json",
+        "ds_config.json",
+        "environment.json",
+        "metrics.csv",
+        "steps.csv",
+        "summary.json",
+        "checkpoints",
+    }
+    rows = [line.split(",")[:2] for line in (folder / "metrics.csv").read_text().splitlines()]
+    assert rows == [["epoch", "phase"], ["1", "train"], ["1", "val"], ["1", "test"]]
+    assert [line.split(",")[0] for line in (folder / "steps.csv").read_text().splitlines()] == ["step", "4", "8"]
+
+
+def test_a_finished_run_is_not_run_again(runs) -> None:
+    folder, _ = runs["main.py"]
+    before = (folder / "summary.json").stat().st_mtime_ns
+    again = run([*COMMANDS["main.py"], *SHORT, "--output-dir", str(folder)])
+    assert again.returncode == 0
+    assert "holds a finished run" in again.stdout
+    assert (folder / "summary.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_run_resumable_and_the_same_command_finishes_it(tmp_path, number) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    flags = [*LONG, "--max-steps", "120", "--num-gpus", "2" if number == signal.SIGTERM else "1"]
+    launcher = subprocess.Popen(
+        [*MAIN, *flags, "--output-dir", str(stopped)], cwd=PROJECT, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: has_trained(stopped) or launcher.poll() is not None, "the first steps")
+    launcher.send_signal(number)
+    said, _ = launcher.communicate(timeout=DEADLINE_SECONDS)
+    assert launcher.returncode == 75, said
+    assert processes_mentioning(str(stopped)) == []
+    assert summary(stopped)["status"] == "stopped"
+    assert 0 < summary(stopped)["steps"] < 120
+
+    to_continue = next(line for line in said.splitlines() if line.startswith("to continue: "))
+    words = to_continue.removeprefix("to continue: ").removeprefix("uv run ").split()
+    assert words[:2] == ["python", "main.py"]
+    assert run([sys.executable, *words[1:]]).returncode == 0
+    assert summary(stopped)["resumed_at_steps"]
+    assert run([*MAIN, *flags, "--output-dir", str(whole)]).returncode == 0
+    assert summary(stopped)["weights_sha256"] == summary(whole)["weights_sha256"]
+    assert (stopped / "steps.csv").read_text() == (whole / "steps.csv").read_text()
+
+
+def test_killing_main_leaves_no_rank_behind(tmp_path) -> None:
+    folder = tmp_path / "run"
+    launcher = subprocess.Popen(
+        [*MAIN, *LONG, "--num-gpus", "2", "--output-dir", str(folder)],
+        cwd=PROJECT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+    )
+    wait_until(lambda: has_trained(folder) or launcher.poll() is not None, "the first steps")
+    launcher.kill()
+    launcher.wait()
+    wait_until(lambda: not processes_mentioning(str(folder)), "the ranks to notice that main.py is gone")
+    assert summary(folder)["status"] == "stopped"
+
+
+def test_a_run_that_diverges_fails_with_the_reason(tmp_path) -> None:
+    folder = tmp_path / "run"
+    flags = [*LONG, "--lr", "1e30", "--max-skipped-in-a-row", "5", "--output-dir", str(folder)]
+    process = run([*MAIN, *flags])
+    assert process.returncode == 1
+    assert summary(folder)["status"] == "failed"
+    assert "5 steps in a row" in summary(folder)["reason"]
+    assert "error: 5 steps in a row" in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--epoch", "3"], "did you mean --epochs?"),
+        (["--num-gpus", "0"], "--num-gpus '0' is impossible"),
+        (["--num-gpus", "3", "--dataset", "synthetic"], "try --global-batch-size 129"),
+        (["--recipe", "bn_cn"], "did you mean bn_cnn?"),
+    ],
+)
+def test_main_refuses_in_one_line_before_anything_starts(tmp_path, flags, expected) -> None:
+    folder = tmp_path / "run"
+    process = run([*MAIN, *flags, "--output-dir", str(folder)])
+    assert process.returncode == 2
+    assert process.stdout == ""
+    assert expected in process.stderr
+    assert process.stderr.startswith("error: ")
+    assert len(process.stderr.splitlines()) == 1
+    assert not folder.exists()
+
+
+def test_another_launcher_refuses_in_one_line_from_rank_0(tmp_path) -> None:
+    process = run([*COMMANDS["torchrun, 2 ranks"], "--epoch", "3", "--output-dir", str(tmp_path / "run")])
+    assert process.returncode != 0
+    errors = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: --epoch is not a flag of this program; did you mean --epochs?"]
