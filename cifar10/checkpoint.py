@@ -8,7 +8,6 @@ checkpoints/final/            the same, of the last state
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,11 @@ import torch
 from torch import Tensor
 
 from cifar10.engine import Engine
+from cifar10.files import written_whole
 from cifar10.state import RunState
 from cifar10.world import World
 
 PORTABLE_FILE = "mp_rank_00_model_states.pt"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is seen whole or not at all, also after a power cut."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def newest(folder: Path) -> str | None:
@@ -49,7 +39,8 @@ def save(folder: Path, engine: Engine, state: RunState, world: World, *, keep: i
     engine.save(folder, tag, {"run_state": state.as_dict()})
     world.barrier()
     if world.is_main:
-        write_atomically(folder / "latest", tag.encode())
+        with written_whole(folder / "latest") as pointer:
+            pointer.write(tag.encode())
         for old in sorted(folder.glob("step_*"))[:-keep]:
             if old.name != tag:
                 shutil.rmtree(old, ignore_errors=True)
@@ -78,12 +69,8 @@ def resume(folder: Path, start_from: Path | None, engine: Engine, world: World) 
 def save_portable(folder: Path, module: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Write folder/mp_rank_00_model_states.pt. `facts` are plain values, so torch.load's safe default reads the file."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / (PORTABLE_FILE + ".tmp")
-    with open(temporary, "wb") as file:
+    with written_whole(folder / PORTABLE_FILE) as file:
         torch.save({"module": module, **facts}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / PORTABLE_FILE)
 
 
 def load_portable(folder: Path) -> dict[str, Any]:

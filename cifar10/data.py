@@ -27,6 +27,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from cifar10 import UsageError
+from cifar10.files import written_whole
 
 CLASSES: tuple[str, ...] = (
     "airplane",
@@ -227,19 +228,6 @@ def _download(url: str, archive: Path) -> None:
 # --- repair -----------------------------------------------------------------------------------------------------------
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Under its final name a file is whole or absent, even if the machine dies here."""
-    temporary = path.with_name(f".{path.name}.tmp")  # one fixed name: the lock is held, and no garbage can pile up
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _extract(archive: Path, folder: Path, names: set[str]) -> None:
     """Write the named FILES from the archive; its other members, whatever their names and kinds, are not looked at.
 
@@ -256,7 +244,8 @@ def _extract(archive: Path, folder: Path, names: set[str]) -> None:
             if hashlib.md5(content, usedforsecurity=False).hexdigest() != FILES[name][0]:
                 continue
             del wanted[member.name]
-            _write_atomically(folder / name, content)
+            with written_whole(folder / name) as file:
+                file.write(content)
             if not wanted:
                 return
     raise UsageError(f"{archive} lacks a sound {', '.join(sorted(wanted.values()))}; delete it, and it is fetched anew")
@@ -306,9 +295,9 @@ def ensure_cifar10(data_dir: Path, *, need_test: bool) -> None:
     trouble = f"no CIFAR-10 in {data_dir}"
     if set(faults.values()) != {"missing"} or len(faults) < len(names):
         trouble = f"CIFAR-10 in {data_dir} is damaged: {_listed(faults)}"
-    if data_dir.exists() and not data_dir.is_dir():
-        raise UsageError(f"{data_dir} is not a folder; point --data-dir / CIFAR10_DIR at one")
     try:
+        if data_dir.exists() and not data_dir.is_dir():
+            raise UsageError(f"{data_dir} is not a folder; point --data-dir / CIFAR10_DIR at one")
         data_dir.mkdir(parents=True, exist_ok=True)
         with _one_process_at_a_time(data_dir):
             if faults := _faults(data_dir, names):  # else another process was faster

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar10 import UsageError
+from cifar10.files import written_whole
 
 
 def choose(output_dir: Path | None, recipe: str) -> Path:
@@ -56,9 +57,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write strict JSON so that readers see the old file or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with written_whole(path) as file:
+        file.write((json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:

@@ -29,17 +29,6 @@ IMAGES_PER_FILE = 4
 PATIENCE_SECONDS = 60  # only so that a broken test ends; nothing is timed
 
 
-@pytest.fixture
-def real_data_dir() -> Path:
-    """The folder that holds the real data set."""
-    if folder := os.environ.get("CIFAR10_DIR"):
-        return Path(folder)
-    folder = ROOT.parent / "shared" / "data"
-    if not (folder / data.FOLDER).is_dir():
-        pytest.skip("needs the real data set: set CIFAR10_DIR")
-    return folder
-
-
 # --- a tiny CIFAR-10, and a server that has it ------------------------------------------------------------------------
 
 
@@ -187,11 +176,11 @@ def open_folder() -> Iterator[Path]:
 
 
 @contextmanager
-def read_only(folder: Path) -> Iterator[None]:
-    """Nothing below `folder` (of `open_folder`) can be written, even if the tests run as root."""
+def read_only(folder: Path, mode: int = 0o555) -> Iterator[None]:
+    """Nothing below `folder` (of `open_folder`) can be written, even if the tests run as root; mode 0: nor read."""
     folders = [folder, *(path for path in folder.iterdir() if path.is_dir())]
-    for path in folders:
-        path.chmod(0o555)
+    for path in reversed(folders):
+        path.chmod(mode)
     if is_root := os.geteuid() == 0:
         os.seteuid(65534)
     try:
@@ -559,6 +548,7 @@ def test_two_processes_download_once(tiny, server, tmp_path):
     assert [process.wait(PATIENCE_SECONDS) for process in processes] == [0, 0], "".join(lines)
     assert server.ranges == [None]
     assert sum(line.startswith("waiting for another process") for line in lines) == 1, "".join(lines)
+    assert sum("files written" in line for line in lines) == 1  # whoever waited verifies again before it repairs
     tiny.assert_whole(tmp_path)
 
 
@@ -576,6 +566,14 @@ def test_a_file_is_not_a_folder(tiny, no_network, tmp_path):
 def test_an_unwritable_folder(tiny, no_network, open_folder, below):
     with read_only(open_folder):
         line = refusal(open_folder / below)
+    assert "Permission denied" in line
+    assert "--data-dir" in line
+
+
+def test_an_unreachable_folder(tiny, no_network, open_folder):
+    tiny.write(open_folder / "below")
+    with read_only(open_folder, mode=0):
+        line = refusal(open_folder / "below")
     assert "Permission denied" in line
     assert "--data-dir" in line
 
