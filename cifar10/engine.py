@@ -95,7 +95,8 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch's mean loss; at the last micro-batch of a step, average them over ranks."""
-        loss.register_hook(lambda gradient: self._poison(gradient, loss.detach()))
+        value = loss.detach()  # the hook must not hold the loss itself: that would be a cycle, and keep every graph alive
+        loss.register_hook(lambda gradient: self._poison(gradient, value))
         self.deepspeed.backward(loss, scale_wrt_gas=self._accumulation > 1)
         self._micro_batch += 1
 
@@ -149,7 +150,7 @@ class Engine:
         if limit:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
         elif (scaler := self.deepspeed.torch_autocast_z0_gradscaler) is not None:
-            norm = norm / scaler.get_scale()  # without clipping DeepSpeed leaves gradients multiplied by the loss scale
+            norm = norm / scaler._scale  # without clipping DeepSpeed leaves gradients scaled; get_scale() would be a sync
         self._grad_norm = norm
         self._flag_bad_step(norm)
 

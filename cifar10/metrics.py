@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
@@ -137,7 +138,7 @@ class ConsoleSink(Sink):
 
     def __init__(self, total_steps: int, total_epochs: float, first_step: int, global_images: int) -> None:
         self._console = Console(soft_wrap=True, highlight=False)
-        self._total_epochs = total_epochs
+        self._total_epochs = math.ceil(total_epochs)
         self._progress = None
         if self._console.is_terminal:
             self._progress = Progress(
@@ -149,6 +150,8 @@ class ConsoleSink(Sink):
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[speed]}"),
                 console=self._console,
+                refresh_per_second=4,
+                transient=True,
             )
             self._task = self._progress.add_task("training", total=total_steps, completed=first_step, speed="")
             self._progress.start()
@@ -165,7 +168,7 @@ class ConsoleSink(Sink):
             self._progress.update(
                 self._task,
                 completed=row.step,
-                description=f"epoch {row.epoch}/{self._total_epochs:g}  loss {row.loss:.4f}  train accuracy {row.accuracy:.2%}",
+                description=f"epoch {row.epoch}/{self._total_epochs}  loss {row.loss:.4f}  train accuracy {row.accuracy:.2%}",
                 speed=f"{speed * self._global_images:,.0f} images/s" if speed else "",
             )
 
@@ -173,7 +176,7 @@ class ConsoleSink(Sink):
         val = f"  val loss {row.val.loss:.4f} accuracy {row.val.accuracy:.2%}" if row.val else ""
         skipped = f"  skipped {row.skipped} steps" if row.skipped else ""
         self.line(
-            f"epoch {row.epoch}/{self._total_epochs:g}  train loss {row.train.loss:.4f} accuracy {row.train.accuracy:.2%}{val}"
+            f"epoch {row.epoch}/{self._total_epochs}  train loss {row.train.loss:.4f} accuracy {row.train.accuracy:.2%}{val}"
             f"  lr {row.lr:.6f}  grad norm {row.grad_norm:.3f}  {row.train.throughput:,.0f} images/s{skipped}"
         )
 

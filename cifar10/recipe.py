@@ -18,13 +18,19 @@ import os
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from cifar10 import UsageError
 
 PROJECT = Path(__file__).resolve().parent.parent
+
+# Options whose default the help text explains in words.
+_Whole = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
+_Number = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="")]
+_File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
+_Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
 
 
 @dataclass(frozen=True)
@@ -76,24 +82,24 @@ class Options:
 
     recipe: str = "bn_cnn"
     """A name from recipes/, or the recipe.json of an earlier run."""
-    deepspeed_config: Path | None = None
+    deepspeed_config: _File = None
     """DeepSpeed's JSON; default: the recipe's own."""
-    lr: float | None = None
+    lr: _Number = None
     """Base learning rate, instead of the JSON's."""
-    global_batch_size: int | None = None
+    global_batch_size: _Whole = None
     """Images per step over all ranks and accumulation, instead of the JSON's."""
-    data_dir: Path = Path("data")
+    data_dir: Annotated[Path, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = Path("data")
     """Where CIFAR-10 is looked for, or downloaded to (default: $CIFAR10_DIR, else data/)."""
-    output_dir: Path | None = None
+    output_dir: _Folder = None
     """The run's own folder (default: runs/<recipe>-<time>). The same command with the same folder continues the run."""
     resume: str = "auto"
     """auto: continue an unfinished run in --output-dir; never: refuse a folder that is not empty; or the path of another
     run's folder, whose newest checkpoint this run then starts from."""
-    max_steps: int | None = None
+    max_steps: _Whole = None
     """End the run in good order after this many steps; the schedule stays that of --epochs."""
-    test_images: int | None = None
+    test_images: _Whole = None
     """How many test images the final test uses (default: all); 0 leaves the test split unopened, as tuning should."""
-    threads: int | None = None
+    threads: _Whole = None
     """CPU threads per rank (default: cores of this machine over ranks on it)."""
     log_every_steps: int = 100
     """Steps between two rows of steps.csv; nothing is read back from the device in between."""
@@ -236,6 +242,7 @@ def _one_line(printed: str) -> str:
     while lines and not lines[0]:
         lines.pop(0)
     sentence = " ".join(lines[: lines.index("")] if "" in lines else lines).removeprefix("Error parsing ")
+    sentence = re.sub(r"^(--\S+): no type matching .* from \['(.*)'\]\.?$", r"\1 \2 is impossible; it takes a number", sentence)
     return f"{sentence.rstrip('.')}; --help lists every flag"
 
 

@@ -99,6 +99,16 @@ def test_the_run_folder_says_what_was_run(runs) -> None:
     assert [line.split(",")[0] for line in (folder / "steps.csv").read_text().splitlines()] == ["step", "4", "8"]
 
 
+def test_no_compiler_is_needed_and_nothing_is_built(tmp_path) -> None:
+    built = tmp_path / "extensions"
+    folder = tmp_path / "run"
+    flags = [*SHORT, "--max-steps", "2", "--output-dir", str(folder)]
+    process = run([*COMMANDS["python"], *flags], PATH=str(tmp_path), TORCH_EXTENSIONS_DIR=str(built), CC="", CXX="")
+    assert process.returncode == 0, process.stderr
+    assert summary(folder)["status"] == "finished"
+    assert not built.exists()
+
+
 def test_a_finished_run_is_not_run_again(runs) -> None:
     folder, _ = runs["main.py"]
     before = (folder / "summary.json").stat().st_mtime_ns
