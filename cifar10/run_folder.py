@@ -117,7 +117,7 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _environment(argv: list[str], facts: dict[str, Any]) -> dict[str, Any]:
+def environment(argv: list[str], facts: dict[str, Any]) -> dict[str, Any]:
     """When, by which command, with which versions, on what: one start of a run."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -139,7 +139,7 @@ def open_run(folder: Path, recipe_json: str, ds_config: dict[str, Any], resume: 
             write_json(folder / "ds_config.json", ds_config)
             write_json(folder / "recipe.json", json.loads(recipe_json))
         starts = (read_json(folder / "environment.json") or {}).get("starts", [])
-        write_json(folder / "environment.json", {"starts": [*starts, _environment(argv, facts)]})
+        write_json(folder / "environment.json", {"starts": [*starts, environment(argv, facts)]})
     except OSError as error:
         raise UsageError(f"--output-dir {folder} cannot be written to ({error.strerror}); name another folder") from None
 

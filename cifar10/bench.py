@@ -1,0 +1,259 @@
+"""How fast this program trains beside two loops that anyone would write, in one run: `python -m cifar10 bench`.
+
+    plain PyTorch     the loop of the tutorials: torchvision's CIFAR10 and transforms in a DataLoader with two workers,
+                      torch's SGD and clipping, `.item()` of the loss and the accuracy at every step
+    stock DeepSpeed   the same loop, to the letter, through `deepspeed.initialize` with the document's JSON as it is
+    this program      our loader, engine, step and tape, with the recipe bn_cnn_document
+
+The same network from the same weights, batch 32, fp32, one process, the JSON's learning rate, in rounds A B C A B C, so that
+whatever else the machine does meets all three. The stock loop is meant to be as good as such a script can be: the document's
+also fetches the norm of every single gradient, 12 more waits a step, and that is left out. Images per second of two runs or
+machines cannot be compared; the ratios of one run can. The losses show that all three learn.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count, islice
+from pathlib import Path
+from statistics import fmean, median
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from cifar10 import UsageError, ds_json, preflight, run_folder, world
+from cifar10.engine import Engine, prepare
+from cifar10.loader import MicroBatch
+from cifar10.preflight import Plan
+from cifar10.state import RunState
+from cifar10.tape import Tape, count_steps
+from cifar10.world import World
+from cifar10_deepspeed import build_model, calculate_accuracy, get_cifar10_dataloaders, load_images, train_step
+
+RECIPE = "bn_cnn_document"
+PLAIN, STOCK, OURS = "plain PyTorch", "stock DeepSpeed", "this program"
+RATIOS = ((STOCK, PLAIN), (OURS, STOCK))
+WORKERS, PREFETCHED = 2, 2  # of the DataLoader; batches that each worker prepares ahead (torch's default)
+LAST_STEPS = 50  # whose mean loss is reported
+
+
+# --- the two loops of others ------------------------------------------------------------------------------------------
+
+
+def tutorial_loader(plan: Plan, round_steps: int) -> Iterable[MicroBatch]:
+    """What a tutorial reads its images with; one iteration of it is one round.
+
+    A round is so much longer than `round_steps` that its workers are as busy at the last of these as at any before.
+    """
+    from torch.utils.data import DataLoader, RandomSampler
+    from torchvision import transforms
+    from torchvision.datasets import CIFAR10
+
+    recipe, batch = plan.recipe, plan.batch.global_images
+    augment = [transforms.RandomCrop(32, padding=recipe.crop_padding), transforms.RandomHorizontalFlip()]
+    transform = transforms.Compose([*augment, transforms.ToTensor(), transforms.Normalize(recipe.mean, recipe.std)])
+    if recipe.dataset == "cifar10":
+        dataset = CIFAR10(plan.options.data_dir, train=True, transform=transform)
+    else:
+        images, dataset = load_images(plan, "train"), CIFAR10.__new__(CIFAR10)  # all but the files is torchvision's own
+        vars(dataset).update(data=images.pixels, targets=images.labels.tolist(), transform=transform, target_transform=None)
+    shuffled = RandomSampler(dataset, num_samples=(round_steps + WORKERS * PREFETCHED) * batch)
+    workers: dict[str, Any] = {"num_workers": WORKERS, "prefetch_factor": PREFETCHED, "persistent_workers": True}
+    return DataLoader(dataset, batch, sampler=shuffled, **workers)
+
+
+class TutorialLoop:
+    """One step after another, the host waiting for the loss and the accuracy of each."""
+
+    def __init__(self, loader: Iterable[MicroBatch], device: torch.device, model: nn.Module, update: Callable[[Tensor], None]):
+        self.losses: list[float] = []
+        self.accuracies: list[float] = []
+        self._loader, self._device, self._model, self._update = loader, device, model, update
+
+    def batches(self) -> Iterator[MicroBatch]:
+        return iter(self._loader)
+
+    def step(self, batch: MicroBatch) -> None:
+        images, labels = (part.to(self._device) for part in batch)
+        outputs = self._model(images)
+        loss = F.cross_entropy(outputs, labels)
+        self._update(loss)
+        self.losses.append(loss.item())
+        self.accuracies.append(calculate_accuracy(outputs, labels))
+
+    def settle(self) -> None:
+        """Nothing is pending: every step has waited for itself."""
+
+
+def plain_loop(plan: Plan, here: World, loader: Iterable[MicroBatch]) -> TutorialLoop:
+    """The tutorial's loop in PyTorch alone, with the JSON's optimizer and clipping."""
+    config = ds_json.read(plan.options.deepspeed_config)
+    model = build_model(plan.recipe.model, plan.recipe.seed).to(here.device)
+    optimizer = torch.optim.SGD(model.parameters(), **config["optimizer"]["params"])
+
+    def update(loss: Tensor) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config["gradient_clipping"])
+        optimizer.step()
+
+    return TutorialLoop(loader, here.device, model, update)
+
+
+def deepspeed_engine(plan: Plan, here: World, config: dict[str, Any]) -> Any:
+    """DeepSpeed's engine around the recipe's network."""
+    model = build_model(plan.recipe.model, plan.recipe.seed).to(here.device)
+    return prepare().initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+
+
+def stock_loop(plan: Plan, here: World, loader: Iterable[MicroBatch]) -> TutorialLoop:
+    """The same loop through DeepSpeed, and the JSON as it stands: none of `ds_json.resolve`, none of `Engine`."""
+    engine = deepspeed_engine(plan, here, ds_json.read(plan.options.deepspeed_config))
+
+    def update(loss: Tensor) -> None:
+        engine.backward(loss)
+        engine.step()
+
+    return TutorialLoop(loader, here.device, engine, update)
+
+
+# --- ours -------------------------------------------------------------------------------------------------------------
+
+
+class OurLoop:
+    """What `train_one_epoch` does: nothing is read back from the device until the tape is full."""
+
+    def __init__(self, plan: Plan, here: World, round_steps: int) -> None:
+        self.losses: list[float] = []
+        self._recipe, self._here, self._round_steps = plan.recipe, here, round_steps
+        loader, _ = get_cifar10_dataloaders(plan, here)
+        self._global_images, self._stream = loader.global_images, (step for epoch in count() for step in loader.epoch(epoch))
+        self._engine = Engine(deepspeed_engine(plan, here, plan.ds_config), here)
+        self._tape, self._state = Tape(plan.options.log_every_steps, here.device), RunState()
+
+    def batches(self) -> Iterator[list[MicroBatch]]:
+        return islice(self._stream, self._round_steps)
+
+    def step(self, batch: list[MicroBatch]) -> None:
+        train_step(self._engine, batch, 1.0, self._recipe.label_smoothing, self._tape)
+        if self._tape.is_full:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for the device, and count what the last steps measured."""
+        rows, limit = self._tape.read(self._here), self._recipe.max_skipped_in_a_row
+        count_steps(rows, self._state, global_images=self._global_images, max_skipped_in_a_row=limit)
+        self.losses.extend(row[0] for row in rows)
+
+
+# --- the measurement --------------------------------------------------------------------------------------------------
+
+
+def seconds_per_round(loop: TutorialLoop | OurLoop, warmup_steps: int, steps: int) -> float:
+    """The wall time of `steps` steps, once `warmup_steps` have brought workers, caches and allocator to their usual state."""
+    batches = loop.batches()
+    for batch in islice(batches, warmup_steps):
+        loop.step(batch)
+    loop.settle()
+    started = time.perf_counter()
+    for batch in islice(batches, steps):
+        loop.step(batch)
+    loop.settle()
+    seconds = time.perf_counter() - started
+    deque(batches, maxlen=0)  # take what the workers prepared ahead: with nothing left to do, they sleep in others' rounds
+    return seconds
+
+
+def measure(plan: Plan, here: World, rounds: int, warmup_steps: int, steps: int, console: Console) -> dict[str, Any]:
+    """Images per second of every loop in every round, and the loss that each came to."""
+    loader, ours = tutorial_loader(plan, warmup_steps + steps), OurLoop(plan, here, warmup_steps + steps)
+    loops = {PLAIN: plain_loop(plan, here, loader), STOCK: stock_loop(plan, here, loader), OURS: ours}
+    speeds: dict[str, list[float]] = {name: [] for name in loops}
+    for number in range(1, rounds + 1):
+        for name, loop in loops.items():
+            speeds[name].append(steps * plan.batch.global_images / seconds_per_round(loop, warmup_steps, steps))
+        console.print(f"round {number}/{rounds}: " + ", ".join(f"{name} {speeds[name][-1]:,.0f}" for name in loops))
+    rows = {}
+    for name, loop in loops.items():
+        learned = {"steps": len(loop.losses), "final_loss": fmean(loop.losses[-LAST_STEPS:])}
+        rows[name] = {"images_per_second": speeds[name], "median": median(speeds[name]), **learned}
+    return rows
+
+
+def compare(rows: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each of RATIOS: the quotient of the medians, and those of the rounds."""
+    quotients = []
+    for name, base in RATIOS:
+        rounds = zip(rows[name]["images_per_second"], rows[base]["images_per_second"], strict=True)
+        ratio = rows[name]["median"] / rows[base]["median"]
+        quotients.append({"of": name, "to": base, "ratio": ratio, "per_round": [this / that for this, that in rounds]})
+    return quotients
+
+
+def show(rows: dict[str, Any], ratios: list[dict[str, Any]], console: Console) -> None:
+    """How fast, how well, and how many times as fast."""
+
+    def spread(values: list[float], spec: str) -> str:
+        return f"{min(values):{spec}} .. {max(values):{spec}}"
+
+    speeds = Table("loop", "images/s, median", "min .. max", f"loss, last {LAST_STEPS} steps")
+    for name, row in rows.items():
+        speeds.add_row(name, f"{row['median']:,.0f}", spread(row["images_per_second"], ",.0f"), f"{row['final_loss']:.4f}")
+    times = Table("times as fast", "of the medians", "min .. max of the rounds")
+    for row in ratios:
+        times.add_row(f"{row['of']} / {row['to']}", f"{row['ratio']:.2f}", spread(row["per_round"], ".2f"))
+    for table in (speeds, times):
+        for column in table.columns[1:]:
+            column.justify = "right"
+        console.print(table)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def run(
+    dataset: Literal["cifar10", "synthetic"] = "cifar10",
+    data_dir: Path | None = None,
+    rounds: int = 5,
+    steps: int = 200,
+    warmup_steps: int = 20,
+    threads: int | None = None,
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+) -> None:
+    """Images per second of this program beside a plain PyTorch loop and a stock DeepSpeed one, and the ratios.
+
+    Args:
+        dataset: The images: the real data set, or synthetic ones that need no download.
+        data_dir: Where CIFAR-10 lies, or is downloaded to (default: $CIFAR10_DIR, else data/).
+        rounds: How often each loop is timed, in turns.
+        steps: Steps that are timed, per loop and round.
+        warmup_steps: Steps before them that are not.
+        threads: CPU threads of the training process (default: cores of this machine).
+        json_file: Where to write the numbers of every round.
+    """
+    if min(rounds, steps, warmup_steps + 1) < 1:
+        raise UsageError("--rounds and --steps must be whole numbers from 1 up, --warmup-steps from 0 up")
+    flags = {"--recipe": RECIPE, "--dataset": dataset, "--data-dir": data_dir, "--threads": threads}
+    plan = preflight.check([f"{flag}={value}" for flag, value in flags.items() if value is not None], 1, "bench")
+    console, here = Console(highlight=False), world.join(threads)
+    try:
+        facts = {"cores": world.cores(), "threads": torch.get_num_threads(), "device": str(here.device)}
+        environment = run_folder.environment(["python", "-m", "cifar10", *sys.argv[1:]], facts)
+        console.print("\n".join(f"{key}: {value}" for key, value in environment.items()), soft_wrap=True)
+        rows = measure(plan, here, rounds, warmup_steps, steps, console)
+    finally:
+        world.leave()
+    ratios = compare(rows)
+    show(rows, ratios, console)
+    if json_file is not None:
+        sizes = {"batch_images": plan.batch.global_images, "rounds": rounds, "steps": steps, "warmup_steps": warmup_steps}
+        settings = {"recipe": RECIPE, "dataset": dataset, "data_loader_workers": WORKERS, **sizes}
+        run_folder.write_json(json_file, {"environment": environment, "settings": settings, "rows": rows, "ratios": ratios})
