@@ -138,19 +138,25 @@ def get_lr_schedule(epoch: int, initial_lr: float, warmup_epochs: float = 5, tot
     return initial_lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
+    """Steps of the whole schedule: --epochs in steps, rounded, and at least one."""
+    return max(1, round(recipe.epochs * steps_per_epoch))
+
+
 def lr_multiplier(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     """What the base learning rate is multiplied by at `step`, a pure function of it.
 
     Moving per step, a step counts as its middle, e = (step + 1/2) / steps_per_epoch epochs, so that the first and the last
     step both learn: min(1, e / warmup), then a cosine to 0. The warmup is at most a tenth of the run.
     """
-    warmup = min(recipe.warmup_epochs, recipe.epochs / 10)
+    epochs = total_steps(recipe, steps_per_epoch) / steps_per_epoch  # those of whole steps, so that no step lies behind the end
+    warmup = min(recipe.warmup_epochs, epochs / 10)
     if recipe.lr_moves == "per-epoch":
-        return get_lr_schedule(step // steps_per_epoch, 1.0, warmup, recipe.epochs)
+        return get_lr_schedule(step // steps_per_epoch, 1.0, warmup, epochs)
     epoch = (step + 0.5) / steps_per_epoch
     if epoch < warmup:
         return epoch / warmup
-    return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (recipe.epochs - warmup)))
+    return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
 
 
 # --- the measures -----------------------------------------------------------------------------------------------------
@@ -382,15 +388,15 @@ def start_run(plan: Plan, here: World, folder: Path) -> tuple[Run, RunState]:
     engine = Engine(deepspeed_engine, here)
     start_from = None if options.resume in ("auto", "never") else Path(options.resume) / "checkpoints"
     state = checkpoint.resume(folder / "checkpoints", start_from, engine, here)
-    total_steps = max(1, round(recipe.epochs * train_loader.steps_per_epoch))
-    last_step = min(total_steps, options.max_steps or total_steps)
+    num_steps = total_steps(recipe, train_loader.steps_per_epoch)
+    last_step = min(num_steps, options.max_steps or num_steps)
     metrics = Metrics()
     if here.is_main:
         console = ConsoleSink(last_step, recipe.epochs, state.step, plan.batch.global_images)
         metrics = Metrics([console, CsvSink(folder, step=state.step, epoch=state.epoch)])
     tape, stop = Tape(options.log_every_steps, here.device), StopRequest(here)
     copy = build_model(recipe.model, recipe.seed).to(here.device)
-    return Run(plan, here, engine, train_loader, val_loader, copy, tape, metrics, stop, folder, total_steps, last_step), state
+    return Run(plan, here, engine, train_loader, val_loader, copy, tape, metrics, stop, folder, num_steps, last_step), state
 
 
 def describe(run: Run, state: RunState) -> None:

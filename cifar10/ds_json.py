@@ -20,8 +20,8 @@ from cifar10 import UsageError
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 TOP_LEVEL_KEYS = frozenset(
-    """activation_checkpointing aio amp autotuning bf16 checkpoint comms_logger communication_data_type compile csv_monitor
-    comet curriculum_learning data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather
+    """activation_checkpointing aio autotuning bf16 checkpoint comms_logger communication_data_type compile csv_monitor
+    comet data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather
     disable_python_gc dump_state expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op
     gradient_clipping gradient_predivide_factor hybrid_engine log_level managed_gradient_accumulation memory_breakdown
     optimizer pipeline prescale_gradients scheduler seq_parallel_communication_data_type steps_per_print tensor_parallel
@@ -41,12 +41,31 @@ SECTION_KEYS = {
     "bf16": frozenset(
         "enabled check_grad_overflow immediate_grad_update bf16_master_weights_and_grads bf16_optimizer_states".split()
     ),
+    "zero_optimization": frozenset(
+        """allgather_bucket_size allgather_partitions allgather_sequential compute_grad_norm contiguous_gradients
+        cpu_offload cpu_offload_param cpu_offload_use_pin_memory elastic_checkpoint enable_sanity_checks
+        gather_16bit_weights_on_model_save ignore_unused_parameters leaf_module legacy_stage1 load_from_fp32_weights
+        log_trace_cache_warnings max_live_parameters max_reuse_distance memory_efficient_linear
+        model_persistence_threshold module_granularity_threshold offload_optimizer offload_param overlap_comm
+        override_module_apply param_persistence_threshold parameter_alignment pipeline_loading_checkpoint
+        prefetch_bucket_size reduce_bucket_size reduce_scatter round_robin_gradients save_muon_momentum_buffer_in_memory
+        stage stage3_allgather_sequential stage3_gather_16bit_weights_on_model_save
+        stage3_gather_fp16_weights_on_model_save stage3_max_live_parameters stage3_max_reuse_distance
+        stage3_model_persistence_threshold stage3_module_granularity_threshold stage3_param_persistence_threshold
+        stage3_prefetch_bucket_size stage3_use_all_reduce_for_fetch_params sub_group_size
+        use_all_reduce_for_fetch_params use_multi_rank_bucket_allreduce zenflow zero_hpz_partition_size
+        zero_quantized_gradients zero_quantized_nontrainable_weights zero_quantized_weights""".split()
+    ),
+    "timers": frozenset({"throughput"}),
 }
 
 OPTIMIZER_PARAMS = {
     "sgd": frozenset("lr momentum dampening weight_decay nesterov maximize foreach differentiable fused".split()),
-    "adam": frozenset("lr betas eps weight_decay amsgrad bias_correction torch_adam adam_w_mode fused foreach".split()),
+    "adam": frozenset("lr betas eps weight_decay amsgrad maximize differentiable adam_w_mode torch_adam fused foreach".split()),
 }
+# torch.optim's classes, and DeepSpeed's own names, which it reads in any case
+TORCH_OPTIMIZERS = "ASGD Adadelta Adafactor Adagrad Adam AdamW Adamax Muon NAdam RAdam RMSprop Rprop SGD".split()
+DEEPSPEED_OPTIMIZERS = "adagrad adam adamw lamb lion muadam muadamw muon musgd".split()
 OPTIMIZER_PARAMS["adamw"] = OPTIMIZER_PARAMS["adam"]
 
 
@@ -86,7 +105,7 @@ def read(path: Path) -> dict[str, Any]:
         raise UsageError(f"--deepspeed_config {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UsageError(f"--deepspeed_config {path} is not a text file in UTF-8") from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, OverflowError) as error:  # the last for 1e999
         raise UsageError(f"--deepspeed_config {path} is not JSON: {str(error).splitlines()[0]}") from None
     if not isinstance(config, dict):
         raise UsageError(f"--deepspeed_config {path} must hold one JSON object: {{...}}")
@@ -136,13 +155,13 @@ def check(config: dict[str, Any]) -> None:
             raise UsageError(f"{section}.enabled must be true or false")
     if sum(config.get(section, {}).get("enabled", False) for section in ("fp16", "bf16", "torch_autocast")) > 1:
         raise UsageError("more than one of fp16, bf16 and torch_autocast is enabled; enable one")
+    if not isinstance(config.get("timers", {}).get("throughput", {}), dict):
+        raise UsageError('timers.throughput must be an object: {"enabled": true}')
     _check_zero(config.get("zero_optimization", {}))
     _check_optimizer(config.get("optimizer"))
 
 
-def _check_zero(zero: Any) -> None:
-    if not isinstance(zero, dict):
-        raise UsageError("'zero_optimization' must be an object: {\"stage\": 0}")
+def _check_zero(zero: dict[str, Any]) -> None:
     if zero.get("stage", 0) not in (0, 1, 2, 3) or isinstance(zero.get("stage"), bool):
         raise UsageError(f"zero_optimization.stage is {zero['stage']!r}; it must be 0, 1, 2 or 3")
 
@@ -153,6 +172,11 @@ def _check_optimizer(optimizer: Any) -> None:
     name, params = optimizer.get("type"), optimizer.get("params", {})
     if not isinstance(name, str):
         raise UsageError('optimizer.type must be a name, as in "SGD"')
+    if name not in TORCH_OPTIMIZERS and name.lower() not in DEEPSPEED_OPTIMIZERS:
+        spelt = {known.lower(): known for known in (*DEEPSPEED_OPTIMIZERS, *TORCH_OPTIMIZERS)}
+        near = difflib.get_close_matches(name.lower(), spelt, n=1, cutoff=0.5)
+        hint = f"; did you mean {spelt[near[0]]!r}?" if near else f"; there are: {', '.join(TORCH_OPTIMIZERS)}"
+        raise UsageError(f"unknown optimizer.type {name!r}{hint}")
     if not isinstance(params, dict):
         raise UsageError('optimizer.params must be an object: {"lr": 0.1}')
     if name.lower() in OPTIMIZER_PARAMS:
@@ -201,9 +225,9 @@ def batch(config: dict[str, Any], world_size: int) -> Batch:
 
 
 def resolve(config: dict[str, Any], world_size: int) -> tuple[dict[str, Any], Batch, list[str]]:
-    """`config` as it is handed to DeepSpeed, its batch, and one line for each thing that was changed.
+    """`config` as it is handed to DeepSpeed, its batch, and a line for each change that a user should know of.
 
-    What is changed, and why (none of it changes what the JSON means):
+    What is changed, and why (none of it changes what the JSON means; what only saves time or memory gets no line):
     - the batch triple is filled in for this world size;
     - a missing gradient_clipping is written out as DeepSpeed's default, 1.0;
     - the throughput timer, which waits for the device twice a step, is off unless asked for;
@@ -227,6 +251,10 @@ def resolve(config: dict[str, Any], world_size: int) -> tuple[dict[str, Any], Ba
     _settle_precision(config, notes)
     _settle_zero(config, notes)
     _settle_optimizer(config)
+    if config.get("scheduler"):
+        notes.append(
+            f"learning rate: the JSON's scheduler {config['scheduler'].get('type')} moves it, not the recipe's schedule"
+        )
     return config, sizes, notes
 
 
@@ -255,5 +283,6 @@ def _settle_optimizer(config: dict[str, Any]) -> None:
     name, params = config["optimizer"]["type"].lower(), config["optimizer"].setdefault("params", {})
     if name in ("adam", "adamw"):
         params.setdefault("torch_adam", True)  # DeepSpeed's FusedAdam needs a compiler, on the CPU as well
-    if name in OPTIMIZER_PARAMS and not params.get("foreach") and not params.get("differentiable"):
+    plain = name == "sgd" or (name in OPTIMIZER_PARAMS and params["torch_adam"])
+    if plain and not params.get("foreach") and not params.get("differentiable"):
         params.setdefault("fused", True)

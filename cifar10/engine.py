@@ -107,8 +107,9 @@ class Engine:
         """
         last = self._micro_batch == self._accumulation
         if last:
-            for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-                group["lr"] = base * lr_multiplier
+            if self.deepspeed.lr_scheduler is None:  # else the learning rate is the JSON's scheduler's
+                for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+                    group["lr"] = base * lr_multiplier
             if not self._zero and not self.deepspeed.gradient_clipping():
                 self._measure_and_clip()
         self.deepspeed.step()

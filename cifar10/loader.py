@@ -44,7 +44,8 @@ class TrainLoader:
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[MicroBatch]]:
         """Each step's micro-batches, from step `first_step` of `epoch` to its end."""
         chunk_steps = max(1, CHUNK_IMAGES * self.world_size // self.global_images)
-        for indices in self.rank_indices(epoch)[first_step:].split(chunk_steps):
+        rest = self.rank_indices(epoch)[first_step:]
+        for indices in rest.split(chunk_steps) if len(rest) else ():
             yield from self._steps(indices.to(self.labels.device, non_blocking=True), epoch)
 
     def _steps(self, indices: Tensor, epoch: int) -> Iterator[list[MicroBatch]]:
@@ -72,6 +73,6 @@ class EvaluationLoader:
         return len(self.labels)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        mine = torch.arange(self.rank, len(self.labels), self.world_size, device=self.labels.device)
-        for indices in mine.split(self.batch_images):
+        mine = torch.arange(len(self.labels), device=self.labels.device)[self.rank :: self.world_size]
+        for indices in mine.split(self.batch_images) if len(mine) else ():
             yield self.normalise(augment.centre(self.store, indices)), self.labels[indices]

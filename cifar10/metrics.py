@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cifar10.files import written_whole
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,15 @@ class CsvSink(Sink):
         self._metrics, self._steps = csv.writer(self._metrics_file), csv.writer(self._steps_file)
 
     @staticmethod
-    def _open(path: Path, header: Iterable[str], last: int) -> TextIO:
-        """Open for appending after the rows whose first column is at most `last`."""
-        rows = list(csv.reader(path.open(newline="", encoding="utf-8")))[1:] if path.exists() else []
-        file = path.open("w", newline="", encoding="utf-8", buffering=1)
-        csv.writer(file).writerows([header, *(row for row in rows if row and int(row[0]) <= last and row[1:2] != ["test"])])
-        return file
+    def _open(path: Path, header: Sequence[str], last: int) -> TextIO:
+        """Open for appending after the rows whose first column is at most `last`; a row that a crash has torn is cut."""
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        rows = [line.split(",") for line in text.splitlines()[1:]]
+        whole = (row for row in rows if len(row) == len(header) and row[0].isdecimal())
+        kept = [row for row in whole if int(row[0]) <= last and row[1] != "test"]
+        with written_whole(path) as file:
+            file.write("".join(",".join(row) + "\r\n" for row in [header, *kept]).encode())
+        return path.open("a", newline="", encoding="utf-8", buffering=1)
 
     def _split(self, epoch: int, phase: str, result: SplitResult) -> None:
         accuracy = f"{result.accuracy:.6f}"
@@ -137,7 +142,7 @@ class ConsoleSink(Sink):
     """With a terminal a live line with images/s and the time left; without, one line per epoch that greps well."""
 
     def __init__(self, total_steps: int, total_epochs: float, first_step: int, global_images: int) -> None:
-        self._console = Console(soft_wrap=True, highlight=False)
+        self._console = Console(soft_wrap=True, highlight=False, emoji=False)
         self._total_epochs = math.ceil(total_epochs)
         self._progress = None
         if self._console.is_terminal:

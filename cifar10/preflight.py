@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def check(argv: list[str], world_size: int, program: str, description: str | Non
     config, batch, notes = ds_json.resolve(config, world_size)
     _check_sizes(recipe, options, batch)
     plan = Plan(recipe, options, config, batch, notes)
-    if options.resume not in ("auto", "never") and not (Path(options.resume) / "checkpoints" / "latest").is_file():
+    if options.resume not in ("auto", "never") and not os.path.isfile(Path(options.resume) / "checkpoints" / "latest"):
         raise UsageError(
             f"--resume {options.resume}: no checkpoint there; type auto, never, or the folder of a run that has one"
         )
@@ -67,7 +68,7 @@ def _check_sizes(recipe: Recipe, options: Options, batch: ds_json.Batch) -> None
     if batch.global_images > train_images:
         raise UsageError(
             f"global batch {batch.global_images} is larger than the {train_images} training images;"
-            f" try --global-batch-size {min(128, train_images // batch.world_size * batch.world_size)}"
+            f" try --global-batch-size {min(128, train_images) // batch.world_size * batch.world_size}"
         )
     if options.test_images is not None and options.test_images > TEST_IMAGES:
         raise UsageError(f"--test-images {options.test_images}: there are {TEST_IMAGES}; type 0 to {TEST_IMAGES}")

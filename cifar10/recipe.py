@@ -17,8 +17,9 @@ import math
 import os
 import re
 from dataclasses import dataclass, fields
+from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -130,7 +131,14 @@ def _check(settings: Recipe | Options, name: str, ok: bool, wanted: str) -> None
 
 
 def _example(name: str) -> object:
-    examples = {"epochs": 50, "std": "0.2023 0.1994 0.201", "lr": 0.1, "global_batch_size": 128, "val_images": 5000}
+    examples = {
+        "epochs": 50,
+        "mean": "0.4914 0.4822 0.4465",
+        "std": "0.2023 0.1994 0.201",
+        "lr": 0.1,
+        "global_batch_size": 128,
+        "val_images": 5000,
+    }
     defaults = {
         f.name: f.default for cls in (Recipe, Options) for f in fields(cls) if f.default not in (None, dataclasses.MISSING)
     }
@@ -148,7 +156,8 @@ def check_recipe(recipe: Recipe) -> None:
     for name in ("epochs", "min_improvement", "plateau_lr_factor"):
         value = getattr(recipe, name)
         _check(recipe, name, math.isfinite(value) and value > 0, positive)
-    for name in ("patience", "crop_padding", "val_images", "seed", "split_seed"):
+    _check(recipe, "crop_padding", 0 <= recipe.crop_padding <= 32, "a whole number from 0 to 32, the size of an image")
+    for name in ("patience", "val_images", "seed", "split_seed"):
         _check(recipe, name, 0 <= getattr(recipe, name) < 2**31, "a whole number from 0 up")
     for name in ("plateau_patience", "max_skipped_in_a_row"):
         _check(recipe, name, getattr(recipe, name) >= 1, "a whole number from 1 up")
@@ -188,18 +197,33 @@ def load(name: str) -> Experiment:
     return importlib.import_module(f"recipes.{name}").EXPERIMENT
 
 
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON can stand where a field of this type is wanted."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is_a, value, kinds))
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
 def _load_json(path: Path) -> Experiment:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         values = content["settings"]
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         recipe = Recipe(**settings)
+        for name, kind in get_type_hints(Recipe).items():
+            if not _is_a(getattr(recipe, name), kind):
+                raise TypeError(f"{name} is {values[name]!r}")
         check_recipe(recipe)
     except UsageError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UsageError(f"--recipe {path} is not the recipe.json of a run: {type(error).__name__}: {error}") from None
-    return Experiment(recipe, deepspeed_config=str(path.parent / "ds_config.json"))
+    return Experiment(recipe, deepspeed_config=str(path.absolute().parent / "ds_config.json"))
 
 
 def as_json(recipe: Recipe, name: str) -> str:
@@ -227,13 +251,14 @@ class _CommandLine:
 
 
 def _early_value(argv: list[str], flag: str) -> str | None:
-    """The value of one flag, read before the others because their defaults depend on it."""
-    for at, word in enumerate(argv):
-        if word == flag and at + 1 < len(argv):
-            return argv[at + 1]
-        if word.startswith(flag + "="):
-            return word[len(flag) + 1 :]
-    return None
+    """The last value of one flag, read before the others because their defaults depend on it."""
+    value = None
+    for word, following in zip_longest(argv, argv[1:]):
+        if word == flag:
+            value = following
+        elif word.startswith(flag + "="):
+            value = word[len(flag) + 1 :]
+    return value
 
 
 def _one_line(printed: str) -> str:
@@ -244,6 +269,15 @@ def _one_line(printed: str) -> str:
     sentence = " ".join(lines[: lines.index("")] if "" in lines else lines).removeprefix("Error parsing ")
     sentence = re.sub(r"^(--\S+): no type matching .* from \['(.*)'\]\.?$", r"\1 \2 is impossible; it takes a number", sentence)
     return f"{sentence.rstrip('.')}; --help lists every flag"
+
+
+def _refuse_empty(argv: list[str]) -> None:
+    """Raise UsageError for a flag without its value, as `--output-dir "$UNSET"` leaves it."""
+    for flag, word in zip(["", *argv], argv, strict=False):
+        if not word or re.fullmatch("--.*=", word):
+            raise UsageError(
+                f"{flag or 'a word' if not word else word[:-1]} is empty; type a value after it, or leave the flag out"
+            )
 
 
 def _refuse_unknown(words: list[str]) -> None:
@@ -261,7 +295,9 @@ def parse(argv: list[str], program: str = "cifar10_deepspeed.py", description: s
     Raises UsageError (one line) for whatever cannot be meant. `--help` prints and exits with 0.
     """
     argv = without_launcher_flags(argv)
-    experiment = load(_early_value(argv, "--recipe") or Options.recipe)
+    _refuse_empty(argv)
+    name = _early_value(argv, "--recipe")
+    experiment = load(Options.recipe if name is None else name)
     options = Options(
         data_dir=Path(os.environ.get("CIFAR10_DIR") or "data"),
         deepspeed_config=PROJECT / experiment.deepspeed_config,  # an absolute path stays as it is

@@ -16,6 +16,7 @@ import shlex
 import subprocess
 import time
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,10 @@ def choose(output_dir: Path | None, recipe: str) -> Path:
 
 def refuse_unwritable(folder: Path) -> None:
     """Raise UsageError unless `folder`, or the nearest folder above it that exists, can be written to."""
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    try:
+        existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    except OSError as error:
+        raise UsageError(f"--output-dir {folder}: {error.strerror}; name another folder") from None
     if not existing.is_dir():
         raise UsageError(f"--output-dir {folder}: {existing} is a file; name a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -78,6 +82,8 @@ def refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
     saved_recipe, saved_config = read_json(folder / "recipe.json"), read_json(folder / "ds_config.json")
     if saved_recipe is None or saved_config is None:
         return
+    if not isinstance(saved_recipe.get("settings"), dict):
+        raise UsageError(f"{folder / 'recipe.json'} is damaged (no settings); move it away, or name another --output-dir")
     ours = _flat({"recipe": settings["recipe"], "deepspeed": settings["deepspeed"]})
     theirs = _flat({"recipe": saved_recipe["settings"], "deepspeed": saved_config})
     free = {"deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps"}
@@ -149,13 +155,11 @@ def command_to_continue(start: str, argv: list[str], folder: Path) -> str:
     start = os.environ.get("CIFAR10_STARTED_BY", start)  # main.py says how it was started
     if "UV_RUN_RECURSION_DEPTH" in os.environ and not start.startswith("uv run"):
         start = f"uv run {start}"
-    words, skip = [], False
-    for word in argv:
-        if (
-            not skip
-            and word not in ("--output-dir", "--output_dir")
-            and not word.startswith(("--output-dir=", "--output_dir="))
-        ):
-            words.append(word)
-        skip = not skip and word in ("--output-dir", "--output_dir")
+    words, rest = [], iter(argv)
+    for word in rest:
+        flag, equals, _ = word.partition("=")
+        pair = [word] if equals or flag not in ("--output-dir", "--output_dir", "--resume") else [word, *islice(rest, 1)]
+        never = flag == "--resume" and pair[-1].removeprefix("--resume=") == "never"  # the folder is not empty any more
+        if flag not in ("--output-dir", "--output_dir") and not never:
+            words += pair
     return f"{start} {shlex.join([*words, '--output-dir', str(folder)])}"

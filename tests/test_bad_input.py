@@ -1,0 +1,261 @@
+"""Bad input, whole: refused in one clear line before anything starts, and nothing is left behind.
+
+Single values and keys are tried in test_recipe.py and test_ds_json.py; here a whole command line meets the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cifar10 import UsageError, data
+from cifar10.preflight import Plan, check
+from tests.launching import PROJECT, run
+
+SOUND = {"train_batch_size": 32, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+
+
+@pytest.fixture
+def closed_url() -> Iterator[str]:
+    """An address of this machine that refuses every connection."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # and does not listen
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}/cifar-10-python.tar.gz"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, closed_url) -> Path:
+    """An empty working folder, without a data set and without a network."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("CIFAR10_DIR", raising=False)
+    monkeypatch.setenv("CIFAR10_URL", closed_url)
+    monkeypatch.setenv("no_proxy", "*")
+    return folder
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Every path below `folder`, with its content if it is a file."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def plan(*argv: str, world_size: int = 1) -> Plan:
+    return check(list(argv), world_size, "cifar10_deepspeed.py")
+
+
+def refusal(here: Path, *argv: str, world_size: int = 1, may_add: tuple[str, ...] = ()) -> str:
+    """The one line with which a command line is refused; nothing on the disk has changed but what `may_add` names."""
+    before = tree(here)
+    with pytest.raises(UsageError) as caught:
+        plan(*argv, world_size=world_size)
+    assert {path: content for path, content in tree(here).items() if path not in may_add} == before
+    message = str(caught.value)
+    assert message.strip()
+    assert len(message.splitlines()) == 1
+    return message
+
+
+def test_what_is_refused_below_is_refused_for_its_fault_alone(here):
+    for world_size in (1, 2, 4):
+        plan("--dataset", "synthetic", "--output-dir", "run", "--global-batch-size", "128", world_size=world_size)
+    assert tree(here) == {}
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ("--recipe resnet99", "--recipe resnet99 is unknown"),
+        ("--recipe recipe.json", "recipe.json"),
+        ("--epoch 3", "did you mean --epochs?"),
+        ("--dataset imagenet", "cifar10"),
+        ("--model bn_cmm", "did you mean bn_cnn?"),
+        ("--epochs 0", "--epochs"),
+        ("--epochs -3", "--epochs"),
+        ("--lr 0", "--lr"),
+        ("--lr -0.1", "--lr"),
+        ("--max-steps 0", "--max-steps"),
+        ("--threads 0", "--threads"),
+        ("--global-batch-size -32", "--global-batch-size"),
+        ("--val-images -1", "--val-images"),
+        ("--val-images 50000", "type 0 to 49999"),
+        ("--test-images -5", "--test-images"),
+        ("--test-images 10001", "type 0 to 10000"),
+        ("--resume elsewhere", "--resume elsewhere"),
+        ("--deepspeed_config absent.json", "absent.json cannot be read"),
+    ],
+)
+def test_a_command_line_that_cannot_be_meant(here, argv, says):
+    message = refusal(here, "--dataset", "synthetic", "--output-dir", "run", *argv.split())
+    assert says in message
+
+
+@pytest.mark.parametrize("world_size", [3, 6, 7])
+def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(here, world_size):
+    message = refusal(here, "--dataset", "synthetic", "--global-batch-size", "32", world_size=world_size)
+    assert plan("--dataset", "synthetic", *message.split("try ")[1].split(), world_size=world_size).batch.global_images > 0
+
+
+@pytest.mark.parametrize(("val_images", "batch"), [(5_000, 45_001), (0, 50_001), (49_990, 11)])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_batch_larger_than_the_training_split_is_refused_with_one_that_fits(here, val_images, batch, world_size):
+    batch += -batch % world_size
+    base = ["--dataset", "synthetic", "--val-images", str(val_images)]
+    message = refusal(here, *base, "--global-batch-size", str(batch), world_size=world_size)
+    advice = message.split("try ")[1].split()
+    assert plan(*base, *advice, world_size=world_size).batch.global_images <= 50_000 - val_images
+
+
+def test_a_batch_of_the_whole_training_split_is_allowed(here):
+    assert plan("--dataset", "synthetic", "--global-batch-size", "45000").batch.global_images == 45_000
+
+
+# --- DeepSpeed's JSON -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "mine.json"),
+        (json.dumps(SOUND)[:40], "is not JSON"),
+        ("[]", "must hold one JSON object"),
+        ("\0\1\2", "mine.json"),
+        (json.dumps({**SOUND, "gradient_cliping": 1}), "did you mean 'gradient_clipping'?"),
+        (json.dumps({**SOUND, "zero_optimization": {"stage": 7}}), "zero_optimization.stage"),
+        (json.dumps({**SOUND, "train_batch_size": -32}), "train_batch_size"),
+        (json.dumps({**SOUND, "timers": 5}), "timers"),
+        (json.dumps({"optimizer": SOUND["optimizer"]}), "--global-batch-size 128"),
+    ],
+)
+def test_a_json_that_cannot_be_meant(here, content, says):
+    (here / "mine.json").write_text(content, encoding="utf-8")
+    assert says in refusal(here, "--dataset", "synthetic", "--deepspeed_config", "mine.json")
+
+
+def test_a_json_that_is_a_folder(here):
+    (here / "mine.json").mkdir()
+    assert "mine.json cannot be read" in refusal(here, "--dataset", "synthetic", "--deepspeed_config", "mine.json")
+
+
+# --- the run's folder -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["file", "file/run", "file/far/below"])
+def test_an_output_folder_that_cannot_be_made(here, place):
+    (here / "file").write_text("a file")
+    assert "file is a file; name a folder" in refusal(here, "--dataset", "synthetic", "--output-dir", place)
+
+
+# --- the data set -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sound_data(here, monkeypatch) -> Path:
+    """A data folder with small files that data.py is made to believe in -> the folder of the files."""
+    rng = np.random.default_rng(0)
+    files = {}
+    for name in data.FILES:
+        pixels = rng.integers(0, 256, (4, 3072), dtype=np.uint8)
+        files[name] = pickle.dumps({"data": pixels, "labels": [0, 1, 2, 3]})
+    monkeypatch.setattr(data, "FILES", {name: (hashlib.md5(c).hexdigest(), len(c)) for name, c in files.items()})
+    folder = here / "data" / data.FOLDER
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+LOCK = str(Path("data") / ".cifar10.lock")
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    path.unlink()
+    if how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "altered":
+        path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    elif how == "unreadable":
+        path.mkdir()  # permissions would not stop root
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "altered", "unreadable"])
+@pytest.mark.parametrize("name", ["data_batch_1", "data_batch_5", "test_batch"])
+def test_a_damaged_data_file_without_a_network_is_named_with_the_ways_out(here, sound_data, name, how):
+    before = tree(here)
+    plan()
+    assert tree(here) == before  # sound files are only read
+    damage(sound_data / name, how)
+    message = refusal(here, may_add=(LOCK,))
+    for words in (name, how, "Connection refused", "--data-dir", "CIFAR10_DIR", "CIFAR10_URL", "--dataset synthetic"):
+        assert words in message
+
+
+def test_no_data_and_no_network_is_said_with_the_ways_out(here):
+    message = refusal(here, may_add=("data", LOCK))
+    for words in (
+        "no CIFAR-10 in data",
+        "Connection refused",
+        "--data-dir",
+        "CIFAR10_DIR",
+        "CIFAR10_URL",
+        "--dataset synthetic",
+    ):
+        assert words in message
+
+
+def test_a_damaged_test_file_is_no_fault_where_the_test_split_stays_unopened(here, sound_data):
+    damage(sound_data / "test_batch", "altered")
+    plan("--test-images", "0")
+
+
+def test_a_data_folder_that_is_a_file(here):
+    (here / "file").write_text("a file")
+    assert "file is not a folder" in refusal(here, "--data-dir", "file")
+
+
+# --- whole programs ---------------------------------------------------------------------------------------------------
+
+
+def run_script(here: Path, *argv: str, **environment: str) -> tuple[int, str, list[str]]:
+    """Run the script with these flags and no network -> exit code, stdout, the lines on stderr. It writes nothing."""
+    before = tree(here)
+    result = run([sys.executable, str(PROJECT / "cifar10_deepspeed.py"), *argv], **environment)
+    assert {path: content for path, content in tree(here).items() if path not in ("data", LOCK)} == before
+    assert "Traceback" not in result.stderr
+    return result.returncode, result.stdout, result.stderr.splitlines()
+
+
+def test_the_program_refuses_a_misspelt_flag(here):
+    code, printed, errors = run_script(here, "--epoch", "3", "--output-dir", str(here / "run"))
+    assert (code, printed) == (2, "")
+    assert errors == ["error: --epoch is not a flag of this program; did you mean --epochs?"]
+
+
+def test_the_program_refuses_to_start_without_data(here, closed_url):
+    folders = ["--data-dir", str(here / "data"), "--output-dir", str(here / "run")]
+    code, printed, errors = run_script(here, *folders, CIFAR10_URL=closed_url, no_proxy="*")
+    assert (code, printed) == (2, "")
+    *announced, error = errors
+    assert error.startswith("error: no CIFAR-10 in ")
+    assert [line.split()[0] for line in announced] == ["fetching"]  # it was tried, and that is said while it is tried
+
+
+@pytest.mark.parametrize("rank", ["0", "2"])
+def test_a_rank_of_another_launcher_refuses_before_it_waits_for_others_and_only_rank_0_speaks(here, rank):
+    flags = ["--dataset", "synthetic", "--global-batch-size", "32", "--output-dir", str(here / "run")]
+    code, printed, errors = run_script(here, *flags, RANK=rank, WORLD_SIZE="3", LOCAL_RANK=rank)
+    assert (code, printed) == (2, "")
+    said = "error: global batch 32 does not divide over 3 ranks; try --global-batch-size 33"
+    assert errors == ([said] if rank == "0" else [])

@@ -1,0 +1,383 @@
+"""cifar10/recipe.py: the command line, the recipes, recipe.json; what is refused is refused in a line saying what to type."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import runpy
+import shlex
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from cifar10 import UsageError, ds_json
+from cifar10.recipe import (
+    PROJECT,
+    Options,
+    Recipe,
+    as_json,
+    load,
+    model_names,
+    parse,
+    recipe_names,
+    without_launcher_flags,
+)
+
+STABLE_FLAGS = """--recipe --dataset --data-dir --output-dir --epochs --max-steps --global-batch-size --lr --seed --val-images
+    --test-images --resume --threads --log-every-steps --deepspeed-config""".split()
+
+
+@pytest.fixture(autouse=True)
+def _no_cifar10_dir(monkeypatch):
+    monkeypatch.delenv("CIFAR10_DIR", raising=False)
+
+
+def refusal(*argv: str) -> str:
+    """The one line with which `argv` is refused."""
+    with pytest.raises(UsageError) as caught:
+        parse(list(argv))
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------
+
+
+def test_without_flags_the_default_recipe_runs_with_its_own_json():
+    recipe, options = parse([])
+    assert recipe == load("bn_cnn").recipe
+    assert options.recipe == "bn_cnn"
+    assert options.deepspeed_config == PROJECT / load("bn_cnn").deepspeed_config
+    assert options.data_dir == Path("data")
+
+
+def test_a_flag_beats_the_recipe_and_leaves_the_rest_of_it():
+    recipe, options = parse(["--recipe", "bn_cnn_document", "--epochs", "2.5", "--deepspeed_config", "mine.json"])
+    assert recipe == dataclasses.replace(load("bn_cnn_document").recipe, epochs=2.5)
+    assert options.deepspeed_config == Path("mine.json")
+
+
+@pytest.mark.parametrize("argv", ["--data_dir x", "--data-dir x", "--data_dir=x", "--data-dir=x"])
+def test_both_spellings_of_a_flag(argv):
+    assert parse(argv.split())[1].data_dir == Path("x")
+
+
+@pytest.mark.parametrize(
+    "argv", ["--deepspeed_config a.json", "--deepspeed-config=a.json", "--deepspeed --deepspeed_config a.json"]
+)
+def test_deepspeeds_own_flag(argv):
+    assert parse(argv.split())[1].deepspeed_config == Path("a.json")
+
+
+def test_a_value_keeps_its_underscores():
+    assert parse(["--data_dir=my_data/a_b"])[1].data_dir == Path("my_data/a_b")
+
+
+@pytest.mark.parametrize("added", ["--local_rank=0", "--local-rank=1", "--local_rank 0", "--local-rank 1", "--deepspeed"])
+def test_what_launchers_add_is_passed_over(added):
+    before_and_after = [*added.split(), "--seed", "7"], ["--seed", "7", *added.split()]
+    assert [parse(argv)[0].seed for argv in before_and_after] == [7, 7]
+    assert [without_launcher_flags(argv) for argv in before_and_after] == [["--seed", "7"]] * 2
+
+
+def test_the_data_folder_comes_from_the_environment_unless_a_flag_names_it(monkeypatch):
+    monkeypatch.setenv("CIFAR10_DIR", "/elsewhere")
+    assert parse([])[1].data_dir == Path("/elsewhere")
+    assert parse(["--data-dir", "here"])[1].data_dir == Path("here")
+
+
+def test_an_empty_cifar10_dir_is_none(monkeypatch):
+    monkeypatch.setenv("CIFAR10_DIR", "")
+    assert parse([])[1].data_dir == Path("data")
+
+
+def test_of_a_flag_given_twice_the_last_one_counts_for_recipes_as_well():
+    assert parse(["--seed", "1", "--seed", "2"])[0].seed == 2
+    recipe, options = parse(["--recipe", "bn_cnn_document", "--recipe=bn_cnn"])
+    assert options.recipe == "bn_cnn"
+    assert recipe == load("bn_cnn").recipe
+
+
+def test_switches_and_triples():
+    recipe, _ = parse(["--no-flip", "--mean", "0.5", "0.4", "0.3"])
+    assert recipe.flip is False
+    assert recipe.mean == (0.5, 0.4, 0.3)
+
+
+# --- values that cannot be meant --------------------------------------------------------------------------------------
+
+IMPOSSIBLE = {  # flag -> values that its type admits and its meaning does not
+    "epochs": "0 -1 nan inf",
+    "warmup_epochs": "-1 nan inf",
+    "val_images": "-1",
+    "crop_padding": "-1 100000",
+    "label_smoothing": "-0.1 1 nan",
+    "patience": "-1",
+    "min_improvement": "0 -1e-5 nan",
+    "plateau_patience": "0 -3",
+    "plateau_lr_factor": "0 -1 nan inf",
+    "max_skipped_in_a_row": "0 -1",
+    "seed": "-1 99999999999",
+    "split_seed": "-1",
+    "lr": "0 -0.1 nan inf",
+    "global_batch_size": "0 -128",
+    "max_steps": "0 -1",
+    "test_images": "-1",
+    "threads": "0 -2",
+    "log_every_steps": "0 -1",
+    "save_every_epochs": "-1",
+    "keep_checkpoints": "0 -1",
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, v) for name, values in IMPOSSIBLE.items() for v in values.split()])
+def test_an_impossible_number_is_refused_with_what_to_type(name, value):
+    message = refusal(flag(name), value)
+    assert message.startswith(flag(name))
+    assert "type" in message
+    example = re.search(rf"as in ({flag(name)} .+)$", message)
+    assert example
+    parse(shlex.split(example[1]))  # what it says to type is accepted
+
+
+@pytest.mark.parametrize(("name", "values"), [("std", "0 1 1"), ("std", "nan 1 1"), ("mean", "nan 0 0"), ("mean", "0 inf 0")])
+def test_an_impossible_triple_is_refused_with_what_to_type(name, values):
+    message = refusal(flag(name), *values.split())
+    example = re.search(rf"as in ({flag(name)} .+)$", message)
+    assert example
+    parse(shlex.split(example[1]))
+
+
+def test_every_number_that_a_flag_takes_is_tried_above():
+    hints = {**get_type_hints(Recipe), **get_type_hints(Options)}
+    numbers = {name for name, hint in hints.items() if hint in (int, float, int | None, float | None)}
+    assert numbers == IMPOSSIBLE.keys()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--epochs abc", ["--epochs", "abc"]),
+        ("--epochs", ["--epochs"]),
+        ("--seed 1.5", ["--seed", "1.5"]),
+        ("--mean 0.5 0.5", ["--mean", "3"]),
+        ("--dataset cifar100", ["--dataset", "cifar100", "cifar10", "synthetic"]),
+        ("--lr-moves weekly", ["--lr-moves", "per-step", "per-epoch"]),
+        ("--recipe", ["--recipe"]),
+        ("words", ["words"]),
+        ("-x", ["-x"]),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_with_what_is_expected(argv, words):
+    message = refusal(*argv.split())
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("argv", [["--recipe", ""], ["--recipe="], ["--output-dir", ""], ["--resume="]])
+def test_an_empty_word_as_an_unset_shell_variable_leaves_it_is_refused(argv):
+    assert argv[0].rstrip("=") in refusal(*argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        ("--epoch 3", "--epochs"),
+        ("--epochz=3", "--epochs"),
+        ("--recip bn_cnn", "--recipe"),
+        ("--max-step 5", "--max-steps"),
+        ("--deepspeed_confg x", "--deepspeed-config"),
+        ("--batch-size 3", "--global-batch-size"),
+        ("--recipe bn_cn", "bn_cnn"),
+        ("--recipe bn_cnn_documnet", "bn_cnn_document"),
+        ("--model smoth_cnn", "smooth_cnn"),
+        ("--model bn_cnm", "bn_cnn"),
+    ],
+)
+def test_a_misspelt_name_is_answered_with_the_nearest_right_one(argv, meant):
+    assert refusal(*argv.split()).endswith(f"did you mean {meant}?")
+
+
+@pytest.mark.parametrize(("argv", "there_are"), [("--recipe zzz", recipe_names()), ("--model zzz", model_names())])
+def test_a_name_like_no_other_is_answered_with_all_there_are(argv, there_are):
+    assert refusal(*argv.split()).endswith(f"there are: {', '.join(there_are)}")
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load("bn_cnn").recipe.epochs = 1
+
+
+def test_a_misspelt_field_is_an_error_when_the_recipe_is_imported(tmp_path):
+    right = (PROJECT / "recipes" / "bn_cnn_document.py").read_text(encoding="utf-8")
+    (tmp_path / "right.py").write_text(right, encoding="utf-8")
+    (tmp_path / "wrong.py").write_text(right.replace("warmup_epochs", "warmup_epoch"), encoding="utf-8")
+    assert runpy.run_path(str(tmp_path / "right.py"))["EXPERIMENT"] == load("bn_cnn_document")
+    with pytest.raises(TypeError, match="warmup_epoch"):
+        runpy.run_path(str(tmp_path / "wrong.py"))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_can_be_named_and_its_json_is_sound(name):
+    recipe, options = parse(["--recipe", name])
+    assert recipe == load(name).recipe
+    ds_json.batch(ds_json.read(options.deepspeed_config), world_size=1)
+
+
+def test_bn_cnn_document_holds_the_documents_numbers():
+    experiment = load("bn_cnn_document")
+    recipe, config = experiment.recipe, ds_json.read(PROJECT / experiment.deepspeed_config)
+    assert (recipe.model, recipe.dataset) == ("bn_cnn", "cifar10")
+    assert (recipe.epochs, recipe.warmup_epochs, recipe.lr_moves) == (50, 5, "per-epoch")
+    assert (recipe.val_images, recipe.patience, recipe.min_improvement) == (0, 15, 1e-5)
+    assert (recipe.mean, recipe.std) == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+    assert (recipe.crop_padding, recipe.flip, recipe.label_smoothing, recipe.plateau_lr_factor) == (4, True, 0, 1)
+    assert config["optimizer"] == {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9}}
+    assert [config[key] for key in ds_json.BATCH_KEYS] == [32, 32, 1]
+    assert config["gradient_clipping"] == 1.0
+    assert config["fp16"] == {"enabled": False}
+    assert config.get("zero_optimization", {}).get("stage", 0) == 0
+
+
+def test_bn_cnn_is_the_same_network_judged_on_held_out_images_in_no_more_epochs():
+    recipe = load("bn_cnn").recipe
+    assert (recipe.model, recipe.dataset, recipe.val_images, recipe.lr_moves) == ("bn_cnn", "cifar10", 5_000, "per-step")
+    assert recipe.epochs <= 50
+    assert (recipe.patience, recipe.min_improvement, recipe.plateau_patience) == (15, 1e-5, 5)
+    config = ds_json.read(PROJECT / "ds_config.json")
+    assert config["optimizer"]["type"] == "SGD"
+    assert config["fp16"]["enabled"] is False
+    assert config["zero_optimization"]["stage"] == 0
+
+
+# --- recipe.json ------------------------------------------------------------------------------------------------------
+
+
+def write_run(folder: Path, **changes: object) -> Path:
+    """A run folder's two files of settings -> its recipe.json; `changes` overwrite settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = json.loads(as_json(dataclasses.replace(load("bn_cnn_document").recipe, epochs=3, flip=False), "bn_cnn_document"))
+    content["settings"].update(changes)
+    (folder / "recipe.json").write_text(json.dumps(content), encoding="utf-8")
+    (folder / "ds_config.json").write_text((PROJECT / "ds_config.json").read_text(encoding="utf-8"), encoding="utf-8")
+    return folder / "recipe.json"
+
+
+def test_recipe_json_gives_the_equal_recipe_and_the_json_beside_it(tmp_path):
+    written = write_run(tmp_path / "runs" / "x")
+    recipe, options = parse(["--recipe", str(written)])
+    assert recipe == dataclasses.replace(load("bn_cnn_document").recipe, epochs=3, flip=False)
+    assert options.deepspeed_config == written.with_name("ds_config.json")
+    assert parse(["--recipe", str(written), "--epochs", "4"])[0] == dataclasses.replace(recipe, epochs=4)
+
+
+def test_a_relative_recipe_json_means_the_json_beside_it_in_any_working_folder(tmp_path, monkeypatch):
+    written = write_run(tmp_path / "runs" / "x")
+    monkeypatch.chdir(tmp_path)
+    _, options = parse(["--recipe", "runs/x/recipe.json"])
+    assert options.deepspeed_config.resolve() == written.with_name("ds_config.json").resolve()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        "null",
+        "5",
+        '{"settings": 5}',
+        '{"settings": {}}',
+        '{"settings": {"epocs": 1}}',
+        "\xff",
+        "[" * 5_000,
+    ],
+)
+def test_a_file_that_is_no_recipe_json_is_refused(tmp_path, text):
+    path = tmp_path / "recipe.json"
+    path.write_text(text, encoding="latin1")
+    assert str(path) in refusal("--recipe", str(path))
+
+
+def test_a_recipe_json_that_is_not_there_or_is_a_folder_is_refused(tmp_path):
+    (tmp_path / "folder.json").mkdir()
+    for name in ("absent.json", "folder.json"):
+        assert name in refusal("--recipe", str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", "fifty"),
+        ("epochs", -1),
+        ("epochs", True),
+        ("epochs", None),
+        ("patience", 1.5),
+        ("seed", "1"),
+        ("flip", "no"),
+        ("lr_moves", "weekly"),
+        ("dataset", "cifar100"),
+        ("model", "bn_cnm"),
+        ("model", ["bn_cnn"]),
+        ("mean", [0.5, 0.5]),
+        ("mean", "abc"),
+        ("std", [1, 1, 1, 1]),
+    ],
+)
+def test_a_recipe_json_with_a_value_that_cannot_be_meant_is_refused(tmp_path, name, value):
+    assert name.replace("_", "-") in refusal("--recipe", str(write_run(tmp_path, **{name: value}))).replace("_", "-")
+
+
+def test_code_is_never_loaded_from_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("evil.py", "evil.json", "evil/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"open({str(tmp_path / 'executed')!r}, 'w')", encoding="utf-8")
+    names = [
+        str(tmp_path / "evil.py"),
+        "evil.py",
+        "evil",
+        ".evil",
+        "..evil",
+        "../evil",
+        str(tmp_path / "evil.json"),
+        "__init__",
+    ]
+    names += ["recipes/bn_cnn.py", "recipes.bn_cnn", "bn_cnn.py"]
+    for name in names:
+        refusal("--recipe", name)
+    assert not (tmp_path / "executed").exists()
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+
+
+def test_help_exits_with_0_and_explains_every_flag(capsys):
+    with pytest.raises(SystemExit) as left:
+        parse(["--help"], description="What this program is for.")
+    assert left.value.code == 0
+    printed = capsys.readouterr().out
+    assert "What this program is for." in printed
+    explained: dict[str, str] = {}
+    for line in (line.strip("│ \n") + " " for line in printed.splitlines() if "╭" not in line and "╰" not in line):
+        if found := re.match(r"(--[a-z-]+)(?:, --no-[a-z-]+)?(?: (?:\{\S+\}(?:\|[A-Z]+)?|[A-Z]+))* ", line):
+            name, line = found[1], line[found.end() :]
+            explained[name] = ""
+        if explained:
+            explained[name] += line.split("(default:")[0]
+    every = {flag(field.name) for cls in (Recipe, Options) for field in dataclasses.fields(cls)}
+    assert every <= explained.keys()
+    assert set(STABLE_FLAGS) <= every
+    for name in every:
+        assert len(explained[name].split()) >= 4, f"{name} is not explained: {explained[name]!r}"

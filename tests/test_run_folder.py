@@ -1,0 +1,306 @@
+"""cifar10/run_folder.py: which folder a run has, whether a command may use it, and what stands in it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cifar10 import UsageError, run_folder
+from cifar10.preflight import Plan, check
+from cifar10.recipe import as_json, load, parse
+
+BASE = ["--dataset", "synthetic"]
+
+
+def plan(*argv: str, world_size: int = 1) -> Plan:
+    return check([*BASE, *argv], world_size, "a test")
+
+
+def refusal(*argv: str, world_size: int = 1) -> str:
+    """The one line with which `argv` is refused."""
+    with pytest.raises(UsageError) as caught:
+        plan(*argv, world_size=world_size)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def begin(folder: Path, *argv: str, world_size: int = 1, resume: str = "auto") -> Plan:
+    """Open a run in `folder`, as the script does."""
+    begun = plan(*argv, world_size=world_size)
+    settings = as_json(begun.recipe, begun.options.recipe)
+    run_folder.open_run(folder, settings, begun.ds_config, resume, ["cifar10_deepspeed.py", *argv], world_size=world_size)
+    return begun
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch):
+    for name in ("CIFAR10_DIR", "CIFAR10_STARTED_BY", "UV_RUN_RECURSION_DEPTH"):
+        monkeypatch.delenv(name, raising=False)
+
+
+# --- which folder -----------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_that_was_asked_for_is_taken():
+    assert run_folder.choose(Path("mine"), "bn_cnn") == Path("mine")
+
+
+def test_a_new_folder_is_named_after_recipe_and_time_and_never_one_that_exists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_folder.time, "strftime", lambda pattern: "20260101-120000")
+    names = []
+    for _ in range(3):
+        folder = run_folder.choose(None, "bn_cnn")
+        names.append(str(folder))
+        folder.mkdir(parents=True)
+    assert names == [f"runs/bn_cnn-20260101-120000{more}" for more in ("", "-2", "-3")]
+
+
+def test_the_folder_of_a_recipe_json_is_named_after_its_run():
+    assert run_folder.choose(None, "runs/first/recipe.json").name.startswith("first-")
+
+
+# --- whether it may be used -------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_can_be_made_or_written_to_is_allowed(tmp_path):
+    for folder in (tmp_path, tmp_path / "new", tmp_path / "new" / "below"):
+        run_folder.refuse_unwritable(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/below", "file/far/below", "x" * 300, "y" * 300 + "/below"):
+        assert "--output-dir" in refusal("--output-dir", str(tmp_path / place))
+
+
+def test_the_same_command_may_go_on(tmp_path):
+    begin(tmp_path / "run", "--epochs", "2")
+    plan("--epochs", "2", "--output-dir", str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ("--epochs 3", ["epochs 2", "3"]),
+        ("--epochs 2 --seed 1", ["seed 0 there, 1 here"]),
+        ("--epochs 2 --lr 0.5", ["optimizer.params.lr", "0.5 here"]),
+        ("--epochs 2 --global-batch-size 64", ["train_batch_size", "64 here"]),
+        ("--epochs 2 --no-flip", ["flip True there, False here"]),
+        ("--epochs 2 --val-images 0", ["val_images 5000 there, 0 here"]),
+    ],
+)
+def test_other_settings_are_refused_with_the_difference(tmp_path, argv, named):
+    begin(tmp_path / "run", "--epochs", "2")
+    message = refusal(*argv.split(), "--output-dir", str(tmp_path / "run"))
+    assert all(words in message for words in named), message
+
+
+def test_what_does_not_change_the_experiment_may_differ(tmp_path):
+    begin(tmp_path / "run", "--epochs", "2")
+    plan(
+        *"--epochs 2 --max-steps 5 --test-images 0 --log-every-steps 7 --threads 1 --output-dir".split(), str(tmp_path / "run")
+    )
+
+
+def test_another_number_of_ranks_may_go_on_with_the_same_global_batch(tmp_path):
+    begin(tmp_path / "run", "--global-batch-size", "32", world_size=1)
+    for world_size in (1, 2, 4, 8):
+        plan("--global-batch-size", "32", "--output-dir", str(tmp_path / "run"), world_size=world_size)
+    saved = json.loads((tmp_path / "run" / "ds_config.json").read_text(encoding="utf-8"))
+    saved.update(train_micro_batch_size_per_gpu=8, gradient_accumulation_steps=4)
+    (tmp_path / "run" / "ds_config.json").write_text(json.dumps(saved), encoding="utf-8")
+    plan("--global-batch-size", "32", "--output-dir", str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "ds_config.json", "summary.json"])
+@pytest.mark.parametrize("content", [b"", b'{"recipe": ', b"[]", b"5", b"null", b"\xff\xfe", "folder"])
+def test_a_damaged_file_in_the_folder_is_refused_by_name(tmp_path, name, content):
+    begin(tmp_path / "run")
+    run_folder.write_json(tmp_path / "run" / "summary.json", {"status": "running"})
+    plan("--output-dir", str(tmp_path / "run"))
+    (tmp_path / "run" / name).unlink()
+    if content == "folder":
+        (tmp_path / "run" / name).mkdir()
+    else:
+        (tmp_path / "run" / name).write_bytes(content)
+    assert name in refusal("--output-dir", str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("content", [{}, {"settings": None}, {"settings": 5}, {"settings": []}])
+def test_a_recipe_json_without_settings_is_refused_by_name(tmp_path, content):
+    begin(tmp_path / "run")
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(content), encoding="utf-8")
+    assert "recipe.json" in refusal("--output-dir", str(tmp_path / "run"))
+
+
+def test_resume_never_refuses_a_folder_with_anything_in_it_and_no_other(tmp_path):
+    folder = tmp_path / "run"
+    argv = ["--resume", "never", "--output-dir", str(folder)]
+    plan(*argv)
+    folder.mkdir()
+    plan(*argv)
+    (folder / "anything").write_text("")
+    assert "--resume never" in refusal(*argv)
+    with pytest.raises(UsageError, match="--resume never"):
+        begin(folder, resume="never")
+    assert [path.name for path in folder.iterdir()] == ["anything"]
+
+
+def test_resuming_from_a_folder_without_a_checkpoint_is_refused(tmp_path):
+    begin(tmp_path / "run")
+    for place in ("run", "absent", "x" * 300):
+        assert "--resume" in refusal("--resume", str(tmp_path / place))
+    (tmp_path / "run" / "checkpoints" / "latest").write_text("step_5")
+    plan("--resume", str(tmp_path / "run"))
+
+
+# --- what stands in it ------------------------------------------------------------------------------------------------
+
+
+def test_an_opened_folder_holds_settings_that_run_again_and_every_start(tmp_path):
+    folder = tmp_path / "a run" / "below"
+    begun = begin(folder, "--epochs", "2")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints",
+        "ds_config.json",
+        "environment.json",
+        "recipe.json",
+    ]
+    recipe, options = parse(["--recipe", str(folder / "recipe.json")])
+    assert recipe == begun.recipe
+    assert json.loads(options.deepspeed_config.read_text(encoding="utf-8")) == begun.ds_config
+
+    before = (folder / "recipe.json").read_bytes()
+    begin(folder, "--epochs", "2", "--max-steps", "3", world_size=2)
+    assert (folder / "recipe.json").read_bytes() == before
+    starts = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["starts"]
+    assert [start["world_size"] for start in starts] == [1, 2]
+    assert shlex.split(starts[1]["command"]) == ["cifar10_deepspeed.py", "--epochs", "2", "--max-steps", "3"]
+    for key in ("torch", "torchvision", "deepspeed", "python", "commit", "processor", "time"):
+        assert key in starts[0]
+
+
+def test_opening_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/below"):
+        with pytest.raises(UsageError, match="--output-dir"):
+            begin(tmp_path / place)
+
+
+def test_json_is_replaced_whole(tmp_path):
+    path = tmp_path / "summary.json"
+    run_folder.write_json(path, {"steps": 1})
+    with path.open(encoding="utf-8") as reader:  # has the old file open while the new one is written
+        run_folder.write_json(path, {"steps": 2})
+        assert json.load(reader) == {"steps": 1}
+    assert run_folder.read_json(path) == {"steps": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), object()])
+def test_what_is_not_json_leaves_the_old_file_and_nothing_else(tmp_path, value):
+    path = tmp_path / "summary.json"
+    run_folder.write_json(path, {"steps": 1})
+    with pytest.raises((ValueError, TypeError)):
+        run_folder.write_json(path, {"steps": value})
+    assert run_folder.read_json(path) == {"steps": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_file_that_is_not_there_is_read_as_none(tmp_path):
+    assert run_folder.read_json(tmp_path / "summary.json") is None
+
+
+# --- whether the run is over ------------------------------------------------------------------------------------------
+
+
+def summary(**values: Any) -> dict[str, Any]:
+    return {"status": "finished", "ended_by": "epochs", "steps": 100, **values}
+
+
+@pytest.mark.parametrize(
+    ("content", "max_steps", "over"),
+    [
+        (None, None, False),
+        (summary(status="running"), None, False),
+        (summary(status="stopped"), 50, False),
+        (summary(status="failed"), None, False),
+        (summary(), None, True),
+        (summary(), 50, True),
+        (summary(), 200, True),  # its schedule is at its end: more steps cannot help
+        (summary(ended_by="early_stopping"), None, True),
+        (summary(ended_by="early_stopping"), 200, True),
+        (summary(ended_by="max_steps"), 50, True),
+        (summary(ended_by="max_steps"), 100, True),
+        (summary(ended_by="max_steps"), 101, False),
+        (summary(ended_by="max_steps"), None, False),
+    ],
+)
+def test_a_finished_run_is_over_unless_max_steps_ended_it_and_more_are_allowed(content, max_steps, over):
+    assert run_folder.is_finished(content, max_steps) is over
+
+
+# --- how to go on -----------------------------------------------------------------------------------------------------
+
+OTHERS = [
+    "--recipe",
+    "bn_cnn_document",
+    "--epochs=2.5",
+    "--no-flip",
+    "--mean",
+    "0.5",
+    "0.4",
+    "0.3",
+    "--data-dir",
+    "a folder/of $mine",
+]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [],
+        ["--output-dir", "old"],
+        ["--output-dir=old"],
+        ["--output_dir", "old"],
+        ["--output_dir=old"],
+        ["--output-dir", "an old 'run'"],
+        ["--output-dir=an old 'run'"],
+        ["--output-dir", "older", "--output_dir=old"],
+    ],
+)
+@pytest.mark.parametrize("folder", ["runs/bn_cnn-1", "an old 'run'", '$HOME; echo "x"'])
+def test_the_command_to_continue_is_the_command_with_the_runs_folder(given, folder):
+    for argv in ([*given, *OTHERS], [*OTHERS, *given]):
+        words = shlex.split(run_folder.command_to_continue("deepspeed --num_gpus=2 cifar10_deepspeed.py", argv, Path(folder)))
+        assert words[:3] == ["deepspeed", "--num_gpus=2", "cifar10_deepspeed.py"]
+        assert [word for word in words if word.replace("_", "-").startswith("--output-dir")] == ["--output-dir"]
+        recipe, options = parse(words[3:])
+        recipe_before, options_before = parse(OTHERS)
+        assert recipe == recipe_before != load("bn_cnn").recipe
+        assert options == replace(options_before, output_dir=Path(folder))
+
+
+def test_the_command_to_continue_is_not_refused_by_its_own_resume_never(tmp_path):
+    folder = tmp_path / "run"
+    for never in (["--resume", "never"], ["--resume=never"]):
+        argv = [*BASE, *never, "--epochs", "2"]
+        begin(folder, "--epochs", "2")
+        words = shlex.split(run_folder.command_to_continue("python cifar10_deepspeed.py", argv, folder))
+        assert check(words[2:], 1, "a test").options.output_dir == folder
+
+
+def test_the_command_to_continue_starts_as_the_program_was_started(monkeypatch):
+    monkeypatch.setenv("CIFAR10_STARTED_BY", "python main.py --num-gpus 2")
+    assert run_folder.command_to_continue("python x.py", [], Path("r")) == "python main.py --num-gpus 2 --output-dir r"
+    monkeypatch.setenv("UV_RUN_RECURSION_DEPTH", "1")
+    assert run_folder.command_to_continue("python x.py", [], Path("r")).startswith("uv run python main.py ")
+    monkeypatch.setenv("CIFAR10_STARTED_BY", "uv run python main.py")
+    assert run_folder.command_to_continue("python x.py", [], Path("r")) == "uv run python main.py --output-dir r"
