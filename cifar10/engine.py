@@ -145,13 +145,13 @@ class Engine:
 
     def _measure_and_clip(self) -> None:
         """Stage 0, gradients already averaged: their norm, clipping, and the switch for a bad step. No host sync."""
+        limit, scaler = self.deepspeed.gradient_clipping(), self.deepspeed.torch_autocast_z0_gradscaler
+        if scaler is not None and not limit:
+            scaler.unscale_(self.optimizer)  # with clipping DeepSpeed has done it; it also looks for bad gradients
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
-        limit = self.deepspeed.gradient_clipping()
         if limit:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
-        elif (scaler := self.deepspeed.torch_autocast_z0_gradscaler) is not None:
-            norm = norm / scaler._scale  # without clipping DeepSpeed leaves gradients scaled; get_scale() would be a sync
         self._grad_norm = norm
         self._flag_bad_step(norm)
 

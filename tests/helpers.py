@@ -1,0 +1,181 @@
+"""What the tests share: real launches of several ranks, a world of one, small images, and a count of what PyTorch is asked.
+
+No fixture lives here: a launch takes seconds, so its result is cached for all test files that read it.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cifar10 import augment, data, ds_json, world
+from cifar10.engine import Engine, prepare
+from cifar10.loader import TrainLoader
+from cifar10.world import World
+from tests.launching import BIN, PROJECT, run
+
+WORKERS = Path(__file__).resolve().parent / "workers"
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+
+
+# --- launches ---------------------------------------------------------------------------------------------------------
+
+
+def launch(num_ranks: int, script: Path, *arguments: str) -> str:
+    """Run a script of this project to its end on the CPU, as a plain process or as real ranks; returns what it printed."""
+    torchrun = [str(BIN / "torchrun"), "--standalone", f"--nproc_per_node={num_ranks}"]
+    command = [*(torchrun if num_ranks > 1 else [sys.executable]), str(script), *arguments]
+    result = run(command, PYTHONPATH=str(PROJECT), CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    printed = result.stdout + result.stderr
+    assert result.returncode == 0, f"{command} ended with {result.returncode}\n{printed}"
+    return printed
+
+
+@functools.cache
+def _launched_two_ranks() -> list[dict[str, Any]] | AssertionError:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            launch(2, WORKERS / "two_ranks.py", folder)
+        except AssertionError as error:
+            return error
+        return [torch.load(Path(folder) / f"rank_{rank}.pt") for rank in (0, 1)]
+
+
+def two_ranks() -> list[dict[str, Any]]:
+    """What each rank of tests/workers/two_ranks.py has measured: launched once for all tests."""
+    results = _launched_two_ranks()
+    if isinstance(results, AssertionError):
+        raise results
+    return results
+
+
+# --- engines ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def one_rank() -> World:
+    """This process as a world of one; it is never left, because DeepSpeed cannot be started twice."""
+    return world.join(threads=1)
+
+
+SGD = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}
+
+
+def make_engine(here: World, model: nn.Module, *, global_images: int = 32, accumulation: int = 1, **config: Any) -> Engine:
+    """An engine as the story makes it, from DeepSpeed's JSON with these keys."""
+    sizes = {"train_batch_size": global_images, "gradient_accumulation_steps": accumulation}
+    resolved, _, _ = ds_json.resolve({"optimizer": SGD, "gradient_clipping": 1.0, **sizes, **config}, here.size)
+    model = model.to(here.device)
+    deepspeed_engine, _, _, _ = prepare().initialize(model=model, model_parameters=model.parameters(), config=resolved)
+    deepspeed_engine.train()
+    return Engine(deepspeed_engine, here)
+
+
+def make_loader(here: World, *, global_images: int = 32, accumulation: int = 1, num_images: int = 800) -> TrainLoader:
+    """This rank's share of a few synthetic training images, augmented as in the story."""
+    images = data.synthetic("train", num_images, seed=0)
+    return TrainLoader(
+        store=augment.pack(torch.from_numpy(images.pixels).to(here.device), padding=4),
+        labels=torch.from_numpy(images.labels).to(here.device),
+        normalise=augment.Normalise(MEAN, STD, here.device),
+        flip=True,
+        seed=3,
+        global_images=global_images,
+        micro_images=global_images // here.size // accumulation,
+        rank=here.rank,
+        world_size=here.size,
+    )
+
+
+def batch(num_images: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random images and labels: float32 [B, 3, 32, 32] channels last, int64 [B]."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(num_images, 3, 32, 32, generator=generator).contiguous(memory_format=torch.channels_last)
+    return images, torch.randint(0, 10, (num_images,), generator=generator)
+
+
+def one_step(engine: Engine, micro_batches: list[tuple[Tensor, Tensor]], multiplier: float = 1.0, extra: Any = 0.0) -> Tensor:
+    """One update of the weights; `extra` is added to each loss. Returns the mean loss on this rank."""
+    losses = []
+    for images, labels in micro_batches:
+        loss = F.cross_entropy(engine.forward(images).float(), labels) + extra
+        engine.backward(loss)
+        engine.step(multiplier)
+        losses.append(loss.detach())
+    return torch.stack(losses).mean()
+
+
+def snapshot(engine: Engine) -> dict[str, Tensor]:
+    """Copies of the weights, buffers and optimizer state that this rank holds."""
+    named = {name: value for name, value in engine.module.state_dict().items()}
+    for name, parameter in engine.module.named_parameters():
+        for key, value in engine.optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                named[f"{key} of {name}"] = value
+    return {name: value.detach().clone() for name, value in named.items()}
+
+
+def same_bits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    """Whether two snapshots are equal bit for bit; a NaN equals nothing."""
+    return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The largest absolute difference over two state dicts of the same names; NaN if either holds one."""
+    assert ours.keys() == theirs.keys()
+    return torch.stack([(value - theirs[name]).abs().max().double() for name, value in ours.items()]).max().item()
+
+
+# --- what PyTorch is asked to do ---------------------------------------------------------------------------------------
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts ATen operations under the label of the moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.label = "core"
+        self.counts: dict[str, Counter[str]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "aten":
+            self.counts.setdefault(self.label, Counter())[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+    def relabel(self, owner: Any, method: str, label: str) -> None:
+        """Count what `owner.method` does under `label`."""
+        replaced = getattr(owner, method)
+
+        def labelled(*args: Any) -> Any:
+            before, self.label = self.label, label
+            try:
+                return replaced(*args)
+            finally:
+                self.label = before
+
+        setattr(owner, method, labelled)
+
+
+class CountReads(TorchFunctionMode):
+    """Counts the calls by which Python reads a tensor's values, and so waits for the device."""
+
+    NAMES = frozenset("item tolist numpy cpu nonzero __bool__ __float__ __int__ __index__ __array__ __contains__".split())
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") in self.NAMES:
+            self.counts[function.__name__] += 1
+        return function(*args, **(kwargs or {}))

@@ -1,0 +1,252 @@
+"""cifar10/checkpoint.py and the engine's save and load: a resumed run is the uninterrupted one, to the last bit.
+
+The runs are the program's own, on a small synthetic data set: 500 training images, so 15 steps of 32 an epoch.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cifar10 import checkpoint, data
+from cifar10.engine import Engine, weights_sha256
+from cifar10.state import RunState
+from cifar10_deepspeed import build_model
+from tests.helpers import WORKERS, batch, launch, make_engine, one_rank, one_step, same_bits, snapshot, two_ranks
+
+SMALL = "--dataset synthetic --val-images 100 --test-images 200 --global-batch-size 32 --lr 0.05 --threads 1".split()
+TWO_EPOCHS = [*SMALL, *"--epochs 2 --log-every-steps 4".split()]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, and its summary after each time that it was started."""
+
+    folder: Path
+    summaries: list[dict[str, Any]]
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.summaries[-1]
+
+
+# Name -> ranks, and the flags of each time that the program is started in the run's folder. All but the whole ones are
+# interrupted, in the middle of an epoch or after its last step, and saved more or less often.
+RUNS: dict[str, tuple[int, list[str]]] = {
+    "whole": (1, ["--save-every-epochs 0"]),
+    "interrupted": (1, ["--max-steps 10", "--max-steps 22", ""]),
+    "stopped": (1, ["--stop-after 15", ""]),
+    "whole, 2 ranks": (2, ["--save-every-epochs 1"]),
+    "interrupted, 2 ranks": (2, ["--max-steps 10 --save-every-epochs 0", "--save-every-epochs 0"]),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """All of RUNS, carried out."""
+    base, starts = tmp_path_factory.mktemp("runs"), []
+    for name, (num_ranks, flags_of_starts) in RUNS.items():
+        for number, flags in enumerate(flags_of_starts):
+            words = [*TWO_EPOCHS, *flags.split(), "--output-dir", str(base / name)]
+            start = {"ranks": num_ranks, "flags": words, "keep_summary": str(base / f"{name}.{number}.json")}
+            if "--stop-after" in words:
+                at = words.index("--stop-after")
+                start["stop_after"] = int(words[at + 1])
+                del words[at : at + 2]
+            starts.append(start)
+    (base / "starts.json").write_text(json.dumps(starts))
+    launch(1, WORKERS / "small_runs.py", str(base / "starts.json"))
+    return {
+        name: Run(base / name, [json.loads((base / f"{name}.{number}.json").read_text()) for number in range(len(flags))])
+        for name, (_, flags) in RUNS.items()
+    }
+
+
+# --- resuming -------------------------------------------------------------------------------------------------------------
+
+
+def rows_without_throughput(folder: Path, phase: str) -> list[list[str]]:
+    rows = csv.reader((folder / "metrics.csv").open(newline=""))
+    return [row[:-1] for row in rows if row[1] == phase]
+
+
+def assert_same_training(resumed: Run, uninterrupted: Run) -> None:
+    assert resumed.last["status"] == uninterrupted.last["status"] == "finished"
+    assert resumed.last["steps"] == uninterrupted.last["steps"] == 30
+    assert uninterrupted.last["resumed_at_steps"] == []
+    assert resumed.last["weights_sha256"] == uninterrupted.last["weights_sha256"]
+    assert resumed.last["train_accuracy"] == uninterrupted.last["train_accuracy"]
+    assert (resumed.folder / "steps.csv").read_text() == (uninterrupted.folder / "steps.csv").read_text()
+    final = [checkpoint.load_portable(run.checkpoints / "final")["module"] for run in (resumed, uninterrupted)]
+    assert same_bits(*final)
+
+
+def test_a_run_resumed_in_mid_epoch_is_the_uninterrupted_one(runs: dict[str, Run]) -> None:
+    """Also whether a run is saved and evaluated once or five times makes no difference."""
+    interrupted = runs["interrupted"]
+    assert [s["steps"] for s in interrupted.summaries] == [10, 22, 30]
+    assert interrupted.last["resumed_at_steps"] == [10, 22]
+    assert len({s["weights_sha256"] for s in interrupted.summaries}) == 3, "it went on learning"
+    assert_same_training(interrupted, runs["whole"])
+
+
+def test_two_ranks_resumed_in_mid_epoch_are_the_uninterrupted_ones(runs: dict[str, Run]) -> None:
+    interrupted = runs["interrupted, 2 ranks"]
+    assert [s["steps"] for s in interrupted.summaries] == [10, 30]
+    assert {s["world_size"] for s in interrupted.summaries} == {2}
+    assert interrupted.last["resumed_at_steps"] == [10]
+    assert_same_training(interrupted, runs["whole, 2 ranks"])
+
+
+def test_a_run_stopped_at_an_epochs_last_step_is_the_uninterrupted_one(runs: dict[str, Run]) -> None:
+    stopped, whole = runs["stopped"], runs["whole"]
+    assert (stopped.summaries[0]["status"], stopped.summaries[0]["steps"]) == ("stopped", 15)
+    assert stopped.last["resumed_at_steps"] == [15]
+    assert_same_training(stopped, whole)
+    for phase in ("train", "val", "test"):
+        assert rows_without_throughput(stopped.folder, phase) == rows_without_throughput(whole.folder, phase)
+
+
+@pytest.mark.parametrize("run", ["zero 0", "zero 1", "zero 2", "zero 3", "bf16", "bf16, zero 2", "fp16"])
+def test_two_ranks_go_on_under_every_zero_stage_and_precision(run: str) -> None:
+    for rank in two_ranks():
+        assert rank[run]["resumed at"] == 5
+        assert same_bits(rank[run]["resumed"], rank[run]["went on"])
+        assert not same_bits(rank[run]["went on"], rank[run]["weights"])
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------------------
+
+
+def tags(checkpoints: Path) -> list[str]:
+    return sorted(path.name for path in checkpoints.glob("step_*"))
+
+
+def test_only_the_newest_tags_are_kept(runs: dict[str, Run]) -> None:
+    assert tags(runs["whole"].checkpoints) == ["step_00000030"]
+    assert tags(runs["interrupted"].checkpoints) == ["step_00000022", "step_00000030"]
+    assert tags(runs["whole, 2 ranks"].checkpoints) == ["step_00000015", "step_00000030"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_pointer_names_a_complete_tag(runs: dict[str, Run], name: str) -> None:
+    checkpoints, (num_ranks, _) = runs[name].checkpoints, RUNS[name]
+    assert checkpoint.newest(checkpoints) == "step_00000030"
+    for tag in tags(checkpoints):
+        files = {path.name for path in (checkpoints / tag).iterdir()}
+        assert files == {"mp_rank_00_model_states.pt", *(f"rank_{r}_of_{num_ranks}.pt" for r in range(num_ranks))}
+        content = torch.load(checkpoints / tag / "mp_rank_00_model_states.pt")
+        assert content["run_state"]["step"] == int(tag.removeprefix("step_"))
+    assert not list(checkpoints.rglob("*.tmp*")), "nothing half-written"
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_weights_sha256_is_that_of_the_final_file(runs: dict[str, Run], name: str) -> None:
+    final = checkpoint.load_portable(runs[name].checkpoints / "final")
+    assert weights_sha256(final["module"]) == runs[name].last["weights_sha256"]
+
+
+def test_portable_files_need_nothing_of_deepspeed(runs: dict[str, Run]) -> None:
+    """In a process that never imports it, with torch.load as it comes: the model that was tested, and all that it needs."""
+    whole = runs["whole"]
+    seen = json.loads(launch(1, WORKERS / "plain_load.py", str(whole.folder)).splitlines()[-1])
+    assert not seen["deepspeed was imported"]
+    recipe = json.loads((whole.folder / "recipe.json").read_text())["settings"]
+    for name, step in (("best_model", whole.last["best_step"]), ("final", 30)):
+        facts = seen[name]["facts"]
+        assert seen[name]["dtypes"] == ["torch.float32"]
+        assert facts["step"] == step
+        assert facts["recipe"] == recipe
+        assert facts["classes"] == list(data.CLASSES)
+        assert facts["normalisation"] == {"mean": recipe["mean"], "std": recipe["std"]}
+    assert seen["best_model"]["correct"] / 200 == whole.last["test_accuracy"]
+
+
+def test_one_rank_goes_on_from_two_with_the_buffers_of_rank_0(runs: dict[str, Run]) -> None:
+    engine, two = bn_engine(), runs["whole, 2 ranks"]
+    state = checkpoint.resume(two.checkpoints, None, engine, one_rank())
+    assert (state.step, state.resumed_at_steps) == (30, [30])
+    final = checkpoint.load_portable(two.checkpoints / "final")["module"]
+    for name, parameter in engine.module.named_parameters():
+        assert torch.equal(parameter, final[name])
+    own = [torch.load(two.checkpoints / "step_00000030" / f"rank_{rank}_of_2.pt")["buffers"] for rank in (0, 1)]
+    assert not same_bits(*own)
+    assert same_bits(dict(engine.module.named_buffers()), own[0])
+
+
+# --- the parts, in this process ----------------------------------------------------------------------------------------------
+
+
+def bn_engine(**config: Any) -> Engine:
+    return make_engine(one_rank(), build_model("bn_cnn", 0), global_images=8, **config)
+
+
+@pytest.mark.parametrize(("optimizer", "params"), [("SGD", {"momentum": 0.9}), ("AdamW", {}), ("RMSprop", {"momentum": 0.9})])
+def test_an_engine_goes_on_from_what_another_saved(tmp_path: Path, optimizer: str, params: dict[str, float]) -> None:
+    config = {"optimizer": {"type": optimizer, "params": {"lr": 0.01, **params}}}
+    engine, other = bn_engine(**config), bn_engine(**config)
+    for step in range(3):
+        one_step(engine, [batch(8, seed=step)])
+    saved = snapshot(engine)
+    checkpoint.save(tmp_path, engine, RunState(step=3, lr_factor=0.5), one_rank(), keep=1)
+    one_step(other, [batch(8, seed=9)])
+    state = checkpoint.resume(tmp_path, None, other, one_rank())
+    assert state == RunState(step=3, lr_factor=0.5, resumed_at_steps=[3])
+    assert same_bits(snapshot(other), saved)
+    for each in (engine, other):
+        one_step(each, [batch(8, seed=3)], 0.3)
+    assert same_bits(snapshot(other), snapshot(engine))
+
+
+def test_a_folder_without_a_checkpoint_starts_from_nothing(tmp_path: Path) -> None:
+    engine = bn_engine()
+    before = snapshot(engine)
+    assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.resume(tmp_path, None, engine, one_rank()) == RunState()
+    assert checkpoint.resume(tmp_path, tmp_path / "nowhere", engine, one_rank()) == RunState()
+    assert same_bits(snapshot(engine), before)
+
+
+def test_a_save_that_was_cut_short_is_not_resumed(tmp_path: Path) -> None:
+    """The pointer moves last: a newer tag without it, whole or not, does not count."""
+    engine = bn_engine()
+    one_step(engine, [batch(8)])
+    checkpoint.save(tmp_path, engine, RunState(step=1), one_rank(), keep=2)
+    (tmp_path / "step_00000002").mkdir()
+    engine.save(tmp_path, "step_00000003", {"run_state": RunState(step=3).as_dict()})
+    assert checkpoint.newest(tmp_path) == "step_00000001"
+    assert checkpoint.resume(tmp_path, None, bn_engine(), one_rank()).step == 1
+
+
+def test_a_run_can_start_from_another_runs_checkpoint(tmp_path: Path) -> None:
+    """It takes the other's best model along, and its own checkpoint comes first once it has one."""
+    engine, other = bn_engine(), bn_engine()
+    one_step(engine, [batch(8)])
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    checkpoint.save(theirs, engine, RunState(step=1), one_rank(), keep=2)
+    checkpoint.save_portable(theirs / "best_model", engine.portable_state(), {"step": 1})
+    assert checkpoint.resume(ours, theirs, other, one_rank()).step == 1
+    assert same_bits(snapshot(other), snapshot(engine))
+    assert checkpoint.load_portable(ours / "best_model")["step"] == 1
+    checkpoint.save(ours, other, RunState(step=2), one_rank(), keep=2)
+    assert checkpoint.resume(ours, theirs, other, one_rank()).step == 2
+    assert checkpoint.newest(theirs) == "step_00000001", "the other run is left alone"
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_as_many_tags_are_kept_as_asked_for(tmp_path: Path, keep: int) -> None:
+    engine = bn_engine()
+    for step in range(8, 13):
+        checkpoint.save(tmp_path, engine, RunState(step=step), one_rank(), keep=keep)
+        assert checkpoint.newest(tmp_path) == f"step_{step:08d}"
+    assert tags(tmp_path) == [f"step_{step:08d}" for step in range(13 - keep, 13)]

@@ -1,0 +1,440 @@
+"""cifar10/engine.py against plain PyTorch on one rank, and against one rank on two; what it costs, and what it skips."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cifar10.engine import Engine, weights_sha256
+from cifar10.models.smooth_cnn import SmoothCNN
+from cifar10.state import RunState
+from cifar10.tape import Tape, TooManySkippedSteps, count_steps
+from cifar10_deepspeed import CIFAR10CNNEnhanced, build_model, train_step
+from tests.helpers import (
+    SGD,
+    CountOperations,
+    CountReads,
+    batch,
+    largest_difference,
+    make_engine,
+    make_loader,
+    one_rank,
+    one_step,
+    same_bits,
+    snapshot,
+    two_ranks,
+)
+
+INFINITE, NOT_A_NUMBER = float("inf"), float("nan")
+DAMPENED = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}}
+GUARD = ("_poison", "_flag_bad_step", "_remember_buffers", "_restore_buffers_if_skipped")
+
+
+def bn_engine(**config: Any) -> Engine:
+    return make_engine(one_rank(), build_model("bn_cnn", 0), **config)
+
+
+def smooth_engine(**config: Any) -> Engine:
+    return make_engine(one_rank(), build_model("smooth_cnn", 0), **config)
+
+
+def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, limit: float) -> None:
+    """One step as PyTorch's own tutorials write it, with the multi-tensor clipping."""
+    F.cross_entropy(model(images), labels).backward()
+    parameters = list(model.parameters())
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
+    torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+# --- what a step costs --------------------------------------------------------------------------------------------------
+
+
+def test_a_step_costs_the_operations_of_plain_pytorch() -> None:
+    """Forward, loss, backward, clipping, update: the same ATen operations; the guard and the sums are few, and apart."""
+    here, data = one_rank(), batch(32)
+    model = build_model("bn_cnn", 0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+    engine, tape = bn_engine(), Tape(8, here.device)
+    plain_step(model, optimizer, *data, limit=1.0)
+    train_step(engine, [data], 1.0, 0.0, tape)
+
+    with CountOperations() as plain:
+        plain_step(model, optimizer, *data, limit=1.0)
+    with CountOperations() as ours:
+        for method in GUARD:
+            ours.relabel(engine, method, "guard")
+        one_step_without_sums(engine, *data)
+    guard_only = Counter({"aten.detach.default": 1})  # the guard's hold on the loss
+    assert ours.counts["core"] - plain.counts["core"] == guard_only
+    assert plain.counts["core"] - ours.counts["core"] == Counter()
+    guard = ours.counts["guard"] + guard_only
+    assert 0 < guard.total() <= 17, guard
+
+    with CountOperations() as whole:
+        train_step(engine, [data], 1.0, 0.0, tape)
+    sums = whole.counts["core"].total() - plain.counts["core"].total() - guard.total()
+    print(f"\nATen operations a step: plain {plain.counts['core'].total()}, guard {guard.total()}, sums {sums}")
+    assert 0 < sums <= 8, whole.counts["core"] - ours.counts["core"] - ours.counts["guard"]
+
+
+def one_step_without_sums(engine: Engine, images: Tensor, labels: Tensor) -> None:
+    engine.backward(F.cross_entropy(engine.forward(images), labels))
+    engine.step(1.0)
+
+
+READS = ("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.is_nonzero.default", "aten.equal.default")
+
+
+@pytest.mark.parametrize("config", [{}, {"accumulation": 2}, {"gradient_clipping": 0.0}], ids=["1", "2 passes", "no clipping"])
+def test_nothing_is_read_from_the_device_between_log_points(config: dict[str, Any]) -> None:
+    here = one_rank()
+    engine, tape = bn_engine(**config), Tape(20, here.device)
+    train = make_loader(here, accumulation=config.get("accumulation", 1))
+    with CountOperations() as operations, CountReads() as reads:
+        for micro_batches in train.epoch(0):
+            if tape.is_full:
+                break
+            train_step(engine, micro_batches, 0.5, 0.1, tape)
+    assert tape.is_full
+    assert operations.counts["core"]["aten._fused_sgd_.default"] == 20, "the steps were seen"
+    assert {name: operations.counts["core"][name] for name in READS} == dict.fromkeys(READS, 0)
+    assert not reads.counts
+
+    with CountReads() as reads:
+        assert len(tape.read(here)) == 20
+    assert reads.counts == {"tolist": 1}, "one reading for all the steps, which this test can see"
+    with CountOperations() as operations:
+        bool(engine.skipped)
+    assert operations.counts["core"][READS[0]] == 1, "and so would it see any other"
+
+
+def test_a_step_leaves_nothing_behind() -> None:
+    """The loss of a step, and with it the graph, is freed without waiting for the garbage collector."""
+    engine, data, losses = smooth_engine(global_images=2), batch(2), []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            loss = F.cross_entropy(engine.forward(data[0]), data[1])
+            losses.append(weakref.ref(loss))
+            engine.backward(loss)
+            engine.step(1.0)
+            del loss
+        assert [loss() is None for loss in losses] == [True, True, True]
+    finally:
+        gc.enable()
+
+
+# --- one rank against plain PyTorch --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.3])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_gradient_norm_is_autograds_own(limit: float, accumulation: int) -> None:
+    """Before clipping, of the mean loss over the passes of a step; each pass has BatchNorm statistics of its own."""
+    engine = bn_engine(accumulation=accumulation, gradient_clipping=limit)
+    for step in range(5):
+        images, labels = batch(32, seed=step)
+        micro_batches = list(zip(images.chunk(accumulation), labels.chunk(accumulation), strict=True))
+        reference = copy.deepcopy(engine.module)
+        loss = torch.stack([F.cross_entropy(reference(x), y) for x, y in micro_batches]).mean()
+        gradients = torch.autograd.grad(loss, list(reference.parameters()))
+        expected = torch.cat([g.flatten().double() for g in gradients]).norm().item()
+        measured = one_step(engine, micro_batches, 0.1)
+        assert measured.item() == pytest.approx(loss.item(), rel=1e-6)
+        assert engine.grad_norm.item() == pytest.approx(expected, rel=1e-5)
+        assert expected > 0.3 or not limit, "clipping had something to do"
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.2])
+def test_thirty_steps_equal_plain_pytorch(limit: float) -> None:
+    """Same weights as a loop without DeepSpeed, the learning rate moving at every step."""
+    engine, model = smooth_engine(gradient_clipping=limit), build_model("smooth_cnn", 0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+    for step in range(30):
+        data, multiplier = batch(32, seed=step), (step + 1) / 30
+        optimizer.param_groups[0]["lr"] = 0.1 * multiplier
+        plain_step(model, optimizer, *data, limit=limit or INFINITE)
+        one_step(engine, [data], multiplier)
+        assert engine.lr == 0.1 * multiplier
+    start = build_model("smooth_cnn", 0).state_dict()
+    assert largest_difference(model.state_dict(), start) > 1e-2, "there was something to learn"
+    assert largest_difference(engine.portable_state(), model.state_dict()) <= 1e-6
+
+
+# --- steps that are skipped ----------------------------------------------------------------------------------------------
+
+
+def bad_images(engine: Engine, data: tuple[Tensor, Tensor]) -> None:
+    images = data[0].clone()
+    images[3] = NOT_A_NUMBER
+    one_step(engine, [(images, data[1])])
+
+
+def infinite_loss(engine: Engine, data: tuple[Tensor, Tensor]) -> None:
+    """Its gradient is finite: only the loss tells."""
+    one_step(engine, [data], extra=torch.tensor(INFINITE))
+
+
+def bad_gradient(engine: Engine, data: tuple[Tensor, Tensor]) -> None:
+    """The loss is finite: only the gradient tells (of sqrt at 0: infinity times 0)."""
+    one_step(engine, [data], extra=torch.sqrt(next(engine.module.parameters()).sum() * 0))
+
+
+OPTIMIZERS = {
+    "SGD": SGD,
+    "SGD, no momentum": {"type": "SGD", "params": {"lr": 0.1}},
+    "SGD, weight decay, nesterov": {
+        "type": "SGD",
+        "params": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
+    },
+    "SGD, dampening": DAMPENED,
+    "AdamW": {"type": "AdamW", "params": {"lr": 0.001}},
+    "RMSprop": {"type": "RMSprop", "params": {"lr": 0.001, "momentum": 0.9, "weight_decay": 0.01}},
+}
+CASES = [
+    *[(optimizer, bad_images, at) for optimizer in OPTIMIZERS for at in (0, 2)],
+    *[("SGD", fault, at) for fault in (infinite_loss, bad_gradient) for at in (0, 2)],
+    ("RMSprop", infinite_loss, 2),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "fault", "at"), CASES)
+def test_a_bad_step_is_as_if_it_had_not_been(optimizer: str, fault: Callable, at: int) -> None:
+    """Weights, momentum and BatchNorm's buffers stay as they were to the bit, and what follows is as without it."""
+    engine, twin = (bn_engine(global_images=8, optimizer=OPTIMIZERS[optimizer]) for _ in range(2))
+    for step in range(4):
+        data = batch(8, seed=step)
+        if step == at:
+            before = snapshot(engine)
+            assert before["bn1.num_batches_tracked"] == at
+            fault(engine, data)
+            after = snapshot(engine)
+            assert engine.skipped.item() == 1
+            assert same_bits({name: after[name] for name in before}, before)
+        one_step(engine, [data])
+        one_step(twin, [data])
+        assert engine.skipped.item() == 0
+    assert same_bits(snapshot(engine), snapshot(twin))
+    assert not same_bits(snapshot(engine), before)
+
+
+@pytest.mark.parametrize("limit", [0.0, 1.0])
+@pytest.mark.parametrize("optimizer", ["SGD", "SGD, dampening", "AdamW", "RMSprop"])
+def test_a_bad_step_in_fp16_changes_nothing(optimizer: str, limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the loss scaler skips as well; a step that overflows only because of its scale counts as skipped too."""
+    monkeypatch.setattr("deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED", False)  # and put back afterwards
+    config = {"optimizer": OPTIMIZERS[optimizer], "gradient_clipping": limit, "fp16": {"enabled": True}}
+    engine = bn_engine(global_images=8, **config)
+    for fault in (bad_images, infinite_loss):
+        before = snapshot(engine)
+        fault(engine, batch(8))
+        assert engine.skipped.item() == 1
+        assert same_bits({name: snapshot(engine)[name] for name in before}, before)
+    skipped = []
+    for step in range(8):
+        one_step(engine, [batch(8, seed=step)], 0.01)
+        skipped.append(engine.skipped.item())
+    assert skipped[-1] == 0, "the scale has come down far enough"
+    assert not same_bits({name: snapshot(engine)[name] for name in before}, before)
+    assert all(torch.isfinite(value).all() for value in snapshot(engine).values())
+
+
+def test_a_bad_pass_skips_the_whole_step() -> None:
+    """With accumulation, one bad micro-batch of a step is enough, and the passes before it leave no trace either."""
+    engine, twin = (bn_engine(global_images=16, accumulation=2) for _ in range(2))
+    good, other, bad = batch(8, 0), batch(8, 1), batch(8, 2)
+    bad[0][0] = NOT_A_NUMBER
+    for passes in ([good, bad], [bad, good]):
+        before = snapshot(engine)
+        one_step(engine, passes)
+        assert engine.skipped.item() == 1
+        assert same_bits(snapshot(engine), before)
+    one_step(engine, [good, other])
+    one_step(twin, [good, other])
+    assert same_bits(snapshot(engine), snapshot(twin))
+
+
+@pytest.mark.parametrize("limit", [0.0, 1.0])
+def test_a_norm_beyond_floating_point_is_a_bad_step(limit: float) -> None:
+    """Finite gradients whose norm overflows would be clipped to nothing, or not at all."""
+    engine = smooth_engine(global_images=4, gradient_clipping=limit)
+    before, (images, labels) = snapshot(engine), batch(4)
+    engine.backward(F.cross_entropy(engine.forward(images), labels) * 1e30)
+    engine.step(1.0)
+    assert engine.grad_norm.item() == INFINITE
+    assert engine.skipped.item() == 1
+    assert same_bits(snapshot(engine), before)
+
+
+def test_a_run_of_bad_steps_ends_with_the_reason() -> None:
+    """At the next reading of the tape: 24 in a row and then a good one do not, 25 do."""
+    here, engine, state = one_rank(), smooth_engine(global_images=4), RunState()
+    tape, good = Tape(10, here.device), batch(4)
+    bad = (good[0] * NOT_A_NUMBER, good[1])
+
+    def train(batches: list[tuple[Tensor, Tensor]]) -> None:
+        for data in batches:
+            train_step(engine, [data], 1.0, 0.0, tape)
+            state.step += 1
+            if tape.is_full:
+                count_steps(tape.read(here), state, global_images=4, max_skipped_in_a_row=25)
+
+    train([bad] * 24 + [good] + [bad] * 24 + [good])
+    assert (state.step, state.skipped_steps, state.skipped_in_a_row) == (50, 48, 0)
+    before = engine.portable_state()
+    train([bad] * 24)
+    with pytest.raises(TooManySkippedSteps, match=r"25 steps in a row, by step 80, .* not finite.*--lr"):
+        train([bad] * 6)
+    assert same_bits(engine.portable_state(), before)
+
+
+# --- the weights as anyone can load them -----------------------------------------------------------------------------------
+
+
+def test_portable_state_is_a_copy_that_loads_into_a_plain_model() -> None:
+    engine = bn_engine(global_images=8)
+    one_step(engine, [batch(8)])
+    state = engine.portable_state()
+    plain = CIFAR10CNNEnhanced()
+    plain.load_state_dict(state)
+    assert same_bits(plain.state_dict(), {name: value.cpu() for name, value in engine.module.state_dict().items()})
+    kept = {name: value.clone() for name, value in state.items()}
+    one_step(engine, [batch(8, seed=1)])
+    assert same_bits(state, kept), "training on does not change what was taken"
+
+
+def test_weights_sha256_tells_any_difference() -> None:
+    state = build_model("bn_cnn", 0).state_dict()
+    same = {name: state[name].clone() for name in reversed(state)}
+    assert weights_sha256(state) == weights_sha256(same)
+    last_bit = {**state, "fc2.bias": state["fc2.bias"].clone()}
+    last_bit["fc2.bias"].view(torch.int32)[0] += 1
+    renamed = {("fc3.bias" if name == "fc2.bias" else name): value for name, value in state.items()}
+    reshaped = {**state, "fc2.bias": state["fc2.bias"].view(2, 5)}
+    fingerprints = {weights_sha256(s) for s in (state, last_bit, renamed, reshaped)}
+    assert len(fingerprints) == 4
+    strided = {**state, "fc1.weight": state["fc1.weight"].t().contiguous().t()}
+    assert weights_sha256(strided) == weights_sha256(state), "how a tensor lies in memory is no difference"
+
+
+# --- two ranks ---------------------------------------------------------------------------------------------------------------
+
+ZERO_STAGES = ("zero 1", "zero 2", "zero 3")
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    return two_ranks()
+
+
+def run_alone(limit: float) -> dict[str, Any]:
+    """What one rank makes of the same global batches: losses, norms and weights."""
+    engine, losses, norms = smooth_engine(gradient_clipping=limit), [], []
+    for micro_batches, _ in zip(make_loader(one_rank()).epoch(0), range(20), strict=False):
+        losses.append(one_step(engine, micro_batches, 0.5).item())
+        norms.append(engine.grad_norm.item())
+    return {"losses": losses, "norms": norms, "weights": engine.portable_state()}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    return run_alone(limit=1.0)
+
+
+@pytest.mark.parametrize("run", ["zero 0", "2 passes", *ZERO_STAGES])
+def test_two_ranks_train_as_one(ranks: list[dict[str, Any]], alone: dict[str, Any], run: str) -> None:
+    """Same images, same augmentation: the same losses, gradient norms and, after 20 steps, weights."""
+    for rank in ranks:
+        assert rank[run]["losses"] == pytest.approx(alone["losses"], abs=1e-5)
+        assert rank[run]["norms"] == pytest.approx(alone["norms"], rel=1e-4)
+        assert largest_difference(rank[run]["weights"], alone["weights"]) < 1e-5
+    assert same_bits(ranks[0][run]["weights"], ranks[1][run]["weights"])
+    start = build_model("smooth_cnn", 0).state_dict()
+    assert largest_difference(alone["weights"], start) > 1e-2, "there was something to learn"
+
+
+@pytest.mark.parametrize("fault", ["images", "loss"])
+@pytest.mark.parametrize("run", ["zero 0", *ZERO_STAGES, "bf16", "bf16, zero 2", "fp16", "fp16, no clipping"])
+def test_a_bad_step_on_one_rank_is_skipped_on_both(ranks: list[dict[str, Any]], run: str, fault: str) -> None:
+    for rank in ranks:
+        seen = rank[run][f"bad {fault}"]
+        assert (seen["skipped"], seen["skipped next"]) == (1, 0)
+        assert same_bits(seen["after"], seen["before"])
+        assert not same_bits(seen["next"], seen["before"])
+        assert all(torch.isfinite(value).all() for value in seen["next"].values())
+    assert same_bits(ranks[0][run][f"bad {fault}"]["next"], ranks[1][run][f"bad {fault}"]["next"])
+
+
+@pytest.mark.parametrize("fault", ["images", "loss"])
+def test_a_bad_step_on_one_rank_leaves_each_ranks_own_buffers_and_momentum(ranks: list[dict[str, Any]], fault: str) -> None:
+    for rank in ranks:
+        seen = rank["bn"][f"bad {fault}"]
+        assert seen["skipped"] == 1
+        assert any("momentum_buffer" in name for name in seen["before"])
+        assert same_bits(seen["after"], seen["before"])
+
+
+def test_portable_state_is_the_same_on_all_ranks_and_changes_none(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["bn"]["portable"] for rank in ranks)
+    own = [rank["bn"]["own before"] for rank in ranks]
+    assert same_bits(first, second)
+    assert not torch.equal(own[0]["bn1.running_mean"], own[1]["bn1.running_mean"]), "each rank has seen its own images"
+    for name in ("bn1.running_mean", "bn1.running_var", "bn2.running_mean", "bn2.running_var"):
+        torch.testing.assert_close(first[name], (own[0][name] + own[1][name]) / 2)
+    for rank in ranks:
+        assert same_bits(rank["bn"]["own after"], rank["bn"]["own before"])
+    plain = CIFAR10CNNEnhanced()
+    plain.load_state_dict(first)
+
+
+def test_looking_at_a_run_and_saving_it_never_changes_it(ranks: list[dict[str, Any]]) -> None:
+    """Evaluated, exported and saved at every step, or never: the same weights, momentum and buffers on each rank."""
+    for rank in ranks:
+        assert same_bits(rank["bn"]["watched"], rank["bn"]["unwatched"])
+
+
+def test_evaluation_is_the_same_on_two_ranks(ranks: list[dict[str, Any]]) -> None:
+    loss, accuracy, images = ranks[0]["evaluation"]
+    assert ranks[1]["evaluation"] == (loss, accuracy, images)
+    assert images == 333, "not a multiple of two: every image once, none twice"
+    expected_loss, expected_accuracy, _ = ranks[0]["evaluation on one"]
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert accuracy == expected_accuracy
+
+
+@pytest.mark.parametrize("run", ["bf16", "bf16, zero 2", "fp16", "fp16, no clipping"])
+def test_lower_precision_trains_and_reports_the_true_norm(ranks: list[dict[str, Any]], run: str) -> None:
+    expected = run_alone(limit=0.0 if "no clipping" in run else 1.0)
+    for rank in ranks:
+        assert any("torch_autocast" in note for note in rank[run]["notes"])
+        assert rank[run]["logits"] == (torch.bfloat16 if "bf16" in run else torch.float16), "lower precision did run"
+        assert rank[run]["skipped"] == [0] * 20
+        assert rank[run]["losses"] == pytest.approx(expected["losses"], rel=0.05)
+        assert rank[run]["norms"] == pytest.approx(expected["norms"], rel=0.05)
+        assert {value.dtype for value in rank[run]["weights"].values()} == {torch.float32}
+    assert same_bits(ranks[0][run]["weights"], ranks[1][run]["weights"])
+
+
+@pytest.mark.parametrize("run", ["zero 0", "2 passes", "bf16", "fp16", "fp16, no clipping"])
+def test_two_ranks_read_nothing_from_the_device_either(ranks: list[dict[str, Any]], run: str) -> None:
+    for rank in ranks:
+        assert rank[run]["reads"] == 0
+        assert rank["zero 2"]["reads"] > 0, "ZeRO does, which this test can see"
+
+
+def test_smooth_cnn_has_no_batch_statistics() -> None:
+    """What the comparisons above rest on."""
+    assert sum(p.numel() for p in SmoothCNN().parameters()) == 11_642
+    assert not list(SmoothCNN().buffers())

@@ -1,0 +1,122 @@
+"""cifar10/loader.py: the same global batches at any world size and from any step on; every evaluation image exactly once."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from cifar10 import augment, loader
+from cifar10.loader import EvaluationLoader, MicroBatch, TrainLoader
+from tests.helpers import MEAN, STD
+
+CPU = torch.device("cpu")
+NUM_IMAGES, GLOBAL_IMAGES = 1_250, 60
+STEPS = 20  # 1,250 / 60, and 50 images are left over
+
+
+@pytest.fixture(scope="module")
+def pixels() -> Tensor:
+    """Noise: uint8 [N, 32, 32, 3]."""
+    shape = (NUM_IMAGES, 32, 32, 3)
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+
+
+def train_loader(pixels: Tensor, *, rank: int = 0, world_size: int = 1, accumulation: int = 1, seed: int = 4) -> TrainLoader:
+    """A loader whose labels are the images' own indices, so that a batch tells what is in it."""
+    return TrainLoader(
+        store=augment.pack(pixels, padding=4),
+        labels=torch.arange(NUM_IMAGES),
+        normalise=augment.Normalise(MEAN, STD, CPU),
+        flip=True,
+        seed=seed,
+        global_images=GLOBAL_IMAGES,
+        micro_images=GLOBAL_IMAGES // world_size // accumulation,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def one(micro_batches: list[MicroBatch]) -> MicroBatch:
+    """A rank's micro-batches of a step as one batch."""
+    return torch.cat([images for images, _ in micro_batches]), torch.cat([labels for _, labels in micro_batches])
+
+
+def same_batches(ours: list[list[MicroBatch]], theirs: list[list[MicroBatch]]) -> bool:
+    return len(ours) == len(theirs) and all(
+        torch.equal(a, b)
+        for left, right in zip(ours, theirs, strict=True)
+        for a, b in zip(itertools.chain(*left), itertools.chain(*right), strict=True)
+    )
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 3), (2, 1), (2, 3), (4, 1), (4, 3)])
+def test_a_global_batch_is_the_same_at_any_world_size(pixels: Tensor, world_size: int, accumulation: int) -> None:
+    alone = list(train_loader(pixels).epoch(2))
+    ranks = [train_loader(pixels, rank=r, world_size=world_size, accumulation=accumulation) for r in range(world_size)]
+    shares = [list(rank.epoch(2)) for rank in ranks]
+    assert {len(share) for share in shares} == {STEPS}
+    for step in range(STEPS):
+        for share in shares:
+            assert [len(labels) for _, labels in share[step]] == [GLOBAL_IMAGES // world_size // accumulation] * accumulation
+        images, labels = one([micro for share in shares for micro in share[step]])
+        (expected_images, expected_labels), order = alone[step][0], labels.argsort()
+        assert len(labels.unique()) == GLOBAL_IMAGES, "ranks share no image"
+        assert torch.equal(labels[order], expected_labels.sort().values)
+        assert torch.equal(images[order], expected_images[expected_labels.argsort()]), "the same crops and mirroring"
+
+
+def test_an_epoch_visits_each_image_at_most_once_and_drops_the_partial_batch(pixels: Tensor) -> None:
+    seen = torch.cat([one(step)[1] for step in train_loader(pixels).epoch(0)])
+    assert train_loader(pixels).steps_per_epoch == STEPS
+    assert len(seen) == STEPS * GLOBAL_IMAGES == len(seen.unique())
+
+
+def test_epochs_and_seeds_have_orders_of_their_own(pixels: Tensor) -> None:
+    orders = [
+        train_loader(pixels, seed=seed).rank_indices(epoch).flatten().tolist() for seed, epoch in [(4, 0), (4, 1), (5, 0)]
+    ]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 2)])
+def test_an_epoch_goes_on_from_any_step_bit_for_bit(pixels: Tensor, world_size: int, accumulation: int) -> None:
+    train = train_loader(pixels, rank=world_size - 1, world_size=world_size, accumulation=accumulation)
+    whole = list(train.epoch(1))
+    chunk_steps = loader.CHUNK_IMAGES * world_size // GLOBAL_IMAGES
+    assert 1 < chunk_steps < STEPS - 1, "this test crosses the boundary of a chunk"
+    for first in (0, 1, chunk_steps - 1, chunk_steps, chunk_steps + 1, STEPS - 1, STEPS):
+        assert same_batches(list(train.epoch(1, first_step=first)), whole[first:])
+
+
+def test_how_many_images_are_gathered_at_once_changes_nothing(pixels: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = list(train_loader(pixels, accumulation=2).epoch(1))
+    for chunk_images in (1, 100_000):
+        monkeypatch.setattr(loader, "CHUNK_IMAGES", chunk_images)
+        assert same_batches(list(train_loader(pixels, accumulation=2).epoch(1)), whole)
+
+
+def test_micro_batches_are_float_and_channels_last(pixels: Tensor) -> None:
+    for images, labels in itertools.chain(*train_loader(pixels, accumulation=2).epoch(0)):
+        assert images.dtype == torch.float32
+        assert labels.dtype == torch.int64
+        assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("num_images", [0, 1, 3, 250])
+def test_evaluation_sees_every_image_exactly_once(pixels: Tensor, num_images: int, world_size: int) -> None:
+    store, normalise = augment.pack(pixels[:num_images], padding=0), augment.Normalise(MEAN, STD, CPU)
+    loaders = [
+        EvaluationLoader(store, torch.arange(num_images), normalise, rank, world_size, batch_images=40)
+        for rank in range(world_size)
+    ]
+    assert {len(one_rank) for one_rank in loaders} == {num_images}
+    batches = list(itertools.chain(*loaders))
+    assert all(0 < len(labels) <= 40 for _, labels in batches)
+    seen = torch.cat([torch.zeros(0, dtype=torch.int64), *(labels for _, labels in batches)])
+    assert seen.sort().values.tolist() == list(range(num_images))
+    for images, labels in batches:
+        assert torch.equal(images, normalise(augment.centre(store, labels)))

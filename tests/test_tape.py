@@ -1,0 +1,120 @@
+"""cifar10/tape.py and state.py: what steps measured, summed over ranks; skipped steps counted, and kept out of the means."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from cifar10.state import RunState, Sums
+from cifar10.tape import Row, Tape, TooManySkippedSteps, count_steps
+from cifar10.world import World
+from tests.helpers import two_ranks
+
+CPU = torch.device("cpu")
+ALONE = World(rank=0, local_rank=0, size=1, local_size=1, device=CPU, launcher="none")
+
+
+def write(tape: Tape, loss: float, correct: int, grad_norm: float, skipped: float = 0.0) -> None:
+    tape.write(torch.tensor(loss), torch.tensor(correct), torch.tensor(grad_norm), torch.tensor(skipped))
+
+
+def count(rows: list[Row], state: RunState, images: int = 8, limit: int = 25) -> None:
+    count_steps(rows, state, global_images=images, max_skipped_in_a_row=limit)
+
+
+def test_rows_come_back_once_in_order() -> None:
+    tape = Tape(3, CPU)
+    assert tape.read(ALONE) == []
+    for round_of_use in range(2):
+        for step in range(3):
+            assert not tape.is_full
+            write(tape, 0.5 + step, round_of_use + step, 2.0 * step)
+        assert tape.is_full
+        assert tape.read(ALONE) == [(0.5 + step, round_of_use + step, 2.0 * step, False) for step in range(3)]
+        assert tape.read(ALONE) == []
+    write(tape, 1.0, 1, 1.0)
+    assert tape.read(ALONE) == [(1.0, 1, 1.0, False)], "nothing of the rounds before"
+
+
+def test_what_is_written_is_a_copy() -> None:
+    tape, norm = Tape(2, CPU), torch.tensor(3.0)
+    tape.write(torch.tensor(1.0), torch.tensor(4), norm, torch.tensor(0.0))
+    norm.fill_(7.0)
+    assert tape.read(ALONE)[0][2] == 3.0
+
+
+def test_correct_images_are_counted_exactly() -> None:
+    """Also where a sum in float32 would have lost the last digit over an epoch of large batches."""
+    state, batches = RunState(), [65_521, 65_519, 3] * 200
+    tape = Tape(len(batches), CPU)
+    for correct in batches:
+        write(tape, 1.0, correct, 1.0)
+    count(tape.read(ALONE), state, images=65_536)
+    assert sum(batches) > 2**24
+    assert state.epoch_sums.correct == state.interval_sums.correct == sum(batches)
+    assert state.epoch_sums.images == state.trained_images == 65_536 * len(batches)
+
+
+def test_skipped_steps_are_counted_and_kept_out_of_the_means() -> None:
+    tape, state = Tape(8, CPU), RunState()
+    write(tape, 1.0, 2, 3.0)
+    write(tape, math.nan, 0, math.nan, skipped=1.0)
+    write(tape, math.inf, 5, math.inf, skipped=1.0)
+    write(tape, 2.0, 4, 5.0)
+    write(tape, 9.0, 8, math.inf, skipped=1.0)
+    rows = tape.read(ALONE)
+    assert [(correct, skipped) for _, correct, _, skipped in rows] == [(2, False), (0, True), (0, True), (4, False), (0, True)]
+    count(rows, state)
+    for sums in (state.interval_sums, state.epoch_sums):
+        assert (sums.steps, sums.images, sums.skipped) == (2, 16, 3)
+        assert (sums.mean_loss, sums.mean_grad_norm, sums.accuracy) == (1.5, 4.0, 6 / 16)
+    assert (state.skipped_steps, state.skipped_in_a_row) == (3, 1)
+
+
+def test_means_of_nothing_are_not_numbers() -> None:
+    assert all(math.isnan(value) for value in (Sums().mean_loss, Sums().accuracy, Sums().mean_grad_norm))
+
+
+BAD, GOOD = (math.nan, 0, math.nan, True), (1.0, 1, 1.0, False)
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run() -> None:
+    """Counted across readings; a good step in between starts the count anew."""
+    state = RunState(step=75)
+    count([BAD] * 24 + [GOOD] + [BAD] * 24, state)
+    assert (state.skipped_steps, state.skipped_in_a_row) == (48, 24)
+    with pytest.raises(TooManySkippedSteps, match=r"25 steps in a row, by step 75, .* not finite.*\(--lr\)"):
+        count([BAD, GOOD], state)
+    count([GOOD], state)
+    assert state.skipped_in_a_row == 0
+    with pytest.raises(TooManySkippedSteps):
+        count([GOOD, BAD, BAD, BAD, GOOD], RunState(), limit=3)
+
+
+def test_ranks_are_summed() -> None:
+    """Losses are averaged, right answers added; the norm is everyone's already; all ranks come to the same state."""
+    ranks: list[dict[str, Any]] = two_ranks()
+    for rank in ranks:
+        assert len(rank["tape"]) == 4
+        assert [rank["tape"][step] for step in (0, 2, 3)] == [
+            (1.5, 30, 0.25, False),
+            (3.5, 34, 0.75, False),
+            (4.5, 36, 1.0, False),
+        ]
+        assert rank["tape"][1][1:] == (0, 0.5, True)
+        assert rank["tape read again"] == []
+    assert ranks[0]["state"] == ranks[1]["state"]
+    state = RunState.from_dict(ranks[0]["state"])
+    assert (state.epoch_sums.correct, state.epoch_sums.images, state.skipped_steps) == (100, 192, 1)
+    assert state.epoch_sums.mean_loss == pytest.approx(9.5 / 3)
+
+
+def test_a_state_comes_back_from_json_as_it_was() -> None:
+    state = RunState(step=7, epoch=1, resumed_at_steps=[3], lr_factor=0.1)
+    count([BAD, GOOD, GOOD], state)
+    state.last_epoch_sums = Sums(steps=3, images=24, loss=1.25, correct=7, grad_norm=2.5, skipped=1)
+    assert RunState.from_dict(json.loads(json.dumps(state.as_dict()))) == state

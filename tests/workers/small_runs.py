@@ -1,0 +1,87 @@
+"""The program itself on 600 synthetic training images instead of 50,000: whole runs of several epochs in seconds.
+
+    python tests/workers/small_runs.py STARTS.json
+
+STARTS.json lists the starts, carried out one after another: {"ranks": 2, "flags": ["--epochs", "2"], "keep_summary":
+"PATH"}, and optionally "stop_after": N, which sends SIGTERM to a rank after the N-th step that it trains. Each rank of each
+start is a process of its own, forked when the slow imports are done and before anything else is; afterwards the run's
+summary.json is copied to keep_summary.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cifar10_deepspeed as story
+from cifar10 import preflight
+from cifar10.engine import prepare
+
+preflight.TRAIN_IMAGES, preflight.TEST_IMAGES = 600, 200
+
+
+def stop_after(steps: int) -> None:
+    """Let the story's training step send the signal when it has been taken so often."""
+    train_step, taken = story.train_step, 0
+
+    def counted(*args: Any) -> None:
+        nonlocal taken
+        train_step(*args)
+        taken += 1
+        if taken == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    story.train_step = counted
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def run_rank(start: dict[str, Any], rank: int, port: int) -> int:
+    """One rank, from its environment to its exit code."""
+    if start["ranks"] > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(start["ranks"]))
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    if "stop_after" in start:
+        stop_after(start["stop_after"])
+    sys.argv[1:] = start["flags"]
+    return story.main()
+
+
+def carry_out(start: dict[str, Any]) -> None:
+    """All ranks of one start, to their end; raises if one of them fails."""
+    port, children = free_port(), []
+    for rank in range(start["ranks"]):
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                code = run_rank(start, rank, port)
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    if any(codes):
+        sys.exit(f"{start} ended with {codes}")
+    folder = Path(start["flags"][start["flags"].index("--output-dir") + 1])
+    shutil.copy(folder / "summary.json", start["keep_summary"])
+
+
+if __name__ == "__main__":
+    prepare()
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # for its first optimizer PyTorch imports its compiler
+    for one in json.loads(Path(sys.argv[1]).read_text()):
+        carry_out(one)

@@ -1,0 +1,169 @@
+"""What two real ranks do with the program's parts. Each rank writes what it has measured to <folder>/rank_<n>.pt.
+
+    torchrun --nproc_per_node=2 tests/workers/two_ranks.py FOLDER
+
+Many measurements in one launch: starting two ranks costs more than all of them together.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cifar10 import augment, checkpoint, data, ds_json, world
+from cifar10.engine import Engine
+from cifar10.loader import EvaluationLoader
+from cifar10.state import RunState
+from cifar10.tape import Tape, count_steps
+from cifar10.world import World
+from cifar10_deepspeed import build_model, evaluate
+from tests.helpers import MEAN, SGD, STD, CountOperations, CountReads, batch, make_engine, make_loader, one_step, snapshot
+
+INFINITE, NOT_A_NUMBER = float("inf"), float("nan")
+
+
+def total_over_ranks(here: World, value: Tensor) -> float:
+    return here.total(value.detach().clone()).item()
+
+
+def run_steps(here: World, engine: Engine, steps: int, accumulation: int = 1) -> dict[str, Any]:
+    """Train on the shared loader's images; the losses are those of the global batch."""
+    losses, norms, skipped = [], [], []
+    operations, reads = CountOperations(), CountReads()
+    for micro_batches, _ in zip(make_loader(here, accumulation=accumulation).epoch(0), range(steps), strict=False):
+        with operations, reads:
+            loss = one_step(engine, micro_batches, 0.5)
+        losses.append(total_over_ranks(here, loss) / here.size)
+        norms.append(engine.grad_norm.item())
+        skipped.append(engine.skipped.item())
+    scalars = operations.counts["core"]["aten._local_scalar_dense.default"]
+    seen = {"losses": losses, "norms": norms, "skipped": skipped, "reads": reads.counts.total() + scalars}
+    return {**seen, "weights": engine.portable_state()}
+
+
+def bad_step(here: World, engine: Engine, fault: str, look: Any) -> dict[str, Any]:
+    """A step that is bad on rank 1 alone, and a good one after it; `look(engine)` says what is to be compared."""
+    images, labels = batch(16, seed=here.rank)
+    seen = {"before": look(engine)}
+    mine = here.rank == 1
+    extra = torch.tensor(INFINITE) if mine and fault == "loss" else 0.0
+    one_step(engine, [(images * NOT_A_NUMBER if mine and fault == "images" else images, labels)], 0.5, extra)
+    seen |= {"after": look(engine), "skipped": engine.skipped.item()}
+    one_step(engine, [(images, labels)], 0.5)
+    return {**seen, "next": look(engine), "skipped next": engine.skipped.item()}
+
+
+def bad_steps(here: World, engine: Engine, look: Any) -> dict[str, Any]:
+    return {f"bad {fault}": bad_step(here, engine, fault, look) for fault in ("images", "loss")}
+
+
+def resumed(here: World, engine: Engine, **config: Any) -> dict[str, Any]:
+    """The weights of an engine that goes on, and of a new one that goes on from what the first has saved."""
+    other = make_engine(here, build_model("smooth_cnn", 1), **config)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = here.from_main(lambda: Path(scratch))
+        checkpoint.save(folder, engine, RunState(step=5), here, keep=1)
+        step = checkpoint.resume(folder, None, other, here).step
+        here.barrier()
+    for each in (engine, other):
+        for number in range(3):
+            one_step(each, [batch(16, seed=10 * number + here.rank)], 0.5)
+    return {"resumed at": step, "went on": engine.portable_state(), "resumed": other.portable_state()}
+
+
+def smooth_runs(here: World) -> dict[str, Any]:
+    """Each ZeRO stage and accumulation on the same global batches, and a bad step under each stage."""
+    runs = {}
+    for name, stage, accumulation in [("2 passes", 0, 2), *((f"zero {stage}", stage, 1) for stage in (0, 1, 2, 3))]:
+        config = {"zero_optimization": {"stage": stage}, "accumulation": accumulation}
+        engine = make_engine(here, build_model("smooth_cnn", 0), **config)
+        runs[name] = run_steps(here, engine, 20, accumulation)
+        if accumulation == 1:
+            runs[name] |= bad_steps(here, engine, Engine.portable_state)
+            runs[name] |= resumed(here, engine, **config)
+    return runs
+
+
+def batch_norm_runs(here: World) -> dict[str, Any]:
+    """BatchNorm: each rank's own statistics, what a bad step leaves of them, and what looking at them does."""
+    engine = make_engine(here, build_model("bn_cnn", 0))
+    seen = bad_steps(here, engine, snapshot)  # the very first step is bad
+    seen |= {"own before": snapshot(engine), "portable": engine.portable_state(), "own after": snapshot(engine)}
+
+    for name in ("unwatched", "watched"):
+        engine = make_engine(here, build_model("bn_cnn", 0))
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = here.from_main(lambda scratch=scratch: Path(scratch))
+            for step in range(6):
+                one_step(engine, [batch(16, seed=2 * step + here.rank)], 0.5)
+                if name == "watched":
+                    copy = build_model("bn_cnn", 0)
+                    copy.load_state_dict(engine.portable_state())
+                    evaluate(copy, evaluation_loader(here.rank, here.size), here)
+                    here.barrier()
+                    engine.save(folder, f"step_{step}", {"step": step})
+            here.barrier()
+        seen[name] = snapshot(engine)
+    return seen
+
+
+def evaluation_loader(rank: int, world_size: int) -> EvaluationLoader:
+    images = data.synthetic("test", 333, seed=0)
+    store = augment.pack(torch.from_numpy(images.pixels), padding=0)
+    normalise = augment.Normalise(MEAN, STD, torch.device("cpu"))
+    return EvaluationLoader(store, torch.from_numpy(images.labels), normalise, rank, world_size, batch_images=50)
+
+
+def evaluations(here: World) -> dict[str, Any]:
+    """One model, one split: over both ranks, and by each rank alone."""
+    model, seen = build_model("bn_cnn", 0), {}
+    for name, place in (("evaluation", here), ("evaluation on one", World(0, 0, 1, 1, here.device, "none"))):
+        result = evaluate(model, evaluation_loader(place.rank, place.size), place)
+        seen[name] = (result.loss, result.accuracy, result.images)
+    return seen
+
+
+def tape_rows(here: World) -> dict[str, Any]:
+    """Steps of which each rank has seen another loss and another number of right answers."""
+    tape, state = Tape(4, here.device), RunState()
+    for step, skipped in enumerate((0.0, 1.0, 0.0, 0.0)):
+        loss = NOT_A_NUMBER if skipped and here.rank == 1 else 1.0 + here.rank + step
+        values = (loss, 10 * (here.rank + 1) + step, 0.25 * (step + 1), skipped)
+        tape.write(*(torch.tensor(value) for value in values))
+    rows = tape.read(here)
+    count_steps(rows, state, global_images=64, max_skipped_in_a_row=25)
+    return {"tape": rows, "tape read again": tape.read(here), "state": state.as_dict()}
+
+
+def lower_precision_runs(here: World) -> dict[str, Any]:
+    """The JSON's bf16 and fp16 switches, as resolve() settles them."""
+    runs = {}
+    for name, config in {
+        "bf16": {"bf16": {"enabled": True}},
+        "bf16, zero 2": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}},
+        "fp16": {"fp16": {"enabled": True}},
+        "fp16, no clipping": {"fp16": {"enabled": True}, "gradient_clipping": 0.0},
+    }.items():
+        engine = make_engine(here, build_model("smooth_cnn", 0), **config)
+        runs[name] = {**run_steps(here, engine, 20), **bad_steps(here, engine, Engine.portable_state)}
+        runs[name] |= resumed(here, engine, **config)
+        runs[name]["notes"] = ds_json.resolve({"optimizer": SGD, "train_batch_size": 32, **config}, here.size)[2]
+        runs[name]["logits"] = engine.forward(batch(4)[0]).dtype
+    return runs
+
+
+def main() -> None:
+    here = world.join(threads=1)
+    measured: dict[str, Any] = {**smooth_runs(here), "bn": batch_norm_runs(here), **evaluations(here), **tape_rows(here)}
+    measured |= lower_precision_runs(here)  # last: it sets flags for the whole process
+    torch.save(measured, Path(sys.argv[1]) / f"rank_{here.rank}.pt")
+    world.leave()
+
+
+if __name__ == "__main__":
+    main()
