@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -86,7 +87,6 @@ def load_images(plan: Plan, split: str) -> data.Images:
     if plan.recipe.dataset == "synthetic":
         num_images = preflight.TRAIN_IMAGES if split == "train" else preflight.TEST_IMAGES
         return data.synthetic(split, num_images, seed=plan.recipe.split_seed)
-    data.ensure_cifar10(plan.options.data_dir, need_test=split == "test")
     return data.load_cifar10(plan.options.data_dir, split)
 
 
@@ -114,13 +114,6 @@ def get_cifar10_dataloaders(plan: Plan, here: World) -> tuple[TrainLoader, Evalu
         world_size=here.size,
     )
     return train_loader, evaluation_loader(images.pixels[val], images.labels[val], recipe, here)
-
-
-def get_test_loader(plan: Plan, here: World) -> EvaluationLoader:
-    """The test images, or the first --test-images of them. Called once, when training is over."""
-    images = load_images(plan, "test")
-    count = plan.options.test_images
-    return evaluation_loader(images.pixels[:count], images.labels[:count], plan.recipe, here)
 
 
 # --- the learning rate ------------------------------------------------------------------------------------------------
@@ -256,14 +249,7 @@ def train_one_epoch(run: Run, state: RunState) -> bool:
 def save_portable(run: Run, name: str, module: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Write checkpoints/<name> on rank 0: weights with all that is needed to use them."""
     if run.here.is_main:
-        recipe = run.plan.recipe
-        about = {
-            "recipe": run.plan.settings["recipe"],
-            "model": recipe.model,
-            "classes": list(data.CLASSES),
-            "normalisation": {"mean": list(recipe.mean), "std": list(recipe.std)},
-        }
-        checkpoint.save_portable(run.folder / "checkpoints" / name, module, {**about, **facts})
+        checkpoint.save_portable(run.folder / "checkpoints" / name, module, {**run.plan.about_the_model, **facts})
 
 
 def validate(run: Run, state: RunState) -> SplitResult | None:
@@ -350,13 +336,17 @@ def test_best_model(run: Run, state: RunState) -> SplitResult | None:
         return None
     best = run.here.from_main(lambda: checkpoint.load_portable(run.folder / "checkpoints" / "best_model")["module"])
     run.model.load_state_dict(best)
-    result = evaluate(run.model, get_test_loader(run.plan, run.here), run.here)
+    images, count = load_images(run.plan, "test"), run.plan.options.test_images
+    loader = evaluation_loader(images.pixels[:count], images.labels[:count], run.plan.recipe, run.here)
+    result = evaluate(run.model, loader, run.here)
     run.metrics.test(math.ceil(state.step / run.train.steps_per_epoch), result)
     return result
 
 
 def finish(run: Run, state: RunState, ended_by: str) -> None:
     """Keep the last state, test the best one, and write down what the run came to."""
+    if len(run.val) and state.best_step < 0:  # resumed at its end, before any epoch's validation
+        validate(run, state)
     weights = run.engine.portable_state()
     save_portable(run, "final", weights, {"step": state.step})
     if not len(run.val):
@@ -401,20 +391,21 @@ def start_run(plan: Plan, here: World, folder: Path) -> tuple[Run, RunState]:
 
 def describe(run: Run, state: RunState) -> None:
     """Say what is about to be trained, on what, and what was settled in DeepSpeed's JSON."""
-    plan, here, say = run.plan, run.here, run.metrics.event
-    parameters = sum(p.numel() for p in run.model.parameters())
-    say(f"recipe {plan.options.recipe}: {plan.recipe.model}, {parameters:,} parameters; run folder {run.folder}")
-    say(
-        f"{len(run.train.labels):,} train and {len(run.val):,} val images of {plan.recipe.dataset};"
-        f" {run.total_steps:,} steps of {plan.batch.global_images} images = {plan.recipe.epochs:g} epochs"
-    )
-    say(f"{here.size} {'rank' if here.size == 1 else 'ranks'} on {here.device.type}, {torch.get_num_threads()} threads each")
-    for note in plan.notes:
-        say(f"note: {note}")
+    plan, here, steps = run.plan, run.here, run.total_steps
+    parameters, train, val = sum(p.numel() for p in run.model.parameters()), len(run.train.labels), len(run.val)
+    lines = [
+        f"recipe {plan.options.recipe}: {plan.recipe.model}, {parameters:,} parameters; run folder {run.folder}",
+        f"{train:,} train and {val:,} val images of {plan.recipe.dataset};"
+        f" {steps:,} steps of {plan.batch.global_images} images = {plan.recipe.epochs:g} epochs",
+        f"{here.size} {'rank' if here.size == 1 else 'ranks'} on {here.device_name}, {torch.get_num_threads()} threads each",
+        *(f"note: {note}" for note in plan.notes),
+    ]
     if state.step:
-        say(f"resumed at step {state.step}")
-    if run.last_step < run.total_steps:
-        say(f"ends at step {run.last_step} (--max-steps); the schedule stays that of {run.total_steps:,} steps")
+        lines.append(f"resumed at step {state.step}")
+    if run.last_step < steps:
+        lines.append(f"ends at step {run.last_step} (--max-steps); the schedule stays that of {steps:,} steps")
+    for line in lines:
+        run.metrics.event(line)
 
 
 def train_and_finish(plan: Plan, here: World, folder: Path, how_to_continue: str) -> None:
@@ -442,11 +433,8 @@ def open_folder(plan: Plan, here: World, argv: list[str]) -> Path | None:
     folder = here.from_main(lambda: run_folder.choose(options.output_dir, options.recipe))
     if here.from_main(lambda: run_folder.is_finished(run_folder.read_json(folder / "summary.json"), options.max_steps)):
         return None
-
-    device = torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else "cpu"
-    facts = {"launcher": here.launcher, "world_size": here.size, "device": device, "threads": torch.get_num_threads()}
     command, settings = [sys.argv[0], *argv], as_json(plan.recipe, options.recipe)
-    here.from_main(lambda: run_folder.open_run(folder, settings, plan.ds_config, options.resume, command, **facts))
+    here.from_main(lambda: run_folder.open_run(folder, settings, plan.ds_config, options.resume, command, **here.facts))
     return folder
 
 
@@ -459,25 +447,21 @@ def run(argv: list[str]) -> None:
         if here.is_main:
             print(f"{plan.options.output_dir} holds a finished run; its results are in its summary.json")
         return
-    starts = {
-        "deepspeed": f"deepspeed --num_gpus={here.local_size}",
-        "torchrun": f"torchrun --nproc_per_node={here.local_size}",
-    }
-    start = f"{starts.get(here.launcher, 'python')} cifar10_deepspeed.py"
+    start = f"{here.start_command} {shlex.quote(sys.argv[0])}"
     train_and_finish(plan, here, folder, run_folder.command_to_continue(start, without_launcher_flags(argv), folder))
 
 
 def main() -> int:
     """Train as sys.argv says; returns the exit code: 0, 1 for a run that failed, 2 for a command that cannot be carried out."""
+    code = 0
     try:
         run(sys.argv[1:])
-    except (UsageError, TooManySkippedSteps) as error:
-        if world.is_main_process():
+    except (UsageError, TooManySkippedSteps) as error:  # on all ranks alike; after any other error the others may be waiting,
+        code = 2 if isinstance(error, UsageError) else 1  # and only the end of this process tells them
+        if world.speaks_for_its_machine():
             print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    finally:
-        world.leave()
-    return 0
+    world.leave()
+    return code
 
 
 if __name__ == "__main__":

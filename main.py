@@ -29,7 +29,7 @@ from cifar10 import UsageError, preflight, run_folder
 
 SCRIPT = Path(__file__).resolve().with_name("cifar10_deepspeed.py")
 FINISHED, FAILED, CANNOT, RESUMABLE = 0, 1, 2, 75  # 75 is sysexits.h's EX_TEMPFAIL: try again
-SECONDS_TO_SAVE = 60  # from a signal until what is left of the run is killed
+SECONDS_TO_SAVE = 60  # from a signal until what is left is killed; DeepSpeed's launcher gives each rank in turn 30 of its own
 
 
 def split_flags(argv: list[str]) -> tuple[int | None, list[str]]:
@@ -48,6 +48,8 @@ def split_flags(argv: list[str]) -> tuple[int | None, list[str]]:
 
 def count_gpus() -> int:
     """GPUs that torch can use. Torch, which takes seconds to import, is asked only where there is a driver."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return 0
     if not (shutil.which("nvidia-smi") or Path("/proc/driver/nvidia").exists() or Path("/dev/kfd").exists()):
         return 0
     import torch
@@ -74,8 +76,9 @@ def launch_command(ranks: int, gpus: int, flags: list[str]) -> tuple[list[str], 
     deepspeed = [str(beside_python)] if beside_python.exists() else [sys.executable, "-m", "deepspeed.launcher.runner"]
     where, environment = [f"--num_gpus={ranks}"], dict(os.environ)
     visible = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
-    if gpus and visible:  # DeepSpeed ignores the variable where it is given a number
-        where, environment["CUDA_VISIBLE_DEVICES"] = [], ",".join(visible[:ranks])
+    if gpus and visible:  # DeepSpeed ignores the variable where it is given a number of GPUs
+        where = [f"--include=localhost:{','.join(visible[:ranks])}"]
+        del environment["CUDA_VISIBLE_DEVICES"]
     if not gpus:
         environment.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed's detection prints a warning in every process
     return [*deepspeed, "-q", *where, f"--master_port={free_port()}", str(SCRIPT), *flags], environment
@@ -101,7 +104,7 @@ class Launch:
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         self.signalled = False
-        self._deadline = float("inf")
+        self._first = self._deadline = float("inf")
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._pass_on)
         self._process = subprocess.Popen(command, env=environment, start_new_session=True)
@@ -113,9 +116,10 @@ class Launch:
             os.killpg(self._process.pid, number)
 
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
-        again = self.signalled and number == signal.SIGINT  # Ctrl-C twice: do not wait for the save
+        now = time.monotonic()
+        again = number == signal.SIGINT and now > self._first + 1  # Ctrl-C twice: do not wait for the save
         if not self.signalled:
-            self._deadline = time.monotonic() + SECONDS_TO_SAVE
+            self._first, self._deadline = now, now + SECONDS_TO_SAVE
         self.signalled = True
         if hasattr(self, "_process"):
             self._signal_all(signal.SIGKILL if again else signal.SIGTERM)
@@ -146,19 +150,23 @@ def main(argv: list[str]) -> int:
         gpus = count_gpus()
         ranks = ranks_wanted(asked, gpus)
         plan = preflight.check(flags, ranks, "main.py", __doc__)
+        folder = run_folder.choose(plan.options.output_dir, plan.options.recipe)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return CANNOT
-    folder = run_folder.choose(plan.options.output_dir, plan.options.recipe)
     before = run_folder.read_json(folder / "summary.json")
     if run_folder.is_finished(before, plan.options.max_steps):
         print(f"{folder} holds a finished run; its results are in its summary.json")
         return FINISHED
     command, environment = launch_command(ranks, gpus, [*flags, "--output-dir", str(folder)])
-    environment["CIFAR10_STARTED_BY"] = shlex.join(["python", "main.py", *(["--num-gpus", str(asked)] if asked else [])])
+    environment["CIFAR10_STARTED_BY"] = shlex.join(["python", sys.argv[0], *(["--num-gpus", str(asked)] if asked else [])])
     launch = Launch(command, environment)
     code = launch.wait()
-    return exit_code(code, launch.signalled, before, run_folder.read_json(folder / "summary.json"))
+    after = run_folder.read_json(folder / "summary.json")
+    if after and after != before and after["status"] == "running" and not launch.signalled:  # no rank was left to say so
+        after = {**after, "status": "failed", "reason": f"the launcher ended with code {code}"}
+        run_folder.write_json(folder / "summary.json", after)
+    return exit_code(code, launch.signalled, before, after)
 
 
 if __name__ == "__main__":

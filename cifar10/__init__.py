@@ -4,5 +4,5 @@
 class UsageError(Exception):
     """What was asked for cannot be done. The message is one line that says why and what to type instead.
 
-    Raised before anything is written; entry points print it and exit with code 2.
+    Nearly always raised before anything is written; entry points print it and exit with code 2.
     """

@@ -36,7 +36,14 @@ from cifar10.preflight import Plan
 from cifar10.state import RunState
 from cifar10.tape import Tape, count_steps
 from cifar10.world import World
-from cifar10_deepspeed import build_model, calculate_accuracy, get_cifar10_dataloaders, load_images, train_step
+from cifar10_deepspeed import (
+    CIFAR10CNNEnhanced,
+    build_model,
+    calculate_accuracy,
+    get_cifar10_dataloaders,
+    load_images,
+    train_step,
+)
 
 RECIPE = "bn_cnn_document"
 PLAIN, STOCK, OURS = "plain PyTorch", "stock DeepSpeed", "this program"
@@ -70,6 +77,22 @@ def tutorial_loader(plan: Plan, round_steps: int) -> Iterable[MicroBatch]:
     return DataLoader(dataset, batch, sampler=shuffled, **workers)
 
 
+class DocumentCNN(CIFAR10CNNEnhanced):
+    """The same network with the reference document's forward to the letter; its outputs are ours to the bit."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(F.relu(self.bn1(self.conv1(x))))
+        x = self.pool(F.relu(self.bn2(self.conv2(x))))
+        return self.fc2(F.relu(self.fc1(torch.flatten(x, 1))))
+
+
+def document_model(plan: Plan, here: World) -> nn.Module:
+    """The document's network, from the weights that ours starts from."""
+    model = DocumentCNN()
+    model.load_state_dict(build_model(plan.recipe.model, plan.recipe.seed).state_dict())
+    return model.to(here.device)
+
+
 class TutorialLoop:
     """One step after another, the host waiting for the loss and the accuracy of each."""
 
@@ -96,7 +119,7 @@ class TutorialLoop:
 def plain_loop(plan: Plan, here: World, loader: Iterable[MicroBatch]) -> TutorialLoop:
     """The tutorial's loop in PyTorch alone, with the JSON's optimizer and clipping."""
     config = ds_json.read(plan.options.deepspeed_config)
-    model = build_model(plan.recipe.model, plan.recipe.seed).to(here.device)
+    model = document_model(plan, here)
     optimizer = torch.optim.SGD(model.parameters(), **config["optimizer"]["params"])
 
     def update(loss: Tensor) -> None:
@@ -108,15 +131,13 @@ def plain_loop(plan: Plan, here: World, loader: Iterable[MicroBatch]) -> Tutoria
     return TutorialLoop(loader, here.device, model, update)
 
 
-def deepspeed_engine(plan: Plan, here: World, config: dict[str, Any]) -> Any:
-    """DeepSpeed's engine around the recipe's network."""
-    model = build_model(plan.recipe.model, plan.recipe.seed).to(here.device)
+def deepspeed_engine(model: nn.Module, config: dict[str, Any]) -> Any:
     return prepare().initialize(model=model, model_parameters=model.parameters(), config=config)[0]
 
 
 def stock_loop(plan: Plan, here: World, loader: Iterable[MicroBatch]) -> TutorialLoop:
     """The same loop through DeepSpeed, and the JSON as it stands: none of `ds_json.resolve`, none of `Engine`."""
-    engine = deepspeed_engine(plan, here, ds_json.read(plan.options.deepspeed_config))
+    engine = deepspeed_engine(document_model(plan, here), ds_json.read(plan.options.deepspeed_config))
 
     def update(loss: Tensor) -> None:
         engine.backward(loss)
@@ -136,7 +157,8 @@ class OurLoop:
         self._recipe, self._here, self._round_steps = plan.recipe, here, round_steps
         loader, _ = get_cifar10_dataloaders(plan, here)
         self._global_images, self._stream = loader.global_images, (step for epoch in count() for step in loader.epoch(epoch))
-        self._engine = Engine(deepspeed_engine(plan, here, plan.ds_config), here)
+        model = build_model(plan.recipe.model, plan.recipe.seed).to(here.device)
+        self._engine = Engine(deepspeed_engine(model, plan.ds_config), here)
         self._tape, self._state = Tape(plan.options.log_every_steps, here.device), RunState()
 
     def batches(self) -> Iterator[list[MicroBatch]]:

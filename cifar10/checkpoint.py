@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cifar10 import UsageError
 from cifar10.engine import Engine
 from cifar10.files import written_whole
 from cifar10.state import RunState
@@ -24,12 +25,14 @@ PORTABLE_FILE = "mp_rank_00_model_states.pt"
 
 
 def newest(folder: Path) -> str | None:
-    """The tag of the newest complete checkpoint in `folder`, or None."""
+    """The tag of the newest complete checkpoint in `folder`, or None. Raises UsageError if it has gone."""
     try:
         tag = (folder / "latest").read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         return None
-    return tag if (folder / tag).is_dir() else None
+    if not (folder / tag).is_dir():
+        raise UsageError(f"{folder / 'latest'} names {tag!r}, which is not there; write the name of a tag that is into it")
+    return tag
 
 
 def save(folder: Path, engine: Engine, state: RunState, world: World, *, keep: int) -> None:

@@ -155,6 +155,8 @@ def check(config: dict[str, Any]) -> None:
             raise UsageError(f"{section}.enabled must be true or false")
     if sum(config.get(section, {}).get("enabled", False) for section in ("fp16", "bf16", "torch_autocast")) > 1:
         raise UsageError("more than one of fp16, bf16 and torch_autocast is enabled; enable one")
+    if config.get("fp16", {}).get("enabled") and config.get("zero_optimization", {}).get("stage"):
+        raise UsageError("fp16 with ZeRO is not supported here; enable bf16 in its place, or set zero_optimization.stage to 0")
     if not isinstance(config.get("timers", {}).get("throughput", {}), dict):
         raise UsageError('timers.throughput must be an object: {"enabled": true}')
     _check_zero(config.get("zero_optimization", {}))
@@ -162,8 +164,9 @@ def check(config: dict[str, Any]) -> None:
 
 
 def _check_zero(zero: dict[str, Any]) -> None:
-    if zero.get("stage", 0) not in (0, 1, 2, 3) or isinstance(zero.get("stage"), bool):
-        raise UsageError(f"zero_optimization.stage is {zero['stage']!r}; it must be 0, 1, 2 or 3")
+    stage = zero.get("stage", 0)
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        raise UsageError(f"zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")
 
 
 def _check_optimizer(optimizer: Any) -> None:
@@ -232,6 +235,7 @@ def resolve(config: dict[str, Any], world_size: int) -> tuple[dict[str, Any], Ba
     - a missing gradient_clipping is written out as DeepSpeed's default, 1.0;
     - the throughput timer, which waits for the device twice a step, is off unless asked for;
     - ZeRO: buckets of 20 MB in place of 2 GB, and SGD declared as wanted, which DeepSpeed otherwise refuses;
+    - PyTorch's fused optimizers are used, which need no compiler and can skip a step on the device;
     - bf16, and fp16 without ZeRO, become torch_autocast: DeepSpeed's own bf16 fails on BatchNorm's fp32 buffers, and its
       fp16 at stage 0 divides by a loss scale that it never multiplied by, and so does not train.
     """

@@ -214,7 +214,11 @@ class Engine:
 
         A checkpoint of another world size starts each rank from rank 0's buffers.
         """
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         path, client_state = self.deepspeed.load_checkpoint(str(folder), tag=tag)
+        if self.deepspeed.lr_scheduler is None:  # momentum and the like are the JSON's, as recorded, not the checkpoint's
+            for group, ours in zip(self.optimizer.param_groups, settings, strict=True):
+                group.update(ours)
         if path is None:
             raise FileNotFoundError(f"no checkpoint in {folder / tag}")
         own_file = folder / tag / f"rank_{self._world.rank}_of_{self._world.size}.pt"

@@ -33,6 +33,16 @@ class Plan:
         """What makes two runs the same experiment, as it comes back from JSON."""
         return json.loads(json.dumps({"recipe": dataclasses.asdict(self.recipe), "deepspeed": self.ds_config}))
 
+    @property
+    def about_the_model(self) -> dict[str, Any]:
+        """What a file of weights says of itself: how to feed the model, and what it answers."""
+        return {
+            "recipe": self.settings["recipe"],
+            "model": self.recipe.model,
+            "classes": list(data.CLASSES),
+            "normalisation": {"mean": list(self.recipe.mean), "std": list(self.recipe.std)},
+        }
+
 
 def check(argv: list[str], world_size: int, program: str, description: str | None = None) -> Plan:
     """Read and check a command line for `world_size` ranks; nothing is written but a data set that had to be downloaded.
@@ -51,6 +61,8 @@ def check(argv: list[str], world_size: int, program: str, description: str | Non
         raise UsageError(
             f"--resume {options.resume}: no checkpoint there; type auto, never, or the folder of a run that has one"
         )
+    if options.resume not in ("auto", "never"):
+        run_folder.refuse_other_position(Path(options.resume), plan.settings)
     if options.output_dir is not None:
         run_folder.refuse_unwritable(options.output_dir)
         run_folder.refuse_if_never(options.output_dir, options.resume)

@@ -79,7 +79,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Options:
-    """How a run is carried out. None of these changes what a finished run has learned, but --max-steps, which cuts it short."""
+    """How a run is carried out, and what the command line overrides in DeepSpeed's JSON."""
 
     recipe: str = "bn_cnn"
     """A name from recipes/, or the recipe.json of an earlier run."""

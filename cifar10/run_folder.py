@@ -20,18 +20,31 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from cifar10 import UsageError
 from cifar10.files import written_whole
 
+LOCK = ".lock"
+_held: dict[Path, FileLock] = {}  # a lock is let go when its object goes
+
 
 def choose(output_dir: Path | None, recipe: str) -> Path:
-    """The folder asked for, or a new one: runs/<recipe>-<time>."""
+    """The folder asked for, or a new one that is made here, so that no other run can choose it: runs/<recipe>-<time>."""
     if output_dir is not None:
         return output_dir
     name = Path(recipe).parent.name if recipe.endswith(".json") else recipe
     stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     tries = (stem if n == 1 else stem.with_name(f"{stem.name}-{n}") for n in range(1, 1_000))
-    return next(folder for folder in tries if not folder.exists())
+    for folder in tries:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UsageError(f"{folder} cannot be made ({error.strerror}); name an --output-dir") from None
+    raise UsageError("runs/ is full of runs of this second; name an --output-dir")
 
 
 def refuse_unwritable(folder: Path) -> None:
@@ -93,9 +106,21 @@ def refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
         raise UsageError(f"--output-dir {folder} holds a run with other settings ({shown}); name another --output-dir")
 
 
+def refuse_other_position(source: Path, settings: dict[str, Any]) -> None:
+    """--resume PATH: a position counts steps of one global batch through one order of one split, so these must be the same."""
+    saved, config = read_json(source / "recipe.json") or {}, read_json(source / "ds_config.json") or {}
+    ours = {**settings["recipe"], "train_batch_size": settings["deepspeed"]["train_batch_size"]}
+    theirs = {**saved.get("settings", {}), "train_batch_size": config.get("train_batch_size")}
+    for key in ("model", "dataset", "val_images", "seed", "split_seed", "train_batch_size"):
+        if theirs.get(key) != ours[key]:
+            raise UsageError(
+                f"--resume {source}: {key} is {theirs.get(key)} there, {ours[key]} here, so its position fits no step"
+            )
+
+
 def refuse_if_never(folder: Path, resume: str) -> None:
-    """--resume never: raise UsageError if the folder has anything in it."""
-    if resume == "never" and folder.is_dir() and any(folder.iterdir()):
+    """--resume never: raise UsageError if the folder has anything in it but a lock."""
+    if resume == "never" and folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
         raise UsageError(f"--resume never, but --output-dir {folder} is not empty; name another folder, or use --resume auto")
 
 
@@ -136,11 +161,21 @@ def environment(argv: list[str], facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _hold(folder: Path) -> None:
+    """Keep every other process from training in `folder` for as long as this one lives."""
+    lock = _held.setdefault(folder.resolve(), FileLock(folder / LOCK))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UsageError(f"another process is training in {folder}; wait for it, or name another --output-dir") from None
+
+
 def open_run(folder: Path, recipe_json: str, ds_config: dict[str, Any], resume: str, argv: list[str], **facts: Any) -> None:
     """Make the folder, write down its settings unless an earlier start did, and add this start to environment.json."""
     refuse_if_never(folder, resume)
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        _hold(folder)
         if not (folder / "recipe.json").exists():
             write_json(folder / "ds_config.json", ds_config)
             write_json(folder / "recipe.json", json.loads(recipe_json))

@@ -42,7 +42,7 @@ class Sums:
 
 @dataclass
 class RunState:
-    """Where a run stands. Order and augmentation follow from `step` alone, so this is all that a resume needs."""
+    """Where a run stands. Order and augmentation follow from `epoch` and `epoch_step`, so this is all that a resume needs."""
 
     step: int = 0  # optimizer updates so far, skipped ones included
     epoch: int = 0  # complete passes over the training split

@@ -11,7 +11,15 @@ from cifar10.world import World
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SECONDS_BETWEEN_AGREEMENTS = 1.0
-TIMED_STEPS = 20
+TIMED_STEPS = 20  # of which the second half is timed: the first steps are slow
+LAUNCHERS = {
+    b"deepspeed",
+    b"deepspeed.launcher.runner",
+    b"deepspeed.launcher.launch",
+    b"torchrun",
+    b"torch.distributed.run",
+    b"main.py",
+}
 
 
 def _parent_and_start(pid: int) -> tuple[int, str] | None:
@@ -31,7 +39,9 @@ def _launchers_above() -> dict[int, str]:
             command = Path(f"/proc/{pid}/cmdline").read_bytes()
         except OSError:
             break
-        if not any(word in command for word in (b"deepspeed", b"torchrun", b"torch.distributed.run", b"main.py")):
+        # whole words only: the text of a shell's -c names our script too, and that shell may leave while we go on
+        words = {os.path.basename(word) for word in command.split(b"\0") if b" " not in word}
+        if not words & LAUNCHERS:
             break
         found[pid] = known[1]
         pid = known[0]
@@ -53,6 +63,8 @@ class StopRequest:
         self._every = 0  # steps between agreements; 0 until rank 0 has timed the first steps
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a closed terminal; under nohup it is ignored
+            signal.signal(signal.SIGHUP, self._on_signal)
 
     @property
     def reason(self) -> str:
@@ -60,6 +72,8 @@ class StopRequest:
         return self._reason
 
     def _on_signal(self, number: int, _frame: object) -> None:
+        if self._reason == "SIGINT" and number == signal.SIGINT:
+            raise KeyboardInterrupt  # Ctrl-C twice: somebody does not want to wait for the save
         self._reason = self._reason or signal.Signals(number).name
 
     def _look_for_launchers(self) -> None:
@@ -71,8 +85,10 @@ class StopRequest:
     def agreed(self) -> bool:
         """Asked after every step. One rank reads its flag; several agree about once a second, all at the same steps."""
         self._calls += 1
-        if not self._every and self._calls == TIMED_STEPS:
-            seconds = (time.perf_counter() - self._started) / TIMED_STEPS
+        if self._calls == TIMED_STEPS // 2:
+            self._started = time.perf_counter()
+        if self._calls == TIMED_STEPS:
+            seconds = (time.perf_counter() - self._started) / (TIMED_STEPS - TIMED_STEPS // 2)
             self._every = self._world.from_main(lambda: max(1, min(1_000, round(SECONDS_BETWEEN_AGREEMENTS / seconds))))
         if self._calls % (self._every or TIMED_STEPS):
             return self._world.size == 1 and bool(self._reason)

@@ -33,6 +33,27 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What environment.json keeps of this."""
+        place = {"launcher": self.launcher, "world_size": self.size, "device": self.device_name}
+        return {**place, "threads": torch.get_num_threads(), "cores": cores()}
+
+    @property
+    def start_command(self) -> str:
+        """The words before the script's name that start this many ranks on this machine."""
+        if self.launcher == "python":
+            return "python"
+        return (
+            f"deepspeed --num_gpus={self.local_size}"
+            if self.launcher == "deepspeed"
+            else f"torchrun --standalone --nproc_per_node={self.local_size}"
+        )
+
     def total(self, values: Tensor) -> Tensor:
         """The sum over ranks, elementwise; the same on every rank."""
         if self.size > 1:
@@ -53,7 +74,7 @@ class World:
             dist.barrier(group=self.control)
 
     def from_main(self, produce: Callable[[], T]) -> T:
-        """What `produce()` returns on rank 0, on every rank. A UsageError that it raises there is raised everywhere."""
+        """What `produce()` returns on rank 0, on every rank. What it raises there is raised everywhere."""
         if self.size == 1:
             return produce()
         outcome: list[Any] = [None]
@@ -62,8 +83,10 @@ class World:
                 outcome = [produce()]
             except UsageError as error:
                 outcome = [error]
+            except Exception as error:  # the others must not wait for an answer that never comes
+                outcome = [RuntimeError(f"on rank 0: {type(error).__name__}: {error}")]
         dist.broadcast_object_list(outcome, src=0, group=self.control)
-        if isinstance(outcome[0], UsageError):
+        if isinstance(outcome[0], Exception):
             raise outcome[0]
         return outcome[0]
 
@@ -81,9 +104,9 @@ def _launcher(environment: dict[str, str]) -> str:
     return "python"
 
 
-def is_main_process() -> bool:
-    """Whether this process is rank 0, known from the environment before any group exists."""
-    return os.environ.get("RANK", "0") == "0"
+def speaks_for_its_machine() -> bool:
+    """Whether this process is the first rank on its machine, known from the environment before any group exists."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def join(threads: int | None = None) -> World:
@@ -96,14 +119,15 @@ def join(threads: int | None = None) -> World:
     rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or (1 if alone else size))
     torch.set_num_threads(threads or max(1, cores() // local_size))
-    on_gpu = torch.cuda.is_available()
-    if on_gpu and local_rank >= torch.cuda.device_count():
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    if on_gpu and max(local_size, local_rank + 1) > torch.cuda.device_count():
         raise UsageError(
             f"{local_size} ranks but {torch.cuda.device_count()} GPUs on this machine; start as many ranks as GPUs"
         )
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; torch's default rounds convolutions to 10 bits
     os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed insists on it
     backend = "nccl" if on_gpu else "gloo"
     if alone:  # no other process, so no port to agree on

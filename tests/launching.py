@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,18 @@ BIN = Path(sys.executable).parent
 SHORT = ("--dataset", "synthetic", "--max-steps", "8", "--log-every-steps", "4", "--test-images", "200", "--threads", "1")
 DEADLINE_SECONDS = 600  # it ends at all
 
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
 COMMANDS = {
     "python": [sys.executable, "cifar10_deepspeed.py"],
     "main.py": [sys.executable, "main.py"],
     "main.py, 2 ranks": [sys.executable, "main.py", "--num-gpus", "2"],
-    "deepspeed, 2 ranks": [str(BIN / "deepspeed"), "--num_gpus=2", "--master_port=29611", "cifar10_deepspeed.py"],
+    "deepspeed, 2 ranks": [str(BIN / "deepspeed"), "--num_gpus=2", f"--master_port={free_port()}", "cifar10_deepspeed.py"],
     "torchrun, 2 ranks": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2", "cifar10_deepspeed.py"],
 }
 
@@ -26,7 +34,7 @@ def environment(**more: str) -> dict[str, str]:
     kept = {
         k: v for k, v in os.environ.items() if k not in ("CIFAR10_STARTED_BY", "CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE")
     }
-    return {**kept, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", **more}
+    return {**kept, "DS_ACCELERATOR": "cpu", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", **more}
 
 
 def run(command: list[str], **more: str) -> subprocess.CompletedProcess[str]:

@@ -93,6 +93,7 @@ def test_the_run_folder_says_what_was_run(runs) -> None:
         "steps.csv",
         "summary.json",
         "checkpoints",
+        ".lock",
     }
     rows = [line.split(",")[:2] for line in (folder / "metrics.csv").read_text().splitlines()]
     assert rows == [["epoch", "phase"], ["1", "train"], ["1", "val"], ["1", "test"]]

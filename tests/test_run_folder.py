@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from cifar10 import UsageError, run_folder
 from cifar10.preflight import Plan, check
 from cifar10.recipe import as_json, load, parse
 
+PROJECT = Path(__file__).resolve().parent.parent
 BASE = ["--dataset", "synthetic"]
 
 
@@ -57,11 +60,12 @@ def test_a_new_folder_is_named_after_recipe_and_time_and_never_one_that_exists(t
     for _ in range(3):
         folder = run_folder.choose(None, "bn_cnn")
         names.append(str(folder))
-        folder.mkdir(parents=True)
+        assert folder.is_dir()  # taken: another run that starts in the same second finds it there
     assert names == [f"runs/bn_cnn-20260101-120000{more}" for more in ("", "-2", "-3")]
 
 
-def test_the_folder_of_a_recipe_json_is_named_after_its_run():
+def test_the_folder_of_a_recipe_json_is_named_after_its_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert run_folder.choose(None, "runs/first/recipe.json").name.startswith("first-")
 
 
@@ -91,7 +95,7 @@ def test_the_same_command_may_go_on(tmp_path):
         ("--epochs 3", ["epochs 2", "3"]),
         ("--epochs 2 --seed 1", ["seed 0 there, 1 here"]),
         ("--epochs 2 --lr 0.5", ["optimizer.params.lr", "0.5 here"]),
-        ("--epochs 2 --global-batch-size 64", ["train_batch_size", "64 here"]),
+        ("--epochs 2 --global-batch-size 32", ["train_batch_size", "32 here"]),
         ("--epochs 2 --no-flip", ["flip True there, False here"]),
         ("--epochs 2 --val-images 0", ["val_images 5000 there, 0 here"]),
     ],
@@ -168,6 +172,7 @@ def test_an_opened_folder_holds_settings_that_run_again_and_every_start(tmp_path
     folder = tmp_path / "a run" / "below"
     begun = begin(folder, "--epochs", "2")
     assert sorted(path.name for path in folder.iterdir()) == [
+        ".lock",
         "checkpoints",
         "ds_config.json",
         "environment.json",
@@ -304,3 +309,25 @@ def test_the_command_to_continue_starts_as_the_program_was_started(monkeypatch):
     assert run_folder.command_to_continue("python x.py", [], Path("r")).startswith("uv run python main.py ")
     monkeypatch.setenv("CIFAR10_STARTED_BY", "uv run python main.py")
     assert run_folder.command_to_continue("python x.py", [], Path("r")) == "uv run python main.py --output-dir r"
+
+
+def test_a_second_process_may_not_train_in_the_same_folder(tmp_path):
+    folder = tmp_path / "run"
+    begin(folder, "--epochs", "2")  # this process holds it now
+    code = f"from cifar10 import run_folder; from pathlib import Path; run_folder._hold(Path({str(folder)!r}))"
+    other = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert other.returncode != 0
+    assert "another process is training in" in other.stderr
+
+
+def test_a_run_goes_on_from_another_only_where_its_position_fits(tmp_path):
+    begin(tmp_path / "run", "--epochs", "2")
+    settings = check(["--epochs", "9", "--dataset", "synthetic", "--lr", "0.5"], 1, "test").settings
+    run_folder.refuse_other_position(tmp_path / "run", settings)  # a longer run at another rate: fine
+    for flags, named in (
+        (["--global-batch-size", "32"], "train_batch_size"),
+        (["--seed", "1"], "seed"),
+        (["--val-images", "0"], "val_images"),
+    ):
+        with pytest.raises(UsageError, match=named):
+            run_folder.refuse_other_position(tmp_path / "run", check([*flags, "--dataset", "synthetic"], 1, "test").settings)

@@ -1,0 +1,42 @@
+"""The README's numbers are those of the runs in records/: recomputed here from what each run wrote."""
+
+import json
+import re
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+README = (PROJECT / "README.md").read_text(encoding="utf-8")
+CAMPAIGNS = sorted(folder for folder in (PROJECT / "records").iterdir() if list(folder.glob("seed_*/summary.json")))
+
+
+def percent(values: list[float]) -> str:
+    """Mean and standard deviation as the README writes them."""
+    return f"{100 * mean(values):.2f} ± {100 * stdev(values):.2f}"
+
+
+@pytest.mark.parametrize("folder", CAMPAIGNS, ids=lambda folder: folder.name)
+def test_a_row_of_the_readme_is_what_the_runs_measured(folder: Path) -> None:
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("seed_*/summary.json"))]
+    assert len(runs) >= 3
+    assert len({run["seed"] for run in runs}) == len(runs)
+    assert {(run["status"], run["test_images"], run["recipe"]) for run in runs} == {("finished", 10_000, runs[0]["recipe"])}
+    row = next(line for line in README.splitlines() if f"(records/{folder.name}/)" in line)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    val = percent([run["val_accuracy"] for run in runs]) if runs[0]["val_accuracy"] is not None else "none held out"
+    assert cells[1:5] == [
+        str(len(runs)),
+        percent([r["train_accuracy"] for r in runs]),
+        val,
+        f"**{percent([r['test_accuracy'] for r in runs])}**",
+    ]
+
+
+def test_the_benchmark_in_the_readme_is_the_one_that_was_run() -> None:
+    measured = json.loads(next((PROJECT / "records").glob("*_bench_cpu/bench.json")).read_text())
+    for name, row in measured["rows"].items():
+        assert f"| {name} | {row['median']:,.0f} |" in README
+    for ratio in measured["ratios"]:
+        assert re.search(rf"{ratio['of']}.{{0,80}}{ratio['ratio']:.2f}", README, re.S), ratio
