@@ -57,6 +57,7 @@ class StopRequest:
     def __init__(self, world: World) -> None:
         self._world = world
         self._reason = ""
+        self._interrupted = float("inf")  # when Ctrl-C was pressed first
         self._launchers = _launchers_above()
         self._started = time.perf_counter()
         self._calls = 0
@@ -72,8 +73,11 @@ class StopRequest:
         return self._reason
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        if self._reason == "SIGINT" and number == signal.SIGINT:
-            raise KeyboardInterrupt  # Ctrl-C twice: somebody does not want to wait for the save
+        now = time.monotonic()  # torchrun passes on a Ctrl-C that the terminal has already sent to all
+        if number == signal.SIGINT and now > self._interrupted + 1:
+            raise KeyboardInterrupt  # Ctrl-C again, a second later: somebody does not want to wait for the save
+        if number == signal.SIGINT:
+            self._interrupted = min(self._interrupted, now)
         self._reason = self._reason or signal.Signals(number).name
 
     def _look_for_launchers(self) -> None:
