@@ -1,6 +1,10 @@
 """The default: the reference document's BatchNorm CNN and schedule, tuned on the validation split.
 
-uv run python main.py
+    uv run python main.py
+
+Measured on the real CIFAR-10, 3 seeds (records/2026-11-21_bn_cnn_cpu): 82.30 +- 0.36% of the test images, in 4.9 minutes of
+training on two CPU cores. Batch, base learning rate, weight decay, the size of the crops and label smoothing differ from the
+document's; what was tried is in records/LOG.md.
 """
 
 from cifar10.recipe import Experiment, Recipe

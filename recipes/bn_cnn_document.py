@@ -1,6 +1,9 @@
 """The reference document's run to the letter: learning rate 0.01, global batch 32, 50 epochs, all 50,000 images.
 
-uv run python main.py --recipe bn_cnn_document
+    uv run python main.py --recipe bn_cnn_document
+
+The document expects "81% test accuracy", which is its accuracy on training images. Measured on the real CIFAR-10, 3 seeds
+(records/2026-11-21_bn_cnn_document_cpu): 78.49 +- 0.14% of the test images, 78.94 +- 0.10% of the augmented training images.
 """
 
 from cifar10.recipe import Experiment, Recipe

@@ -169,7 +169,7 @@ def test_importing_the_story_does_nothing(tmp_path):
 
 
 def test_the_story_can_be_read_in_one_sitting():
-    assert len(read(STORY).splitlines()) <= 500
+    assert len(read(STORY).splitlines()) <= 470
 
 
 def compares_recipes_by_name(source: str) -> list[str]:
