@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -430,3 +431,9 @@ def test_what_was_not_measured_is_not_claimed():
     lines = report.closing_lines(nothing, val_images=0, all_test_images=10_000)
     assert not any(line.startswith(("val", "test")) for line in lines)
     assert [line.split()[:2] for line in lines if "%" in line] == [["train", "accuracy"]]
+
+
+def test_the_numbers_in_the_docstrings_are_what_the_code_gives():
+    results = doctest.testmod(story)
+    assert results.attempted > 0
+    assert results.failed == 0
