@@ -155,12 +155,17 @@ def check(config: dict[str, Any]) -> None:
             raise UsageError(f"{section}.enabled must be true or false")
     if sum(config.get(section, {}).get("enabled", False) for section in ("fp16", "bf16", "torch_autocast")) > 1:
         raise UsageError("more than one of fp16, bf16 and torch_autocast is enabled; enable one")
-    if config.get("fp16", {}).get("enabled") and config.get("zero_optimization", {}).get("stage"):
-        raise UsageError("fp16 with ZeRO is not supported here; enable bf16 in its place, or set zero_optimization.stage to 0")
+    _check_fp16(config.get("fp16", {}))
     if not isinstance(config.get("timers", {}).get("throughput", {}), dict):
         raise UsageError('timers.throughput must be an object: {"enabled": true}')
     _check_zero(config.get("zero_optimization", {}))
     _check_optimizer(config.get("optimizer"))
+
+
+def _check_fp16(fp16: dict[str, Any]) -> None:
+    for key, least in (("loss_scale", 0), ("initial_scale_power", 0), ("loss_scale_window", 1)):
+        if key in fp16:
+            _check_number(f"fp16.{key}", fp16[key], least, whole=key != "loss_scale")
 
 
 def _check_zero(zero: dict[str, Any]) -> None:
@@ -204,6 +209,15 @@ def override(config: dict[str, Any], *, lr: float | None, global_batch_size: int
     return config
 
 
+def with_precision(config: dict[str, Any], precision: str) -> dict[str, Any]:
+    """A copy of `config` that asks for "fp32", "bf16" or "fp16", and for no other; an fp16 block keeps its loss scale."""
+    config = copy.deepcopy(config)
+    for section in ("fp16", "bf16", "torch_autocast"):
+        if section in config or section == precision:
+            config[section] = {**config.get(section, {}), "enabled": section == precision}
+    return config
+
+
 def batch(config: dict[str, Any], world_size: int) -> Batch:
     """The batch triple for `world_size` ranks: the global batch is kept, and the micro-batch where accumulation fits it.
 
@@ -236,8 +250,8 @@ def resolve(config: dict[str, Any], world_size: int) -> tuple[dict[str, Any], Ba
     - the throughput timer, which waits for the device twice a step, is off unless asked for;
     - ZeRO: buckets of 20 MB in place of 2 GB, and SGD declared as wanted, which DeepSpeed otherwise refuses;
     - PyTorch's fused optimizers are used, which need no compiler and can skip a step on the device;
-    - bf16, and fp16 without ZeRO, become torch_autocast: DeepSpeed's own bf16 fails on BatchNorm's fp32 buffers, and its
-      fp16 at stage 0 divides by a loss scale that it never multiplied by, and so does not train.
+    - bf16 and fp16 become torch_autocast: DeepSpeed's own bf16 fails on BatchNorm's fp32 buffers, and so does its fp16, which
+      many CPUs refuse and which at stage 0 divides by a loss scale that it never multiplied by, and so does not train.
     """
     config, notes = copy.deepcopy(config), []
     sizes = batch(config, world_size)
@@ -263,10 +277,10 @@ def resolve(config: dict[str, Any], world_size: int) -> tuple[dict[str, Any], Ba
 
 
 def _settle_precision(config: dict[str, Any], notes: list[str]) -> None:
-    stage = config.get("zero_optimization", {}).get("stage", 0)
     for section, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
-        if config.get(section, {}).get("enabled") and (section == "bf16" or stage == 0):
-            config[section] = {"enabled": False}
+        if config.get(section, {}).get("enabled"):
+            loss_scale = config[section] if section == "fp16" else {}  # cifar10/loss_scale.py reads it
+            config[section] = {**loss_scale, "enabled": False}
             config["torch_autocast"] = {"enabled": True, "dtype": dtype}
             notes.append(f"{section} -> torch_autocast {dtype}, which keeps fp32 weights and BatchNorm statistics")
 

@@ -8,6 +8,7 @@ Everything goes through DeepSpeed's forward, backward and step. What this file a
   DeepSpeed 0.19.8 throws it away at ZeRO stage 0; its clipping also waits for the device twice a step.
 - A step whose loss or gradient is not finite on any rank is skipped on all. At stage 0 DeepSpeed would apply it; here the
   fused optimizer is told on the device (`found_inf`) and BatchNorm's statistics are put back. ZeRO does its own check.
+- fp16's loss scale under ZeRO, where DeepSpeed clips gradients that are still scaled (see loss_scale.py).
 - At world size 1 there is nothing to reduce, so the flatten, all-reduce and copy back of every gradient are left out.
 """
 
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cifar10.loss_scale import LossScale
 from cifar10.world import World
 
 
@@ -58,11 +60,24 @@ class Engine:
         self._kept_buffers = [torch.empty_like(b) for b in self._buffers]
         self._grad_norm = torch.zeros((), device=world.device)
         self._skipped = torch.zeros((), device=world.device)
+        if deepspeed_engine.torch_autocast_enabled() and deepspeed_engine.torch_autocast_dtype() == torch.float16:
+            self._take_over_loss_scale()
         if not self._zero:
             self._take_over_clipping()
             self._start_momentum_at_zero()
             if world.size == 1:
                 deepspeed_engine.enable_backward_allreduce = False
+
+    def _take_over_loss_scale(self) -> None:
+        scale = LossScale.from_json(self.deepspeed.config.get("fp16", {}))
+        if self._zero:
+            zero = self.deepspeed.optimizer
+            zero.torch_autocast_gradscaler, zero.loss_scaler, zero.dynamic_loss_scale = None, scale, True
+        else:  # the same rule, kept on the device
+            interval = int(min(scale.window, 2**31 - 1))
+            self.deepspeed.torch_autocast_z0_gradscaler = torch.amp.GradScaler(
+                self._world.device.type, init_scale=scale.cur_scale, growth_interval=interval
+            )
 
     def _take_over_clipping(self) -> None:
         replaced = self.deepspeed.clip_fp32_gradients

@@ -1,0 +1,48 @@
+"""What this machine computes on, and in which precisions natively. Torch is asked only where there is a GPU driver."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from functools import cache
+from pathlib import Path
+
+# Words of /proc/cpuinfo that mean matrix products in this precision: x86's, then ARM's.
+CPU_FLAGS = {"bf16": {"avx512_bf16", "amx_bf16", "bf16"}, "fp16": {"avx512_fp16", "amx_fp16", "asimdhp"}}
+
+
+@cache
+def count_gpus() -> int:
+    """GPUs that torch can use; 0 where DS_ACCELERATOR=cpu hides them."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return 0
+    if not (shutil.which("nvidia-smi") or Path("/proc/driver/nvidia").exists() or Path("/dev/kfd").exists()):
+        return 0
+    import torch  # takes seconds to import
+
+    return torch.cuda.device_count()
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return set()
+    found = (line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features")))
+    return set(next(found, []))
+
+
+@cache
+def native_precisions() -> tuple[str, ...]:
+    """Of "fp32", "bf16" and "fp16", those that the GPUs of this machine compute in themselves, or its CPU if it has none."""
+    if count_gpus():
+        import torch
+
+        return ("fp32", "fp16", "bf16") if torch.cuda.get_device_capability() >= (8, 0) else ("fp32", "fp16")
+    flags = _cpu_flags()
+    return ("fp32", *(name for name, words in CPU_FLAGS.items() if flags & words))
+
+
+def name() -> str:
+    """`GPU` or `CPU`, for messages."""
+    return "GPU" if count_gpus() else "CPU"
