@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cifar10 import UsageError
+from cifar10 import UsageError, launchers
 
 T = TypeVar("T")
 
@@ -38,6 +38,13 @@ class World:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
     @property
+    def in_words(self) -> str:
+        """`2 ranks on cpu, 1 threads each`; with several machines, how many."""
+        machines = f" of {self.size // self.local_size} machines" if self.size > self.local_size else ""
+        ranks = "1 rank" if self.size == 1 else f"{self.size} ranks"
+        return f"{ranks} on {self.device_name}{machines}, {torch.get_num_threads()} threads each"
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What environment.json keeps of this."""
         place = {"launcher": self.launcher, "world_size": self.size, "device": self.device_name}
@@ -46,13 +53,15 @@ class World:
     @property
     def start_command(self) -> str:
         """The words before the script's name that start this many ranks on this machine."""
-        if self.launcher == "python":
-            return "python"
-        return (
-            f"deepspeed --num_gpus={self.local_size}"
-            if self.launcher == "deepspeed"
-            else f"torchrun --standalone --nproc_per_node={self.local_size}"
-        )
+        if self.size != self.local_size and self.launcher in ("deepspeed", "torchrun"):
+            return f"the same {self.launcher} command on each machine, with"
+        return {
+            "python": "python",
+            "deepspeed": f"deepspeed --num_gpus={self.local_size}",
+            "torchrun": f"torchrun --standalone --nproc_per_node={self.local_size}",
+            "srun": f"srun --ntasks={self.size} python",
+            "mpirun": f"mpirun -n {self.size} python",
+        }[self.launcher]
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over ranks, elementwise; the same on every rank."""
@@ -96,46 +105,52 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _launcher(environment: dict[str, str]) -> str:
-    if "TORCHELASTIC_RUN_ID" in environment:
-        return "torchrun"
-    if "LOCAL_SIZE" in environment and "CROSS_SIZE" in environment:
-        return "deepspeed"
-    return "python"
-
-
 def speaks_for_its_machine() -> bool:
     """Whether this process is the first rank on its machine, known from the environment before any group exists."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def join(threads: int | None = None) -> World:
+def _device(local_rank: int, local_size: int, launcher: str) -> torch.device:
+    """This rank's GPU, or the CPU. Raises UsageError if the machine has fewer GPUs than ranks."""
+    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    if launcher == "srun" and gpus == 1:  # as with --gpus-per-task=1: SLURM shows each task its own
+        return torch.device("cuda", 0)
+    if max(local_size, local_rank + 1) > gpus:
+        raise UsageError(f"{local_size} ranks but {gpus} GPUs on this machine; start as many ranks as GPUs")
+    return torch.device("cuda", local_rank)
+
+
+def join(threads: int | None = None, *, deterministic: bool = False) -> World:
     """Take this process's place: threads, device and process groups. The same under every launcher.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which launchers set; without RANK it is a world of one.
-    Threads per rank: `threads`, else the cores of the machine over the ranks on it.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which launchers set (see launchers.py); without RANK it
+    is a world of one. Threads per rank: `threads`, else the cores of the machine over the ranks on it. `deterministic` asks
+    PyTorch for algorithms that give the same bits each time; a CPU's do anyway.
     """
     alone = "RANK" not in os.environ
     rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or (1 if alone else size))
+    launcher = launchers.name(dict(os.environ))
     torch.set_num_threads(threads or max(1, cores() // local_size))
-    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    if on_gpu and max(local_size, local_rank + 1) > torch.cuda.device_count():
-        raise UsageError(
-            f"{local_size} ranks but {torch.cuda.device_count()} GPUs on this machine; start as many ranks as GPUs"
-        )
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    if on_gpu:
+    device = _device(local_rank, local_size, launcher)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)  # adaptive pooling on a GPU has none; that is only said
+    if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; torch's default rounds convolutions to 10 bits
-    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed insists on it
-    backend = "nccl" if on_gpu else "gloo"
+    os.environ["LOCAL_RANK"] = str(
+        device.index or 0 if device.type == "cuda" else local_rank
+    )  # DeepSpeed picks its device by it
+    backend = "nccl" if device.type == "cuda" else "gloo"
     if alone:  # no other process, so no port to agree on
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
     control = dist.new_group(backend="gloo") if size > 1 else None
-    return World(rank, local_rank, size, local_size, device, _launcher(dict(os.environ)), control)
+    return World(rank, local_rank, size, local_size, device, launcher, control)
 
 
 def leave() -> None:

@@ -1,0 +1,112 @@
+"""Launchers by the environment that they give to a rank: torchrun, deepspeed, srun, mpirun, or none.
+
+torch and DeepSpeed read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. torchrun and deepspeed set them; srun and
+mpirun have variables of their own, from which these are derived here. Every rank derives the same address and port.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+
+from cifar10 import UsageError
+
+DERIVED = "CIFAR10_LAUNCHER"  # set to the launcher from whose variables the others were derived
+PORTS = range(10_000, 60_000)  # of which a job's number picks one
+
+
+def name(environment: dict[str, str]) -> str:
+    """Who started this process: torchrun, deepspeed, srun, mpirun, or python for none of them."""
+    if "TORCHELASTIC_RUN_ID" in environment:
+        return "torchrun"
+    return "deepspeed" if "CROSS_SIZE" in environment else environment.get(DERIVED, "python")
+
+
+def _resolves(host: str) -> bool:
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return True
+
+
+def _slurm(*question: str) -> str:
+    """What SLURM's scontrol answers; empty where it cannot be asked."""
+    try:
+        return subprocess.run(["scontrol", *question], capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _first_slurm_host(nodes: str) -> str:
+    """The address of the first of a step's nodes, of which `nodes` is SLURM's list: `gpu[03-05,09]`."""
+    listed = _slurm("show", "hostnames", nodes).split()
+    host = listed[0] if listed else "".join(re.match(r"([^,[]*)\[?(\d*)", nodes).groups())
+    if _resolves(host):
+        return host
+    known = re.search(r"NodeAddr=(\S+)", _slurm("show", "node", host))
+    if known and _resolves(known[1]):
+        return known[1]
+    raise UsageError(f"the first node, {host}, has no address that resolves; set MASTER_ADDR to one that every node can reach")
+
+
+def _tasks_on_this_node(tasks_per_node: str, node: int) -> int:
+    """SLURM's run-length list, `2(x3),1` -> 2, 2, 2, 1, at place `node`."""
+    runs = (re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in tasks_per_node.split(","))
+    counts = [int(run[1]) for run in runs if run for _ in range(int(run[2] or 1))]
+    return counts[node] if node < len(counts) else 1
+
+
+def _from_slurm(environment: dict[str, str]) -> dict[str, str]:
+    """RANK and the like of a task that srun started; empty outside a step of several tasks."""
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks == "1" or "SLURM_PROCID" not in environment:  # a batch script has a SLURM_PROCID too, but no step
+        return {}
+    node = int(environment.get("SLURM_NODEID", "0"))
+    job, step = int(environment.get("SLURM_JOB_ID", "0")), int(environment.get("SLURM_STEP_ID", "0"))
+    nodes = environment.get("SLURM_STEP_NODELIST", "")
+    alone = environment.get("SLURM_STEP_NUM_NODES", "1") == "1"
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": tasks,
+        "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
+        "LOCAL_WORLD_SIZE": str(_tasks_on_this_node(environment.get("SLURM_STEP_TASKS_PER_NODE", tasks), node)),
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or ("127.0.0.1" if alone else _first_slurm_host(nodes)),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(PORTS[(job * 7 + step) % len(PORTS)]),
+        DERIVED: "srun",
+    }
+
+
+def _from_mpi(environment: dict[str, str]) -> dict[str, str]:
+    """RANK and the like of a process that Open MPI's mpirun started; empty outside one, and for a world of one."""
+    size, local_size = (environment.get(f"OMPI_COMM_WORLD_{word}", "1") for word in ("SIZE", "LOCAL_SIZE"))
+    if size == "1":
+        return {}
+    if size != local_size and not {"MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
+        raise UsageError(
+            "mpirun over several machines needs MASTER_ADDR and MASTER_PORT, an address of the first machine that all can"
+            " reach: mpirun -x MASTER_ADDR=... -x MASTER_PORT=29500 ..."
+        )
+    return {
+        "RANK": environment["OMPI_COMM_WORLD_RANK"],
+        "WORLD_SIZE": size,
+        "LOCAL_RANK": environment["OMPI_COMM_WORLD_LOCAL_RANK"],
+        "LOCAL_WORLD_SIZE": local_size,
+        "MASTER_ADDR": environment.get("MASTER_ADDR", "127.0.0.1"),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(PORTS[os.getppid() % len(PORTS)]),  # mpirun, parent of all
+        DERIVED: "mpirun",
+    }
+
+
+def world_size() -> int:
+    """How many ranks this process's launcher has started, itself included.
+
+    Where that launcher is srun or mpirun, RANK, WORLD_SIZE and the other variables that torch and DeepSpeed read are
+    derived from theirs and set; torchrun and deepspeed set them themselves. Without a launcher it is one.
+    """
+    environment = dict(os.environ)
+    if "RANK" not in environment:
+        os.environ.update(_from_slurm(environment) or _from_mpi(environment))
+    return int(os.environ.get("WORLD_SIZE", "1"))
