@@ -2,8 +2,12 @@
 
     uv run python main.py                                  the default recipe
     uv run python main.py --num-gpus 2 --epochs 10         two ranks; every other flag goes to cifar10_deepspeed.py
+    uv run python main.py --num-nodes 2 --node-rank 0 --master-addr 10.0.0.1 --output-dir SHARED/run
+                                                           the first of two machines; on the other, --node-rank 1
 
---num-gpus N is the number of ranks (default: the GPUs found; without any, one rank on all CPU cores).
+--num-gpus N is the number of ranks on this machine (default: the GPUs found; without any, one rank on all CPU cores).
+With --num-nodes, type the same on each machine but for --node-rank; --master-addr is the first machine's address,
+--master-port (default 29500) a free port of it, and --output-dir a folder that all of them see.
 Exit codes: 0 the run has finished; 75 it was stopped, and the same command with --output-dir goes on with it;
 2 the command cannot be carried out, and nothing was started; anything else is the code of what failed.
 """
@@ -12,49 +16,77 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
-from cifar10 import UsageError, preflight, run_folder
+from cifar10 import UsageError, device, preflight, run_folder
+from cifar10.preflight import Plan
 
 SCRIPT = Path(__file__).resolve().with_name("cifar10_deepspeed.py")
 FINISHED, FAILED, CANNOT, RESUMABLE = 0, 1, 2, 75  # 75 is sysexits.h's EX_TEMPFAIL: try again
 SECONDS_TO_SAVE = 60  # from a signal until what is left is killed; DeepSpeed's launcher gives each rank in turn 30 of its own
 
 
-def split_flags(argv: list[str]) -> tuple[int | None, list[str]]:
-    """--num-gpus N (or --num_gpus=N) out of `argv`, and the rest."""
-    rest, count, words = [], None, iter(argv)
+@dataclass(frozen=True)
+class Machines:
+    """main.py's own flags: how many ranks on each machine, and which of how many machines this is."""
+
+    num_gpus: int | None = None
+    num_nodes: int = 1
+    node_rank: int = 0
+    master_addr: str = ""
+    master_port: int = 29_500
+
+
+def _value(flag: str, given: str) -> int | str:
+    """The value of one of main.py's own flags. Raises UsageError."""
+    if flag == "master_addr":
+        return given
+    least = 0 if flag == "node_rank" else 1
+    if not given.isdecimal() or int(given) < least:
+        dashed = "--" + flag.replace("_", "-")
+        raise UsageError(f"{dashed} {given!r} is impossible; type a whole number from {least} up, as in {dashed} {least}")
+    return int(given)
+
+
+def split_flags(argv: list[str]) -> tuple[Machines, list[str]]:
+    """main.py's own flags out of `argv` (--num-gpus N, --num_gpus=N), and the rest. Raises UsageError."""
+    own, rest, words = {}, [], iter(argv)
     for word in words:
-        found = re.fullmatch(r"--num[-_]gpus(?:=(.*))?", word)
-        if not found:
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--") or name not in {field.name for field in fields(Machines)}:
             rest.append(word)
-            continue
-        count = found[1] if found[1] is not None else next(words, "")
-        if not count.isdecimal() or int(count) < 1:
-            raise UsageError(f"--num-gpus {count!r} is impossible; type a whole number from 1 up, as in --num-gpus 1")
-    return (int(count) if count is not None else None), rest
+        else:
+            own[name] = _value(name, value if equals else next(words, ""))
+    return _checked(Machines(**own)), rest
 
 
-def count_gpus() -> int:
-    """GPUs that torch can use. Torch, which takes seconds to import, is asked only where there is a driver."""
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
-        return 0
-    if not (shutil.which("nvidia-smi") or Path("/proc/driver/nvidia").exists() or Path("/dev/kfd").exists()):
-        return 0
-    import torch
-
-    return torch.cuda.device_count()
+def _checked(machines: Machines) -> Machines:
+    """Raise UsageError unless this is one of the machines that were announced, and knows the first one's address."""
+    if machines.node_rank >= machines.num_nodes:
+        last = machines.num_nodes - 1
+        raise UsageError(
+            f"--node-rank {machines.node_rank} of --num-nodes {machines.num_nodes} is impossible; type 0 to {last}"
+        )
+    if machines.num_nodes > 1 and not machines.master_addr:
+        raise UsageError("--num-nodes needs --master-addr, the first machine's address, as in --master-addr 10.0.0.1")
+    if machines.num_nodes == 1 and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "RANK" not in os.environ:
+        raise UsageError(
+            "srun has started several of main.py, which starts all ranks of a machine itself; type srun python"
+            " cifar10_deepspeed.py, or sbatch run_deepspeed.sh"
+        )
+    return machines
 
 
 def ranks_wanted(asked: int | None, gpus: int) -> int:
@@ -70,18 +102,41 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def launch_command(ranks: int, gpus: int, flags: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The deepspeed command line for `ranks` ranks on this machine, and its environment."""
-    beside_python = Path(sys.executable).with_name("deepspeed")
-    deepspeed = [str(beside_python)] if beside_python.exists() else [sys.executable, "-m", "deepspeed.launcher.runner"]
-    where, environment = [f"--num_gpus={ranks}"], dict(os.environ)
+def which_devices(machines: Machines, ranks: int, gpus: int, hostfile: Path) -> tuple[list[str], dict[str, str]]:
+    """The part of the deepspeed command line that says where ranks go, and what that leaves of the environment."""
+    environment = dict(os.environ)
+    hosts = [f"node{number}" for number in range(machines.num_nodes)] if machines.num_nodes > 1 else ["localhost"]
+    where = [f"--num_gpus={ranks}", f"--master_port={free_port()}"]
+    if machines.num_nodes > 1:
+        hostfile.write_text("".join(f"{host} slots={ranks}\n" for host in hosts))
+        first = [f"--master_addr={machines.master_addr}", f"--master_port={machines.master_port}"]
+        where = [f"--hostfile={hostfile}", "--no_ssh", f"--node_rank={machines.node_rank}", *first]
     visible = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
     if gpus and visible:  # DeepSpeed ignores the variable where it is given a number of GPUs
-        where = [f"--include=localhost:{','.join(visible[:ranks])}"]
+        devices = ",".join(visible[:ranks])
+        where = [word for word in where if not word.startswith("--num_gpus")]
+        where.append("--include=" + "@".join(f"{host}:{devices}" for host in hosts))
         del environment["CUDA_VISIBLE_DEVICES"]
+    return where, environment
+
+
+def launch_command(
+    machines: Machines, ranks: int, gpus: int, flags: list[str], hostfile: Path
+) -> tuple[list[str], dict[str, str]]:
+    """The deepspeed command line for `ranks` ranks on this machine, and its environment; `hostfile` is written if needed."""
+    beside_python = Path(sys.executable).with_name("deepspeed")
+    deepspeed = [str(beside_python)] if beside_python.exists() else [sys.executable, "-m", "deepspeed.launcher.runner"]
+    where, environment = which_devices(machines, ranks, gpus, hostfile)
     if not gpus:
         environment.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed's detection prints a warning in every process
-    return [*deepspeed, "-q", *where, f"--master_port={free_port()}", str(SCRIPT), *flags], environment
+    return [*deepspeed, "-q", *where, str(SCRIPT), *flags], environment
+
+
+def started_by(machines: Machines) -> str:
+    """The words before the flags that start this again."""
+    given = [(f.name, getattr(machines, f.name)) for f in fields(Machines) if getattr(machines, f.name) != f.default]
+    own = [word for name, value in given for word in ("--" + name.replace("_", "-"), str(value))]
+    return shlex.join(["python", sys.argv[0], *own])
 
 
 def processes_of(group: int) -> list[psutil.Process]:
@@ -143,14 +198,29 @@ def exit_code(launcher_code: int, signalled: bool, before: dict | None, after: d
     return launcher_code if launcher_code > 0 else 128 - launcher_code if launcher_code < 0 else FAILED
 
 
+def check(argv: list[str]) -> tuple[Machines, int, list[str], Plan, Path]:
+    """All that is needed to launch: the machines, the ranks on this one, the script's flags, its plan and its folder."""
+    machines, flags = split_flags(argv)
+    ranks = ranks_wanted(machines.num_gpus, device.count_gpus())
+    plan = preflight.check(flags, ranks * machines.num_nodes, "main.py", __doc__)
+    if machines.num_nodes > 1 and plan.options.output_dir is None:
+        raise UsageError("--num-nodes needs --output-dir, a folder that all machines see, as in --output-dir SHARED/run")
+    return machines, ranks, flags, plan, run_folder.choose(plan.options.output_dir, plan.options.recipe)
+
+
+def launch_and_wait(machines: Machines, ranks: int, flags: list[str]) -> tuple[int, bool]:
+    """Run the launcher to its end: its exit code, and whether it was asked to stop."""
+    with tempfile.TemporaryDirectory() as scratch:
+        command, environment = launch_command(machines, ranks, device.count_gpus(), flags, Path(scratch) / "hostfile")
+        environment.setdefault("CIFAR10_STARTED_BY", started_by(machines))
+        launch = Launch(command, environment)
+        return launch.wait(), launch.signalled
+
+
 def main(argv: list[str]) -> int:
     """Check, launch, mind; returns the exit code."""
     try:
-        asked, flags = split_flags(argv)
-        gpus = count_gpus()
-        ranks = ranks_wanted(asked, gpus)
-        plan = preflight.check(flags, ranks, "main.py", __doc__)
-        folder = run_folder.choose(plan.options.output_dir, plan.options.recipe)
+        machines, ranks, flags, plan, folder = check(argv)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return CANNOT
@@ -158,15 +228,12 @@ def main(argv: list[str]) -> int:
     if run_folder.is_finished(before, plan.options.max_steps):
         print(f"{folder} holds a finished run; its results are in its summary.json")
         return FINISHED
-    command, environment = launch_command(ranks, gpus, [*flags, "--output-dir", str(folder)])
-    environment["CIFAR10_STARTED_BY"] = shlex.join(["python", sys.argv[0], *(["--num-gpus", str(asked)] if asked else [])])
-    launch = Launch(command, environment)
-    code = launch.wait()
+    code, signalled = launch_and_wait(machines, ranks, [*flags, "--output-dir", str(folder)])
     after = run_folder.read_json(folder / "summary.json")
-    if after and after != before and after["status"] == "running" and not launch.signalled:  # no rank was left to say so
+    if after and after != before and after["status"] == "running" and not signalled:  # no rank was left to say so
         after = {**after, "status": "failed", "reason": f"the launcher ended with code {code}"}
         run_folder.write_json(folder / "summary.json", after)
-    return exit_code(code, launch.signalled, before, after)
+    return exit_code(code, signalled, before, after)
 
 
 if __name__ == "__main__":
