@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
 import shlex
 import sys
 import time
@@ -24,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar10 import UsageError, augment, checkpoint, data, preflight, report, run_folder, world
+from cifar10 import UsageError, augment, checkpoint, data, launchers, patience, preflight, report, run_folder, world
 from cifar10.engine import Engine, prepare, weights_sha256
 from cifar10.loader import EvaluationLoader, TrainLoader
 from cifar10.metrics import ConsoleSink, CsvSink, EpochRow, Metrics, SplitResult, StepRow
@@ -208,6 +207,7 @@ class Run:
     metrics: Metrics
     stop: StopRequest
     folder: Path
+    lr_scale: float  # of the base learning rate: what the linear scaling rule makes of the global batch
     total_steps: int  # of the schedule
     last_step: int  # where this run ends: the same, or --max-steps
 
@@ -217,7 +217,8 @@ def read_tape(run: Run, state: RunState) -> None:
     limit, images = run.plan.recipe.max_skipped_in_a_row, run.plan.batch.global_images
     count_steps(run.tape.read(run.here), state, global_images=images, max_skipped_in_a_row=limit)
     sums = state.interval_sums
-    if state.step % run.plan.options.log_every_steps == 0 and sums.steps + sums.skipped:
+    at_log_point = state.epoch_step % run.plan.options.log_every_steps == 0 or state.epoch_step == run.train.steps_per_epoch
+    if at_log_point and sums.steps + sums.skipped:
         means = sums.mean_loss, sums.accuracy, sums.mean_grad_norm
         run.metrics.step(StepRow(state.step, state.epoch + 1, *means, run.engine.lr, sums.skipped))
         state.interval_sums = Sums()
@@ -231,11 +232,11 @@ def train_one_epoch(run: Run, state: RunState) -> bool:
     for micro_batches in run.train.epoch(state.epoch, first_step=state.epoch_step):
         if state.step == run.last_step or stopping:
             break
-        multiplier = lr_multiplier(run.plan.recipe, state.step, run.train.steps_per_epoch) * state.lr_factor
+        multiplier = lr_multiplier(run.plan.recipe, state.step, run.train.steps_per_epoch) * run.lr_scale * state.lr_factor
         train_step(run.engine, micro_batches, multiplier, smoothing, run.tape)
         state.step += 1
         state.epoch_step += 1
-        if run.tape.is_full or state.step % every == 0:
+        if run.tape.is_full or state.epoch_step % every == 0:
             read_tape(run, state)
         stopping = run.stop.agreed()
     read_tape(run, state)
@@ -265,28 +266,6 @@ def validate(run: Run, state: RunState) -> SplitResult | None:
     return result
 
 
-def gave_up(recipe: Recipe, state: RunState) -> bool:
-    """Early stopping: the watched loss has not improved for --patience epochs."""
-    return 0 < recipe.patience <= state.epochs_without_improvement
-
-
-def watch_loss(run: Run, state: RunState, loss: float) -> None:
-    """Count the epochs without improvement of the watched loss, and report plateaus and the early stop."""
-    recipe = run.plan.recipe
-    if loss < state.best_loss - recipe.min_improvement:
-        state.best_loss, state.epochs_without_improvement = loss, 0
-        return
-    state.epochs_without_improvement += 1
-    waited = state.epochs_without_improvement
-    since = f"no better {'validation' if len(run.val) else 'training'} loss than {state.best_loss:.5f} for {waited} epochs"
-    if waited % recipe.plateau_patience == 0:
-        state.lr_factor *= recipe.plateau_lr_factor
-        change = f"; learning rate x {recipe.plateau_lr_factor:g}" if recipe.plateau_lr_factor != 1 else ""
-        run.metrics.event(f"plateau: {since}{change}")
-    if gave_up(recipe, state):
-        run.metrics.event(f"stopping early: {since}")
-
-
 def finish_epoch(run: Run, state: RunState) -> None:
     """Validate, report and count the epoch. A run that ends inside an epoch is measured too, but there is none to judge by."""
     sums = state.epoch_sums
@@ -297,7 +276,9 @@ def finish_epoch(run: Run, state: RunState) -> None:
     if state.epoch_step == run.train.steps_per_epoch:
         state.epoch, state.epoch_step = state.epoch + 1, 0
         state.epoch_sums, state.seconds_before_epoch = Sums(), state.train_seconds
-        watch_loss(run, state, val.loss if val else train.loss)
+        which, loss = ("validation", val.loss) if val else ("training", train.loss)
+        for line in patience.watch(run.plan.recipe, state, loss, which):
+            run.metrics.event(line)
 
 
 def summarise(run: Run, state: RunState, status: str, **results: Any) -> dict[str, Any]:
@@ -309,23 +290,33 @@ def summarise(run: Run, state: RunState, status: str, **results: Any) -> dict[st
     return content
 
 
+def is_due(every_epochs: int, state: RunState) -> bool:
+    """Whether `state` stands at the end of an epoch in which something that happens every so many epochs happens."""
+    return bool(every_epochs) and state.epoch_step == 0 and state.epoch % every_epochs == 0
+
+
 def save(run: Run, state: RunState, status: str) -> None:
     """A resumable checkpoint, and a summary beside it."""
-    checkpoint.save(run.folder / "checkpoints", run.engine, state, run.here, keep=run.plan.options.keep_checkpoints)
+    pointers = ["best"] if state.step == state.best_step else []
+    if is_due(run.plan.options.save_frequency, state):
+        pointers.append(f"epoch_{state.epoch:03d}")
+    keep = run.plan.options.keep_checkpoints
+    checkpoint.save(run.folder / "checkpoints", run.engine, state, run.here, keep=keep, pointers=pointers)
     summarise(run, state, status)
 
 
 def train(run: Run, state: RunState) -> str:
     """Train until the schedule's end, --max-steps, early stopping or a stop request; returns which it was."""
-    every = run.plan.options.save_every_epochs
-    while state.step < run.last_step and not gave_up(run.plan.recipe, state):
+    options = run.plan.options
+    while state.step < run.last_step and not patience.is_over(run.plan.recipe, state):
         if train_one_epoch(run, state):
             save(run, state, "stopped")
             return "stop"
         finish_epoch(run, state)
-        if state.step == run.last_step or gave_up(run.plan.recipe, state) or (every and state.epoch % every == 0):
+        at_end = state.step == run.last_step or patience.is_over(run.plan.recipe, state)
+        if at_end or is_due(options.save_every_epochs, state) or is_due(options.save_frequency, state):
             save(run, state, "running")
-    if gave_up(run.plan.recipe, state):
+    if patience.is_over(run.plan.recipe, state):
         return "early_stopping"
     return "epochs" if state.step == run.total_steps else "max_steps"
 
@@ -374,38 +365,40 @@ def start_run(plan: Plan, here: World, folder: Path) -> tuple[Run, RunState]:
     recipe, options = plan.recipe, plan.options
     train_loader, val_loader = get_cifar10_dataloaders(plan, here)
     model = build_model(recipe.model, recipe.seed).to(here.device)
+    if recipe.sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     deepspeed_engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=plan.ds_config)
     engine = Engine(deepspeed_engine, here)
-    start_from = None if options.resume in ("auto", "never") else Path(options.resume) / "checkpoints"
+    start_from = None if options.resume in ("auto", "never") else run_folder.find_checkpoint(options.resume)
     state = checkpoint.resume(folder / "checkpoints", start_from, engine, here)
     num_steps = total_steps(recipe, train_loader.steps_per_epoch)
     last_step = min(num_steps, options.max_steps or num_steps)
     metrics = Metrics()
     if here.is_main:
-        console = ConsoleSink(last_step, recipe.epochs, state.step, plan.batch.global_images)
+        steps, says_steps = train_loader.steps_per_epoch, "steps_per_print" in plan.ds_config
+        console = ConsoleSink(last_step, steps, state.step, plan.batch.global_images, says_steps=says_steps)
         metrics = Metrics([console, CsvSink(folder, step=state.step, epoch=state.epoch)])
     tape, stop = Tape(options.log_every_steps, here.device), StopRequest(here)
     copy = build_model(recipe.model, recipe.seed).to(here.device)
-    return Run(plan, here, engine, train_loader, val_loader, copy, tape, metrics, stop, folder, num_steps, last_step), state
+    lr_scale = recipe.lr_scale(plan.batch.global_images)
+    parts = engine, train_loader, val_loader, copy, tape, metrics, stop
+    return Run(plan, here, *parts, folder, lr_scale, num_steps, last_step), state
 
 
 def describe(run: Run, state: RunState) -> None:
     """Say what is about to be trained, on what, and what was settled in DeepSpeed's JSON."""
-    plan, here, steps = run.plan, run.here, run.total_steps
-    parameters, train, val = sum(p.numel() for p in run.model.parameters()), len(run.train.labels), len(run.val)
-    lines = [
-        f"recipe {plan.options.recipe}: {plan.recipe.model}, {parameters:,} parameters; run folder {run.folder}",
-        f"{train:,} train and {val:,} val images of {plan.recipe.dataset};"
-        f" {steps:,} steps of {plan.batch.global_images} images = {plan.recipe.epochs:g} epochs",
-        f"{here.size} {'rank' if here.size == 1 else 'ranks'} on {here.device_name}, {torch.get_num_threads()} threads each",
-        *(f"note: {note}" for note in plan.notes),
-    ]
-    if state.step:
-        lines.append(f"resumed at step {state.step}")
-    if run.last_step < steps:
-        lines.append(f"ends at step {run.last_step} (--max-steps); the schedule stays that of {steps:,} steps")
-    for line in lines:
+    plan, steps, parameters = run.plan, run.total_steps, sum(p.numel() for p in run.model.parameters())
+    run.metrics.event(f"recipe {plan.options.recipe}: {plan.recipe.model}, {parameters:,} parameters; run folder {run.folder}")
+    run.metrics.event(
+        f"{len(run.train.labels):,} train and {len(run.val):,} val images of {plan.recipe.dataset};"
+        f" {steps:,} steps of {plan.batch.global_images} images = {plan.recipe.epochs:g} epochs"
+    )
+    for line in (run.here.in_words, *(f"note: {note}" for note in plan.notes)):
         run.metrics.event(line)
+    if state.step:
+        run.metrics.event(f"resumed at step {state.step}")
+    if run.last_step < steps:
+        run.metrics.event(f"ends at step {run.last_step} (--max-steps); the schedule stays that of {steps:,} steps")
 
 
 def train_and_finish(plan: Plan, here: World, folder: Path, how_to_continue: str) -> None:
@@ -440,8 +433,8 @@ def open_folder(plan: Plan, here: World, argv: list[str]) -> Path | None:
 
 def run(argv: list[str]) -> None:
     """Train as the command line says. Raises UsageError for one that cannot be carried out."""
-    plan = preflight.check(argv, int(os.environ.get("WORLD_SIZE", 1)), "cifar10_deepspeed.py", __doc__)
-    here = world.join(plan.options.threads)
+    plan = preflight.check(argv, launchers.world_size(), "cifar10_deepspeed.py", __doc__)
+    here = world.join(plan.options.threads, deterministic=plan.options.deterministic)
     folder = open_folder(plan, here, argv)
     if folder is None:
         if here.is_main:

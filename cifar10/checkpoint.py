@@ -2,6 +2,7 @@
 
 checkpoints/step_00001406/    DeepSpeed's files, each rank's buffers, the RunState
 checkpoints/latest            the newest complete tag: what a resume reads
+checkpoints/best  epoch_005   other tags that are kept: that of best_model, and those of --save-frequency
 checkpoints/best_model/       mp_rank_00_model_states.pt: fp32 weights under "module", normalisation, classes, recipe
 checkpoints/final/            the same, of the last state
 """
@@ -9,6 +10,7 @@ checkpoints/final/            the same, of the last state
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,42 +26,50 @@ from cifar10.world import World
 PORTABLE_FILE = "mp_rank_00_model_states.pt"
 
 
-def newest(folder: Path) -> str | None:
-    """The tag of the newest complete checkpoint in `folder`, or None. Raises UsageError if it has gone."""
+def read_pointer(folder: Path, name: str) -> str | None:
+    """The tag that a pointer in `folder` names, or None if there is no such pointer. Raises UsageError if the tag has gone."""
     try:
-        tag = (folder / "latest").read_text(encoding="utf-8").strip()
+        tag = (folder / name).read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         return None
     if not (folder / tag).is_dir():
-        raise UsageError(f"{folder / 'latest'} names {tag!r}, which is not there; write the name of a tag that is into it")
+        raise UsageError(f"{folder / name} names {tag!r}, which is not there; write the name of a tag that is into it")
     return tag
 
 
-def save(folder: Path, engine: Engine, state: RunState, world: World, *, keep: int) -> None:
-    """Save everything that a resume needs: all ranks write, and only then the pointer moves and old tags go."""
+def _prune(folder: Path, keep: int) -> None:
+    """Remove all tags but the newest `keep`, and those that a pointer names."""
+    named = {path.read_text(encoding="utf-8").strip() for path in folder.iterdir() if path.is_file()}
+    for old in sorted(folder.glob("step_*"))[:-keep]:
+        if old.name not in named:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def save(folder: Path, engine: Engine, state: RunState, world: World, *, keep: int, pointers: Sequence[str] = ()) -> None:
+    """Save everything that a resume needs: all ranks write, and only then `latest` and `pointers` move and old tags go."""
     tag = f"step_{state.step:08d}"
     world.barrier()
     engine.save(folder, tag, {"run_state": state.as_dict()})
     world.barrier()
     if world.is_main:
-        with written_whole(folder / "latest") as pointer:
-            pointer.write(tag.encode())
-        for old in sorted(folder.glob("step_*"))[:-keep]:
-            if old.name != tag:
-                shutil.rmtree(old, ignore_errors=True)
+        for name in ("latest", *pointers):
+            with written_whole(folder / name) as pointer:
+                pointer.write(tag.encode())
+        _prune(folder, keep)
     world.barrier()
 
 
-def resume(folder: Path, start_from: Path | None, engine: Engine, world: World) -> RunState:
+def resume(folder: Path, start_from: tuple[Path, str] | None, engine: Engine, world: World) -> RunState:
     """The state of the newest checkpoint in `folder`, its weights and optimizer loaded into `engine`; a new state if none.
 
-    A run that has no checkpoint yet starts from the newest one in `start_from`, another run's folder of checkpoints, and
-    takes that run's best model with it.
+    A run that has no checkpoint yet starts from `start_from`, another run's folder of checkpoints and the pointer of one of
+    them, and takes that run's best model with it.
     """
-    tag = world.from_main(lambda: newest(folder))
+    tag = world.from_main(lambda: read_pointer(folder, "latest"))
     source = folder
     if tag is None and start_from is not None:
-        source, tag = start_from, world.from_main(lambda: newest(start_from))
+        source, pointer = start_from
+        tag = world.from_main(lambda: read_pointer(source, pointer))
         if world.is_main and (source / "best_model").is_dir():
             shutil.copytree(source / "best_model", folder / "best_model", dirs_exist_ok=True)
     if tag is None:

@@ -139,11 +139,18 @@ class CsvSink(Sink):
 
 
 class ConsoleSink(Sink):
-    """With a terminal a live line with images/s and the time left; without, one line per epoch that greps well."""
+    """With a terminal a live line with images/s and the time left; without, one line per epoch that greps well.
 
-    def __init__(self, total_steps: int, total_epochs: float, first_step: int, global_images: int) -> None:
+    `says_steps` adds a line per log interval, as PyTorch's tutorials print it: `[2,  4000] loss: 1.421`.
+    """
+
+    def __init__(
+        self, total_steps: int, steps_per_epoch: int, first_step: int, global_images: int, *, says_steps: bool = False
+    ) -> None:
         self._console = Console(soft_wrap=True, highlight=False, emoji=False)
-        self._total_epochs = math.ceil(total_epochs)
+        self._total_epochs = math.ceil(total_steps / steps_per_epoch)
+        self._steps_per_epoch = steps_per_epoch
+        self._says_steps = says_steps
         self._progress = None
         if self._console.is_terminal:
             self._progress = Progress(
@@ -168,6 +175,8 @@ class ConsoleSink(Sink):
             sys.stdout.flush()
 
     def step(self, row: StepRow) -> None:
+        if self._says_steps:
+            self.line(f"[{row.epoch}, {row.step - (row.epoch - 1) * self._steps_per_epoch:5d}] loss: {row.loss:.3f}")
         if self._progress is not None:
             speed = self._progress.tasks[self._task].speed
             self._progress.update(

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from cifar10 import UsageError, data, ds_json, run_folder
-from cifar10.recipe import Options, Recipe, parse
+from cifar10 import UsageError, data, device, ds_json, run_folder
+from cifar10.recipe import Options, Precisions, Recipe, parse
 
 TRAIN_IMAGES, TEST_IMAGES = 50_000, 10_000
 
@@ -44,6 +42,22 @@ class Plan:
         }
 
 
+def choose_precision(wanted: Precisions) -> tuple[str | None, list[str]]:
+    """The precision to train in, and a line on how it was chosen; None leaves it to the JSON.
+
+    Raises UsageError if several are wanted and this machine computes in none of them.
+    """
+    if len(wanted) < 2:
+        return (wanted[0] if wanted else None), []
+    native = device.native_precisions()
+    taken = next((name for name in wanted if name in native), None)
+    if taken is None:
+        raise UsageError(f"--precision {' '.join(wanted)}: this {device.name()} computes in none of them; add fp32 at the end")
+    missed = ", ".join(wanted[: wanted.index(taken)])
+    reason = f"this {device.name()} does not compute in {missed}" if missed else "the first choice"
+    return taken, [f"precision: {taken} of {', '.join(wanted)} ({reason})"]
+
+
 def check(argv: list[str], world_size: int, program: str, description: str | None = None) -> Plan:
     """Read and check a command line for `world_size` ranks; nothing is written but a data set that had to be downloaded.
 
@@ -54,15 +68,22 @@ def check(argv: list[str], world_size: int, program: str, description: str | Non
     config = ds_json.override(
         ds_json.read(options.deepspeed_config), lr=options.lr, global_batch_size=options.global_batch_size
     )
-    config, batch, notes = ds_json.resolve(config, world_size)
+    precision, notes = choose_precision(options.precision)
+    if precision is not None:
+        config = ds_json.with_precision(config, precision)
+    config, batch, changes = ds_json.resolve(config, world_size)
     _check_sizes(recipe, options, batch)
-    plan = Plan(recipe, options, config, batch, notes)
-    if options.resume not in ("auto", "never") and not os.path.isfile(Path(options.resume) / "checkpoints" / "latest"):
-        raise UsageError(
-            f"--resume {options.resume}: no checkpoint there; type auto, never, or the folder of a run that has one"
+    if recipe.lr_reference_batch:
+        changes.append(
+            f"learning rate: the JSON's x {batch.global_images} / {recipe.lr_reference_batch} (global batch / reference)"
         )
+    if recipe.sync_bn and not device.count_gpus():
+        raise UsageError("--sync-bn needs GPUs: PyTorch shares statistics between ranks on GPUs only; leave it out")
+    log_every = options.log_every_steps or config.get("steps_per_print") or 100
+    options = dataclasses.replace(options, log_every_steps=log_every)
+    plan = Plan(recipe, options, config, batch, [*notes, *changes])
     if options.resume not in ("auto", "never"):
-        run_folder.refuse_other_position(Path(options.resume), plan.settings)
+        run_folder.refuse_other_position(run_folder.find_checkpoint(options.resume)[0].parent, plan.settings)
     if options.output_dir is not None:
         run_folder.refuse_unwritable(options.output_dir)
         run_folder.refuse_if_never(options.output_dir, options.resume)

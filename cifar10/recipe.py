@@ -31,6 +31,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 _Whole = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
 _Number = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="")]
 _File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
+Precisions = tuple[Literal["fp32", "bf16", "fp16"], ...]
+_Precisions = Annotated[Precisions, tyro.conf.arg(metavar="P [P ...]", help_behavior_hint="")]
 _Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
 
 
@@ -71,10 +73,18 @@ class Recipe:
     """The learning rate is multiplied by this at each plateau; 1 leaves it alone."""
     max_skipped_in_a_row: int = 25
     """Steps in a row with a non-finite loss or gradient (each is skipped) that end the run."""
+    sync_bn: bool = False
+    """BatchNorm over the images of all ranks, not of each rank alone; needs GPUs."""
+    lr_reference_batch: int = 0
+    """The learning rate is multiplied by global batch / this (the linear scaling rule); 0 leaves it as the JSON has it."""
     seed: int = 0
     """Seeds the initial weights, the order of the images and their augmentation."""
     split_seed: int = 0
     """Seeds the choice of validation images, apart from --seed so that seeds can be compared on one split."""
+
+    def lr_scale(self, global_images: int) -> float:
+        """What the linear scaling rule multiplies the learning rate by."""
+        return global_images / self.lr_reference_batch if self.lr_reference_batch else 1.0
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,9 @@ class Options:
     """DeepSpeed's JSON; default: the recipe's own."""
     lr: _Number = None
     """Base learning rate, instead of the JSON's."""
+    precision: _Precisions = ()
+    """Instead of the JSON's. One alone is taken as it is; of several, in order of preference, the first that this machine's
+    GPU or CPU computes in natively (default: the recipe's preference, if it has one and its own JSON is used)."""
     global_batch_size: _Whole = None
     """Images per step over all ranks and accumulation, instead of the JSON's."""
     data_dir: Annotated[Path, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = Path("data")
@@ -94,28 +107,38 @@ class Options:
     output_dir: _Folder = None
     """The run's own folder (default: runs/<recipe>-<time>). The same command with the same folder continues the run."""
     resume: str = "auto"
-    """auto: continue an unfinished run in --output-dir; never: refuse a folder that is not empty; or the path of another
-    run's folder, whose newest checkpoint this run then starts from."""
+    """auto: continue an unfinished run in --output-dir; never: refuse a folder that is not empty; or another run's folder, or
+    one of its checkpoints/latest, best, epoch_005: this run then starts from there."""
     max_steps: _Whole = None
     """End the run in good order after this many steps; the schedule stays that of --epochs."""
     test_images: _Whole = None
     """How many test images the final test uses (default: all); 0 leaves the test split unopened, as tuning should."""
     threads: _Whole = None
     """CPU threads per rank (default: cores of this machine over ranks on it)."""
-    log_every_steps: int = 100
-    """Steps between two rows of steps.csv; nothing is read back from the device in between."""
+    num_workers: _Whole = None
+    """Changes nothing, and is here for command lines of other programs: there are no worker processes, a batch is cut out of
+    images that lie on the device."""
+    deterministic: bool = False
+    """On a GPU, algorithms that give the same bits each time, where there are any; a CPU's do anyway."""
+    log_every_steps: _Whole = None
+    """Steps between two rows of steps.csv (default: the JSON's steps_per_print, else 100); nothing is read back from the
+    device in between."""
     save_every_epochs: int = 1
     """Epochs between two resumable checkpoints; 0 saves only at the end or at a stop."""
     keep_checkpoints: int = 2
-    """How many resumable checkpoints are kept."""
+    """How many resumable checkpoints are kept, beside the best and those of --save-frequency."""
+    save_frequency: int = 0
+    """Epochs between two resumable checkpoints that are kept for good, as checkpoints/epoch_005; 0 keeps none."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What one file in recipes/ defines: a recipe, and the DeepSpeed JSON that goes with it (a path inside the project)."""
+    """What one file in recipes/ defines: a recipe, the DeepSpeed JSON that goes with it (a path inside the project), and
+    the precisions it prefers, best first; with none, the precision is the JSON's."""
 
     recipe: Recipe
     deepspeed_config: str = "ds_config.json"
+    precision: Precisions = ()
 
 
 def _nearest(word: str, known: list[str]) -> str:
@@ -157,7 +180,7 @@ def check_recipe(recipe: Recipe) -> None:
         value = getattr(recipe, name)
         _check(recipe, name, math.isfinite(value) and value > 0, positive)
     _check(recipe, "crop_padding", 0 <= recipe.crop_padding <= 32, "a whole number from 0 to 32, the size of an image")
-    for name in ("patience", "val_images", "seed", "split_seed"):
+    for name in ("patience", "val_images", "lr_reference_batch", "seed", "split_seed"):
         _check(recipe, name, 0 <= getattr(recipe, name) < 2**31, "a whole number from 0 up")
     for name in ("plateau_patience", "max_skipped_in_a_row"):
         _check(recipe, name, getattr(recipe, name) >= 1, "a whole number from 1 up")
@@ -174,7 +197,7 @@ def check_options(options: Options) -> None:
     for name in ("max_steps", "global_batch_size", "threads", "log_every_steps", "keep_checkpoints"):
         value = getattr(options, name)
         _check(options, name, value is None or value >= 1, "a whole number from 1 up")
-    for name in ("test_images", "save_every_epochs"):
+    for name in ("test_images", "save_every_epochs", "save_frequency", "num_workers"):
         value = getattr(options, name)
         _check(options, name, value is None or value >= 0, "a whole number from 0 up")
     _check(options, "lr", options.lr is None or (math.isfinite(options.lr) and options.lr > 0), "a number above 0")
@@ -232,9 +255,13 @@ def as_json(recipe: Recipe, name: str) -> str:
 
 
 def without_launcher_flags(argv: list[str]) -> list[str]:
-    """`argv` without what launchers add and older command lines carry: --local_rank[=]N and --deepspeed."""
+    """`argv` without what launchers add and older command lines carry: --local_rank[=]N and --deepspeed.
+
+    --no-amp, the word of torchrun scripts, becomes --precision fp32.
+    """
     kept, skip = [], False
-    for word in argv:
+    words = [part for word in argv for part in (("--precision", "fp32") if word == "--no-amp" else (word,))]
+    for word in words:
         if skip:
             skip = False
         elif re.fullmatch(r"--local[_-]rank", word):
@@ -298,9 +325,11 @@ def parse(argv: list[str], program: str = "cifar10_deepspeed.py", description: s
     _refuse_empty(argv)
     name = _early_value(argv, "--recipe")
     experiment = load(Options.recipe if name is None else name)
+    names_a_json = any(_early_value(argv, flag) is not None for flag in ("--deepspeed_config", "--deepspeed-config"))
     options = Options(
         data_dir=Path(os.environ.get("CIFAR10_DIR") or "data"),
         deepspeed_config=PROJECT / experiment.deepspeed_config,  # an absolute path stays as it is
+        precision=() if names_a_json else experiment.precision,
     )
     printed = io.StringIO()
     try:

@@ -106,6 +106,24 @@ def refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
         raise UsageError(f"--output-dir {folder} holds a run with other settings ({shown}); name another --output-dir")
 
 
+def find_checkpoint(where: str) -> tuple[Path, str]:
+    """--resume PATH -> (a run's folder of checkpoints, the name of a pointer in it).
+
+    PATH is the folder, or a pointer in its checkpoints/: latest, best, epoch_005, with or without the .pth of other programs.
+    Raises UsageError if there is no such checkpoint.
+    """
+    path = Path(where)
+    path = path.with_suffix("") if path.suffix in (".pth", ".pt") else path
+    folder, name = (path.parent.parent, path.name) if path.parent.name == "checkpoints" else (path, "latest")
+    pointers = sorted(p.name for p in (folder / "checkpoints").glob("*") if p.is_file())
+    if name in pointers:
+        return folder / "checkpoints", name
+    there = f"there are {', '.join(pointers)}" if pointers else "it has none"
+    raise UsageError(
+        f"--resume {where}: no checkpoint there named {name}; {there}; type auto, never, a run's folder, or one of these"
+    )
+
+
 def refuse_other_position(source: Path, settings: dict[str, Any]) -> None:
     """--resume PATH: a position counts steps of one global batch through one order of one split, so these must be the same."""
     saved, config = read_json(source / "recipe.json") or {}, read_json(source / "ds_config.json") or {}

@@ -23,21 +23,25 @@ PARTS: dict[str, set[str]] = {
     "metrics": {"files"},
     "recipe": set(),
     "ds_json": set(),
-    "world": set(),
+    "device": set(),
+    "launchers": set(),
+    "loss_scale": set(),
+    "world": {"launchers"},
     "models": set(),
     "data": {"files"},
     "run_folder": {"files"},
     "report": {"state"},
+    "patience": {"recipe", "state"},
     "augment": {"draws"},
     "loader": {"augment", "draws"},
-    "engine": {"world"},
+    "engine": {"loss_scale", "world"},
     "stop": {"world"},
     "tape": {"state", "world"},
     "checkpoint": {"engine", "files", "state", "world"},
-    "preflight": {"data", "ds_json", "recipe", "run_folder"},  # the edge: reads a command line, and knows no torch
+    "preflight": {"data", "device", "ds_json", "recipe", "run_folder"},  # the edge: reads a command line, and knows no torch
 }
 PROGRAMS = {"__main__", "bench"}  # what people start beside the story; they see everything, and no part sees them
-WITHOUT_TORCH = {"__init__", "recipe", "ds_json", "data", "files", "run_folder", "preflight"}
+WITHOUT_TORCH = {"__init__", "launchers", "recipe", "ds_json", "data", "files", "run_folder", "preflight"}
 
 
 def modules(source: str) -> set[str]:

@@ -180,7 +180,7 @@ def a_run(sink: ConsoleSink) -> None:
 
 
 def test_without_a_terminal_there_is_one_plain_line_per_epoch(capsys):
-    a_run(ConsoleSink(total_steps=200, total_epochs=2, first_step=0, global_images=32))
+    a_run(ConsoleSink(total_steps=200, steps_per_epoch=100, first_step=0, global_images=32))
     printed, errors = capsys.readouterr()
     assert errors == ""
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", printed)  # no escape codes, no carriage returns
@@ -198,7 +198,7 @@ def test_without_a_terminal_there_is_one_plain_line_per_epoch(capsys):
 
 
 def test_without_a_validation_split_none_is_mentioned(capsys):
-    sink = ConsoleSink(total_steps=100, total_epochs=0.5, first_step=0, global_images=32)
+    sink = ConsoleSink(total_steps=100, steps_per_epoch=200, first_step=0, global_images=32)
     sink.epoch(epoch_row(1, val=None))
     sink.close()
     line = capsys.readouterr().out
@@ -208,7 +208,7 @@ def test_without_a_validation_split_none_is_mentioned(capsys):
 
 @pytest.mark.parametrize("text", ["runs/[bold]a[/bold]", "[/]", ":car:", "a" * 300, "two  spaces   stay"])
 def test_a_line_is_printed_as_it_is(capsys, text):
-    sink = ConsoleSink(total_steps=100, total_epochs=1, first_step=0, global_images=32)
+    sink = ConsoleSink(total_steps=100, steps_per_epoch=100, first_step=0, global_images=32)
     sink.event(text)
     sink.close()
     assert capsys.readouterr().out == text + "\n"
@@ -218,7 +218,7 @@ def test_with_a_terminal_there_is_a_live_line_that_ends_with_the_run(capsys, mon
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "160")
     before = set(threading.enumerate())
-    sink = ConsoleSink(total_steps=200, total_epochs=2, first_step=0, global_images=32)
+    sink = ConsoleSink(total_steps=200, steps_per_epoch=100, first_step=0, global_images=32)
     (refreshing,) = set(threading.enumerate()) - before
     a_run(sink)
     refreshing.join(timeout=60)
@@ -237,14 +237,14 @@ def test_with_a_terminal_there_is_a_live_line_that_ends_with_the_run(capsys, mon
 def test_a_live_line_goes_on_where_a_resumed_run_starts(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "160")
-    sink = ConsoleSink(total_steps=200, total_epochs=2, first_step=150, global_images=32)
+    sink = ConsoleSink(total_steps=200, steps_per_epoch=100, first_step=150, global_images=32)
     sink.close()
     assert "75%" in capsys.readouterr().out
 
 
 def test_closing_twice_is_harmless(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    sink = ConsoleSink(total_steps=1, total_epochs=1, first_step=0, global_images=32)
+    sink = ConsoleSink(total_steps=1, steps_per_epoch=1, first_step=0, global_images=32)
     sink.close()
     sink.close()
     capsys.readouterr()

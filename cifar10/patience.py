@@ -1,0 +1,28 @@
+"""Plateaus and early stopping: how long a run waits for its watched loss to improve."""
+
+from __future__ import annotations
+
+from cifar10.recipe import Recipe
+from cifar10.state import RunState
+
+
+def is_over(recipe: Recipe, state: RunState) -> bool:
+    """Early stopping: the watched loss has not improved for --patience epochs."""
+    return 0 < recipe.patience <= state.epochs_without_improvement
+
+
+def watch(recipe: Recipe, state: RunState, loss: float, which: str) -> list[str]:
+    """Count, in `state`, the epochs without improvement of the `which` loss; returns a line for each thing to be told."""
+    if loss < state.best_loss - recipe.min_improvement:
+        state.best_loss, state.epochs_without_improvement = loss, 0
+        return []
+    state.epochs_without_improvement += 1
+    waited, told = state.epochs_without_improvement, []
+    since = f"no better {which} loss than {state.best_loss:.5f} for {waited} epochs"
+    if waited % recipe.plateau_patience == 0:
+        state.lr_factor *= recipe.plateau_lr_factor
+        change = f"; learning rate x {recipe.plateau_lr_factor:g}" if recipe.plateau_lr_factor != 1 else ""
+        told.append(f"plateau: {since}{change}")
+    if is_over(recipe, state):
+        told.append(f"stopping early: {since}")
+    return told
