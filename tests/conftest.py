@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.launching import COMMANDS, SHORT, run, summary
+
 PROJECT = Path(__file__).resolve().parent.parent
 
 
@@ -20,3 +22,12 @@ def real_data_dir() -> Path:
     if os.environ.get("CIFAR10_TESTS_NEED_DATA"):
         pytest.fail("the real data set is not here, and CIFAR10_TESTS_NEED_DATA is set")
     pytest.skip("needs the real data set: set CIFAR10_DIR to a folder that holds cifar-10-batches-py")
+
+
+@pytest.fixture(scope="session")
+def two_ranks_here(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The sha256 of the weights that the short run ends with on two ranks of this machine."""
+    folder = tmp_path_factory.mktemp("here") / "run"
+    process = run([*COMMANDS["torchrun, 2 ranks"], *SHORT, "--output-dir", str(folder)], OMP_NUM_THREADS="1")
+    assert process.returncode == 0, process.stderr
+    return summary(folder)["weights_sha256"]

@@ -5,6 +5,8 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +47,17 @@ def run(command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
 
 def summary(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "summary.json").read_text())
+
+
+def has_trained(folder: Path) -> bool:
+    """Whether a row of steps.csv has been written: training is under way."""
+    steps = folder / "steps.csv"
+    return steps.exists() and len(steps.read_text().splitlines()) > 1
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = DEADLINE_SECONDS) -> None:
+    """Wait for `condition()`; the deadline is only there so that a hang becomes a failure."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited in vain for {what}"
+        time.sleep(0.1)

@@ -4,13 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.launching import COMMANDS, DEADLINE_SECONDS, PROJECT, SHORT, environment, run, summary
+from tests.launching import COMMANDS, DEADLINE_SECONDS, PROJECT, SHORT, environment, has_trained, run, summary, wait_until
 
 LONG = ("--dataset", "synthetic", "--log-every-steps", "5", "--test-images", "200", "--threads", "1", "--epochs", "1")
 MAIN = [sys.executable, "main.py"]
@@ -27,20 +26,6 @@ def processes_mentioning(text: str) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
-
-
-def wait_until(condition, what: str) -> None:
-    """Wait for `condition()`; the deadline is only there so that a hang becomes a failure."""
-    end = time.monotonic() + DEADLINE_SECONDS
-    while not condition():
-        assert time.monotonic() < end, f"waited in vain for {what}"
-        time.sleep(0.1)
-
-
-def has_trained(folder: Path) -> bool:
-    """Whether a row of steps.csv has been written: training is under way."""
-    steps = folder / "steps.csv"
-    return steps.exists() and len(steps.read_text().splitlines()) > 1
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,115 @@
+#!/bin/bash
+# Trains on a SLURM cluster; submit it from the project's folder:
+#
+#     sbatch run_deepspeed.sh --epochs 10                         the program's flags come last
+#     sbatch --gres=gpu:4 --nodes=2 run_deepspeed.sh              sbatch's flags come first, and beat the requests below
+#     OUTPUT_DIR=runs/mine sbatch run_deepspeed.sh                goes on with a run that was stopped
+#
+# One rank for each GPU of each node. About two minutes before the time limit, or when the job is to make room for another,
+# the run is saved, and the job queued again; it goes on in the same folder. Its exit code is main.py's: 0 the run has
+# finished, 75 it was stopped and can go on, anything else: it failed. What it prints goes to <job name>-<job id>.log.
+#
+# OUTPUT_DIR   the run's folder           runs/<job name>-<job id>
+# VENV         the virtual environment    .venv here, else ~/myenv, else the python that is on PATH
+# MODULES      what `module load` loads   nothing
+# CIFAR10_DIR  where CIFAR-10 is          data here; compute nodes often have no network, so download it before
+#
+#SBATCH --job-name=cifar10
+#SBATCH --partition=gpu
+#SBATCH --nodes=1
+#SBATCH --gres=gpu:2
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=32G
+#SBATCH --time=02:00:00
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
+
+STOPPED=75 # main.py: stopped, and the same command goes on
+
+die() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# --- where, and with which python -----------------------------------------------------------------------------------
+
+[ -n "${SLURM_JOB_ID:-}" ] || die "this is a batch script; type: sbatch run_deepspeed.sh"
+cd "$SLURM_SUBMIT_DIR" || die "cannot enter $SLURM_SUBMIT_DIR on $(hostname)" # this file runs as a copy, elsewhere
+[ -f main.py ] || die "no main.py in $SLURM_SUBMIT_DIR; submit from the project's folder"
+
+if [ -n "${MODULES:-}" ]; then
+    command -v module >/dev/null || die "MODULES is set, but there is no command \`module\` on $(hostname)"
+    # shellcheck disable=SC2086 # several names are several words
+    module load $MODULES
+fi
+[ -z "${VENV:-}" ] || [ -f "$VENV/bin/activate" ] || die "VENV=$VENV holds no virtual environment"
+for venv in "${VENV:-}" .venv ~/myenv; do
+    if [ -n "$venv" ] && [ -f "$venv/bin/activate" ]; then
+        # shellcheck disable=SC1091 # not ours
+        . "$venv/bin/activate"
+        break
+    fi
+done
+python=$(command -v python || command -v python3) || die "no python on $(hostname); set VENV to a virtual environment"
+
+# --- the command of each node ---------------------------------------------------------------------------------------
+
+OUTPUT_DIR=${OUTPUT_DIR:-runs/$SLURM_JOB_NAME-$SLURM_JOB_ID} # the same when the job is queued again
+for ((i = 1; i <= $#; i++)); do
+    next=$((i + 1))
+    case ${!i} in
+    --output[-_]dir) OUTPUT_DIR=${!next:-} ;;
+    --output[-_]dir=*) OUTPUT_DIR=${!i#*=} ;;
+    esac
+done
+
+run=("$python" main.py --num-gpus "${SLURM_GPUS_ON_NODE:-1}" --output-dir "$OUTPUT_DIR")
+if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
+    master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    if ! getent hosts "$master" >/dev/null; then # a node's name need not be known to the network
+        master=$(scontrol show node "$master" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+    fi
+    port=$((10000 + SLURM_JOB_ID % 50000)) # another job on these nodes has another
+    # shellcheck disable=SC2016 # each node has a number of its own
+    run=(bash -c 'exec "$@" --node-rank "$SLURM_NODEID"' node "${run[@]}"
+        --num-nodes "$SLURM_JOB_NUM_NODES" --master-addr "$master" --master-port "$port")
+fi
+
+# --- run it, and mind the signals -----------------------------------------------------------------------------------
+
+newest_checkpoint() { cat "$OUTPUT_DIR/checkpoints/latest" 2>/dev/null; }
+
+warned='' interrupted=''
+before=$(newest_checkpoint)
+# srun hands the signal to every process of the run. On scancel, SLURM itself sends SIGTERM to all; here it only ends a wait.
+trap 'warned=yes interrupted=yes; kill -USR1 "$step" 2>/dev/null' USR1
+trap 'interrupted=yes' TERM CONT
+# Of the job's cores, a step gets those that it asks for (since SLURM 22.05).
+srun --export=ALL --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+    ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=1 "${run[@]}" "$@" &
+step=$!
+[ -z "$warned" ] || kill -USR1 "$step" # it came while srun was being started
+while # traps run only between commands and in `wait`, and end it
+    interrupted=''
+    wait "$step"
+    code=$?
+    [ -n "$interrupted" ]
+do :; done
+
+# --- once more? -----------------------------------------------------------------------------------------------------
+
+if [ "$code" -eq "$STOPPED" ] && [ -n "$warned" ]; then
+    if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "$(newest_checkpoint)" = "$before" ]; then
+        echo "stopped again, and without a new checkpoint: a longer --time is needed; not queued again" >&2
+    elif scontrol requeue "$SLURM_JOB_ID"; then
+        echo "queued again: job $SLURM_JOB_ID goes on from $(newest_checkpoint) in $OUTPUT_DIR"
+        exit "$code"
+    fi
+fi
+if [ "$code" -eq "$STOPPED" ]; then
+    echo "to continue: OUTPUT_DIR=$(printf %q "$OUTPUT_DIR") sbatch run_deepspeed.sh${*:+ $(printf '%q ' "$@")}"
+fi
+exit "$code"

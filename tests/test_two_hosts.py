@@ -1,0 +1,111 @@
+"""Two real hosts, one rank on each: every way to start that takes a second machine trains what one machine trains."""
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import ADDRESSES, Hosts, need_cluster
+from tests.launching import BIN, PROJECT, SHORT, free_port, run, summary
+
+DEEPSPEED = str(BIN / "deepspeed")
+FIRST, SECOND = ADDRESSES
+MASTER = ["--master_addr", ADDRESSES[FIRST]]
+ON_CPU = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    need_cluster()
+    with Hosts(tmp_path_factory.mktemp("hosts"), 2) as hosts:
+        yield hosts
+
+
+@pytest.fixture
+def hostfile(tmp_path: Path) -> Path:
+    path = tmp_path / "hostfile"
+    path.write_text("".join(f"{name} slots=1\n" for name in ADDRESSES))
+    return path
+
+
+def check_is_the_run_of_one_machine(folder: Path, weights: str) -> None:
+    """The run has finished with two ranks and the same weights, and has been written by one of them."""
+    results = summary(folder)
+    assert (results["status"], results["world_size"]) == ("finished", 2)
+    assert results["weights_sha256"] == weights
+    assert len((folder / "steps.csv").read_text().splitlines()) == 3
+    assert len(json.loads((folder / "environment.json").read_text())["starts"]) == 1
+
+
+def type_on_each_host(hosts: Hosts, folder: Path, command: list[str]) -> None:
+    """Run the short run by a command that is typed on every host, where the word RANK is the host's number."""
+    flags = [*SHORT, "--output-dir", str(folder)]
+    words = {name: [word.replace("RANK", str(rank)) for word in command] for rank, name in enumerate(hosts.names)}
+    processes = hosts.run_all({name: [*words[name], *flags] for name in hosts.names}, **ON_CPU)
+    for process in processes.values():
+        assert process.returncode == 0, process.stdout + process.stderr
+    assert "train loss" in processes[FIRST].stdout
+    assert "train loss" not in processes[SECOND].stdout
+
+
+def test_each_host_has_a_name_and_an_address_and_reaches_the_other(hosts) -> None:
+    for name, other in ((FIRST, SECOND), (SECOND, FIRST)):
+        process = hosts.run(name, ["sh", "-c", f"hostname; hostname -I; ssh {other} hostname"])
+        assert process.stdout.split() == [name, ADDRESSES[name], other], process.stderr
+
+
+def test_nothing_is_left_of_hosts_that_were_set_up_half(tmp_path, monkeypatch) -> None:
+    need_cluster()
+    started = []
+    monkeypatch.setattr(Hosts, "_wire", lambda self: started.extend(self._process_1.values()) or 1 / 0)
+    with pytest.raises(ZeroDivisionError), Hosts(tmp_path, 2):
+        pass
+    assert len(started) == 2
+    assert [pid for pid in started if Path(f"/proc/{pid}").exists()] == []
+
+
+def test_deepspeed_without_ssh(hosts, hostfile, tmp_path, two_ranks_here) -> None:
+    port = ["--master_port", str(free_port())]
+    where = ["--hostfile", str(hostfile), "--no_ssh", "--node_rank=RANK", *MASTER, *port]
+    type_on_each_host(hosts, tmp_path / "run", [DEEPSPEED, *where, "cifar10_deepspeed.py"])
+    check_is_the_run_of_one_machine(tmp_path / "run", two_ranks_here)
+
+
+def test_torchrun(hosts, tmp_path, two_ranks_here) -> None:
+    where = ["--nnodes=2", "--node-rank=RANK", "--nproc-per-node=1", f"--master-addr={FIRST}", f"--master-port={free_port()}"]
+    type_on_each_host(hosts, tmp_path / "run", [str(BIN / "torchrun"), *where, "cifar10_deepspeed.py"])
+    check_is_the_run_of_one_machine(tmp_path / "run", two_ranks_here)
+
+
+def test_deepspeed_over_ssh_from_the_first_host(hosts, hostfile, tmp_path, two_ranks_here) -> None:
+    """pdsh carries no variable over but PYTHON...; the others stand in a file .deepspeed_env, here or in the home folder."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / ".deepspeed_env").write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n")
+    command = [DEEPSPEED, "--hostfile", str(hostfile), f"--master_port={free_port()}", "cifar10_deepspeed.py"]
+    process = hosts.run(FIRST, [*command, *SHORT, "--output-dir", str(tmp_path / "run")], HOME=str(home), **ON_CPU)
+    assert process.returncode == 0, process.stdout + process.stderr
+    check_is_the_run_of_one_machine(tmp_path / "run", two_ranks_here)
+
+
+def test_the_documents_line_for_two_nodes_needs_a_hostfile() -> None:
+    """DeepSpeed's answer, so that the README may quote it: the line alone names no second machine."""
+    line = 'deepspeed --num_gpus=8 --num_nodes=2 --node_rank=0 --master_addr="10.0.0.1" cifar10_deepspeed.py'
+    process = run(shlex.split(line))
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[-1] == "ValueError: Num nodes is >1 but no extra nodes available via hostfile"
+
+
+main_takes_nodes = pytest.mark.skipif(
+    "--num-nodes" not in (PROJECT / "main.py").read_text(), reason="main.py has no --num-nodes"
+)
+
+
+@main_takes_nodes
+def test_main_on_each_host(hosts, tmp_path, two_ranks_here) -> None:
+    where = ["--num-gpus=1", "--num-nodes=2", "--node-rank=RANK", f"--master-addr={FIRST}", f"--master-port={free_port()}"]
+    type_on_each_host(hosts, tmp_path / "run", [sys.executable, "main.py", *where])
+    check_is_the_run_of_one_machine(tmp_path / "run", two_ranks_here)
