@@ -368,7 +368,7 @@ def start_run(plan: Plan, here: World, folder: Path) -> tuple[Run, RunState]:
     if recipe.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     deepspeed_engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=plan.ds_config)
-    engine = Engine(deepspeed_engine, here)
+    engine = Engine(deepspeed_engine, here, recipe.seed)
     start_from = None if options.resume in ("auto", "never") else run_folder.find_checkpoint(options.resume)
     state = checkpoint.resume(folder / "checkpoints", start_from, engine, here)
     num_steps = total_steps(recipe, train_loader.steps_per_epoch)

@@ -44,10 +44,10 @@ def prepare() -> Any:
 class Engine:
     """One model in training: forward, backward, step, and the weights as anyone can load them.
 
-    `deepspeed_engine` is what `deepspeed.initialize` returned for a config that `ds_json.resolve` made.
+    `deepspeed_engine` is what `deepspeed.initialize` returned for a config that `ds_json.resolve` made; `seed` is dropout's.
     """
 
-    def __init__(self, deepspeed_engine: Any, world: World) -> None:
+    def __init__(self, deepspeed_engine: Any, world: World, seed: int = 0) -> None:
         self.deepspeed = deepspeed_engine
         self.module: nn.Module = deepspeed_engine.module
         self.optimizer = deepspeed_engine.basic_optimizer
@@ -56,6 +56,8 @@ class Engine:
         self._zero = bool(deepspeed_engine.zero_optimization())
         self._accumulation = deepspeed_engine.gradient_accumulation_steps()
         self._micro_batch = 0  # of the step under way
+        self._seed = seed
+        self._has_dropout = any(isinstance(module, nn.modules.dropout._DropoutNd) for module in self.module.modules())
         self._buffers = list(self.module.buffers())
         self._kept_buffers = [torch.empty_like(b) for b in self._buffers]
         self._grad_norm = torch.zeros((), device=world.device)
@@ -106,6 +108,8 @@ class Engine:
         """float32 [B, C, S, S] -> logits [B, classes], through DeepSpeed's forward."""
         if self._micro_batch == 0:
             self._remember_buffers()
+        if self._has_dropout:
+            self._seed_dropout()
         return self.deepspeed(images)
 
     def backward(self, loss: Tensor) -> None:
@@ -150,6 +154,13 @@ class Engine:
         return self._skipped
 
     # --- what happens inside ----------------------------------------------------------------------------------------
+
+    def _seed_dropout(self) -> None:
+        """Make dropout a function of (seed, step, micro-batch, rank): nothing has to be saved, and ranks differ."""
+        number = self._seed
+        for part in (self.deepspeed.global_steps, self._micro_batch, self._world.rank):
+            number = (number * 1_000_003 + part + 1) % 2**63
+        torch.manual_seed(number)
 
     def _poison(self, gradient: Tensor, loss: Tensor) -> Tensor:
         """The gradient as it is where the loss is finite, else NaN.

@@ -7,6 +7,7 @@ import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cifar10 import checkpoint
 from cifar10.engine import Engine, weights_sha256
 from cifar10.models.smooth_cnn import SmoothCNN
 from cifar10.state import RunState
@@ -276,6 +278,32 @@ def test_a_norm_beyond_floating_point_is_a_bad_step(limit: float) -> None:
     assert engine.grad_norm.item() == INFINITE
     assert engine.skipped.item() == 1
     assert same_bits(snapshot(engine), before)
+
+
+def test_dropout_depends_on_the_step_alone(tmp_path: Path) -> None:
+    """Neither on what else draws random numbers, nor on whether the run was interrupted."""
+
+    def small_net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3 * 32 * 32, 10))
+
+    here, undisturbed = one_rank(), make_engine(one_rank(), small_net())
+    masks = []
+    for step in range(4):
+        one_step(undisturbed, [batch(8, seed=step)])
+        masks.append(torch.nn.functional.dropout(torch.ones(50)))  # goes on with the numbers of this step's dropout
+    assert not any(torch.equal(masks[0], mask) for mask in masks[1:])
+
+    first, resumed = make_engine(here, small_net()), make_engine(here, small_net())
+    for step in (0, 1):
+        torch.rand(step + 1)
+        one_step(first, [batch(8, seed=step)])
+    checkpoint.save(tmp_path, first, RunState(step=2), here, keep=1)
+    checkpoint.resume(tmp_path, None, resumed, here)
+    for step in (2, 3):
+        torch.rand(7)
+        one_step(resumed, [batch(8, seed=step)])
+    assert same_bits(undisturbed.portable_state(), resumed.portable_state())
 
 
 def test_a_run_of_bad_steps_ends_with_the_reason() -> None:
