@@ -34,6 +34,19 @@ def test_a_row_of_the_readme_is_what_the_runs_measured(folder: Path) -> None:
     ]
 
 
+def test_more_ranks_reach_the_same_accuracy() -> None:
+    folder, means = PROJECT / "records" / "2026-11-21_ranks_cpu", {}
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    for ranks in (1, 2, 4):
+        runs = [json.loads(path.read_text()) for path in sorted(folder.glob(f"ranks_{ranks}_seed_*/summary.json"))]
+        assert [(run["seed"], run["world_size"], run["test_images"]) for run in runs] == [(s, ranks, 10_000) for s in (0, 1, 2)]
+        accuracies = [run["test_accuracy"] for run in runs]
+        shown = ", ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies)
+        assert f"| {ranks} | {shown} | {percent(accuracies)} |" in page
+        means[ranks] = mean(accuracies)
+    assert max(means.values()) - min(means.values()) < 0.005
+
+
 def test_the_benchmark_in_the_readme_is_the_one_that_was_run() -> None:
     measured = json.loads(next((PROJECT / "records").glob("*_bench_cpu/bench.json")).read_text())
     for name, row in measured["rows"].items():
