@@ -26,18 +26,27 @@ PARTS: dict[str, set[str]] = {
     "world": set(),
     "models": set(),
     "data": {"files"},
+    "mnist": {"data", "files"},
+    "datasets": {"data", "mnist"},
     "run_folder": {"files"},
-    "report": {"state"},
+    "report": {"datasets", "metrics", "preflight", "state"},
     "augment": {"draws"},
     "loader": {"augment", "draws"},
     "engine": {"world"},
     "stop": {"world"},
     "tape": {"state", "world"},
     "checkpoint": {"engine", "files", "state", "world"},
-    "preflight": {"data", "ds_json", "recipe", "run_folder"},  # the edge: reads a command line, and knows no torch
+    "weights": {"files"},
+    "preflight": {
+        "datasets",
+        "ds_json",
+        "recipe",
+        "run_folder",
+        "weights",
+    },  # the edge: reads a command line, and knows no torch
 }
 PROGRAMS = {"__main__", "bench"}  # what people start beside the story; they see everything, and no part sees them
-WITHOUT_TORCH = {"__init__", "recipe", "ds_json", "data", "files", "run_folder", "preflight"}
+WITHOUT_TORCH = {"__init__", "recipe", "ds_json", "data", "datasets", "mnist", "files", "run_folder", "preflight"}
 
 
 def modules(source: str) -> set[str]:
