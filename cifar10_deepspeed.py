@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar10 import UsageError, augment, checkpoint, data, preflight, report, run_folder, world
+from cifar10 import UsageError, augment, checkpoint, data, draws, preflight, report, run_folder, world
 from cifar10.engine import Engine, prepare, weights_sha256
-from cifar10.loader import EvaluationLoader, TrainLoader
+from cifar10.loader import EvaluationLoader, MicroBatch, TrainLoader
 from cifar10.metrics import ConsoleSink, CsvSink, EpochRow, Metrics, SplitResult, StepRow
 from cifar10.preflight import Plan
 from cifar10.recipe import Recipe, as_json, without_launcher_flags
@@ -194,9 +194,7 @@ def evaluate(model: nn.Module, loader: EvaluationLoader, here: World) -> SplitRe
 # --- one step, one epoch ------------------------------------------------------------------------------------------------
 
 
-def train_step(
-    engine: Engine, micro_batches: list[tuple[Tensor, Tensor]], multiplier: float, smoothing: float, tape: Tape
-) -> None:
+def train_step(engine: Engine, micro_batches: list[MicroBatch], multiplier: float, smoothing: float, tape: Tape) -> None:
     """One update of the weights; what it measured goes on the tape, and the host waits for nothing."""
     losses, corrects = [], []
     for images, labels in micro_batches:
@@ -249,6 +247,7 @@ def train_one_epoch(run: Run, state: RunState) -> bool:
         if state.step == run.last_step or stopping:
             break
         multiplier = lr_multiplier(run.plan.recipe, state.step, run.train.steps_per_epoch) * state.lr_factor
+        draws.seed_dropout(run.here.device, run.plan.recipe.seed, state.step, run.here.rank)
         train_step(run.engine, micro_batches, multiplier, smoothing, run.tape)
         state.step += 1
         state.epoch_step += 1

@@ -4,6 +4,8 @@ The hash is the finaliser of splitmix64 (Steele, Lea, Flood 2014, "Fast splittab
 arithmetic wraps alike on CPU and GPU. Nothing has to be saved to resume in mid-epoch, because nothing is remembered.
 """
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -35,3 +37,13 @@ def below(limit: int, seed: int, epoch: int, indices: Tensor) -> Tensor:
 def permutation(num_images: int, seed: int, epoch: int) -> Tensor:
     """The order in which an epoch visits images 0 .. num_images-1: int64 [N], on the CPU."""
     return _hash(seed, epoch, _ORDER, torch.arange(num_images)).argsort(stable=True)
+
+
+def seed_dropout(device: torch.device, seed: int, step: int, rank: int) -> None:
+    """Let what the network itself draws at this step be a function of these three: the same after a resume, other on each rank.
+
+    It is PyTorch's own generator of the device that is seeded; nothing is read from the device.
+    """
+    generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+    word = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest()  # the CPU's looks at 32 of its bits only
+    generator.manual_seed(int.from_bytes(word, "little"))

@@ -372,6 +372,46 @@ def test_an_event_says_which_loss_is_watched(val_images, word):
     assert all(f"{word} loss" in event for event in run.events)
 
 
+# --- what a network draws by itself -----------------------------------------------------------------------------------
+
+
+class DropoutRun:
+    """The little of a run that `train_one_epoch` works with: 6 steps an epoch."""
+
+    def __init__(self, rank: int = 0, seed: int = 0) -> None:
+        options = SimpleNamespace(log_every_steps=100)
+        recipe = Recipe(epochs=2, warmup_epochs=0, val_images=0, seed=seed)
+        self.plan = SimpleNamespace(recipe=recipe, options=options, batch=SimpleNamespace(global_images=1))
+        self.here = SimpleNamespace(device=CPU, rank=rank)
+        self.engine = SimpleNamespace(deepspeed=nn.Identity())
+        self.train = SimpleNamespace(steps_per_epoch=6, epoch=lambda epoch, first_step: [[]] * (6 - first_step))
+        self.tape = SimpleNamespace(is_full=False, read=lambda here: [])
+        self.stop = SimpleNamespace(agreed=lambda: False)
+        self.last_step = 12
+
+
+def dropout_masks(monkeypatch, state: RunState, **who: int) -> list[list[bool]]:
+    """What dropout leaves of 64 ones at each step from `state` to the end of its epoch."""
+    masks: list[list[bool]] = []
+    monkeypatch.setattr(story, "train_step", lambda *_: masks.append(F.dropout(torch.ones(64)).bool().tolist()))
+    story.train_one_epoch(DropoutRun(**who), state)
+    return masks
+
+
+def test_dropout_is_another_at_every_step_rank_and_seed_and_the_same_after_a_resume(monkeypatch):
+    whole = dropout_masks(monkeypatch, RunState())
+    torch.rand(17)  # a resumed process has drawn other numbers before
+    assert dropout_masks(monkeypatch, RunState(step=4, epoch_step=4)) == whole[4:]
+    others = [dropout_masks(monkeypatch, *a, **b) for a, b in [((RunState(),), {"rank": 1}), ((RunState(),), {"seed": 1})]]
+    others.append(dropout_masks(monkeypatch, RunState(step=6, epoch=1)))
+    every = [tuple(mask) for masks in (whole, *others) for mask in masks]
+    assert len(whole) == 6
+    assert len(set(every)) == len(every) == 24
+    agreement = [sum(a == b for a, b in zip(whole[0], mask, strict=True)) for mask in every[1:]]
+    assert 10 < min(agreement) < 54  # 32 of 64 by chance, 4 the standard deviation
+    assert 10 < max(agreement) < 54
+
+
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
