@@ -15,7 +15,8 @@ import math
 import shlex
 import sys
 import time
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ from torch import Tensor, nn
 
 from cifar10 import UsageError, augment, checkpoint, data, launchers, patience, preflight, report, run_folder, world
 from cifar10.engine import Engine, prepare, weights_sha256
-from cifar10.loader import EvaluationLoader, TrainLoader
+from cifar10.loader import EvaluationLoader, MicroBatch, TrainLoader
 from cifar10.metrics import ConsoleSink, CsvSink, EpochRow, Metrics, SplitResult, StepRow
 from cifar10.preflight import Plan
 from cifar10.recipe import Recipe, as_json, without_launcher_flags
 from cifar10.state import RunState, Sums
 from cifar10.stop import StopRequest
 from cifar10.tape import Tape, TooManySkippedSteps, count_steps
+from cifar10.weights import load, refuse_other_images
 from cifar10.world import World
 
 # --- the network ------------------------------------------------------------------------------------------------------
@@ -40,14 +42,15 @@ from cifar10.world import World
 class CIFAR10CNNEnhanced(nn.Module):
     """The reference document's network: two convolutions with BatchNorm, two linear layers; 268,746 parameters."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: tuple[int, int] = (16, 32)) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, kernel_size=3, padding=1)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.conv2 = nn.Conv2d(16, 32, kernel_size=3, padding=1)
-        self.bn2 = nn.BatchNorm2d(32)
+        first, second = channels
+        self.conv1 = nn.Conv2d(3, first, kernel_size=3, padding=1)
+        self.bn1 = nn.BatchNorm2d(first)
+        self.conv2 = nn.Conv2d(first, second, kernel_size=3, padding=1)
+        self.bn2 = nn.BatchNorm2d(second)
         self.pool = nn.MaxPool2d(kernel_size=2)
-        self.fc1 = nn.Linear(32 * 8 * 8, 128)
+        self.fc1 = nn.Linear(second * 8 * 8, 128)
         self.fc2 = nn.Linear(128, 10)
         self._initialise()
 
@@ -71,27 +74,40 @@ class CIFAR10CNNEnhanced(nn.Module):
         return self.fc2(x)  # [B, 10]
 
 
+CHANNELS = {"bn_cnn": (16, 32), "bn_cnn_wide": (32, 64)}  # of the network above; all others have a file in cifar10/models
+ELSEWHERE = {"Net": "lenet", "CNNModelEnhanced": "mnist_cnn"}
+
+
 def build_model(name: str, seed: int) -> nn.Module:
     """The network called `name`, its initial weights drawn from `seed`."""
     torch.manual_seed(seed)
-    build = CIFAR10CNNEnhanced if name == "bn_cnn" else importlib.import_module(f"cifar10.models.{name}").build
-    return build()
+    if name in CHANNELS:
+        return CIFAR10CNNEnhanced(CHANNELS[name])
+    return importlib.import_module(f"cifar10.models.{name}").build()
+
+
+def initial_model(plan: Plan) -> tuple[nn.Module, list[str]]:
+    """The recipe's network with the weights that training starts from, and what to know of them. Raises UsageError."""
+    recipe = plan.recipe
+    model = build_model(recipe.model, recipe.seed)
+    notes = load(model, recipe.model, recipe.weights)
+    refuse_other_images(model, recipe.model, plan.image_shape, len(plan.dataset.classes))
+    return model, notes
+
+
+def __getattr__(name: str) -> Any:
+    """The other documents' networks under their own names, imported when they are asked for."""
+    if name not in ELSEWHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"cifar10.models.{ELSEWHERE[name]}"), name)
 
 
 # --- its images -------------------------------------------------------------------------------------------------------
 
 
-def load_images(plan: Plan, split: str) -> data.Images:
-    """The train or test images of the recipe's data set: uint8 [N, 32, 32, 3] and labels."""
-    if plan.recipe.dataset == "synthetic":
-        num_images = preflight.TRAIN_IMAGES if split == "train" else preflight.TEST_IMAGES
-        return data.synthetic(split, num_images, seed=plan.recipe.split_seed)
-    return data.load_cifar10(plan.options.data_dir, split)
-
-
 def evaluation_loader(images: Any, labels: Any, recipe: Recipe, here: World) -> EvaluationLoader:
-    """Every image as it is, exactly once over all ranks."""
-    store = augment.pack(torch.from_numpy(images).to(here.device), padding=0)
+    """Every image as it is, or its middle, exactly once over all ranks."""
+    store = augment.pack(torch.from_numpy(images).to(here.device), 0, recipe.resize, recipe.image_size)
     normalise = augment.Normalise(recipe.mean, recipe.std, here.device)
     return EvaluationLoader(store, torch.from_numpy(labels).to(here.device), normalise, here.rank, here.size)
 
@@ -99,10 +115,11 @@ def evaluation_loader(images: Any, labels: Any, recipe: Recipe, here: World) -> 
 def get_cifar10_dataloaders(plan: Plan, here: World) -> tuple[TrainLoader, EvaluationLoader]:
     """The training images, cropped and mirrored at random, and the held-out validation images as they are."""
     recipe, batch = plan.recipe, plan.batch
-    images = load_images(plan, "train")
+    images = plan.images("train")
     train, val = data.stratified_split(images.labels, recipe.val_images, recipe.split_seed)
+    pixels = torch.from_numpy(images.pixels[train]).to(here.device)
     train_loader = TrainLoader(
-        store=augment.pack(torch.from_numpy(images.pixels[train]).to(here.device), recipe.crop_padding),
+        store=augment.pack(pixels, recipe.crop_padding, recipe.resize, recipe.image_size),
         labels=torch.from_numpy(images.labels[train]).to(here.device),
         normalise=augment.Normalise(recipe.mean, recipe.std, here.device),
         flip=recipe.flip,
@@ -176,9 +193,7 @@ def evaluate(model: nn.Module, loader: EvaluationLoader, here: World) -> SplitRe
 # --- one step, one epoch ------------------------------------------------------------------------------------------------
 
 
-def train_step(
-    engine: Engine, micro_batches: list[tuple[Tensor, Tensor]], multiplier: float, smoothing: float, tape: Tape
-) -> None:
+def train_step(engine: Engine, micro_batches: list[MicroBatch], multiplier: float, smoothing: float, tape: Tape) -> None:
     """One update of the weights; what it measured goes on the tape, and the host waits for nothing."""
     losses, corrects = [], []
     for images, labels in micro_batches:
@@ -327,7 +342,7 @@ def measure_best_model(run: Run, state: RunState) -> SplitResult | None:
         return None
     best = run.here.from_main(lambda: checkpoint.load_portable(run.folder / "checkpoints" / "best_model")["module"])
     run.model.load_state_dict(best)
-    images, count = load_images(run.plan, "test"), run.plan.options.test_images
+    images, count = run.plan.images("test"), run.plan.options.test_images
     loader = evaluation_loader(images.pixels[:count], images.labels[:count], run.plan.recipe, run.here)
     result = evaluate(run.model, loader, run.here)
     run.metrics.test(math.ceil(state.step / run.train.steps_per_epoch), result)
@@ -344,27 +359,21 @@ def finish(run: Run, state: RunState, ended_by: str) -> None:
         state.best_step = state.step
         save_portable(run, "best_model", weights, {"step": state.step, "val_accuracy": None})
     test = measure_best_model(run, state)
-    results = {
-        "test_accuracy": test.accuracy if test else None,
-        "test_images": test.images if test else 0,
-        "quality": report.quality_tier(test.accuracy) if test else None,
-        "weights_sha256": weights_sha256(weights),
-        "ended_by": ended_by,
-    }
+    results = {**report.tested(test, run.plan.dataset), "weights_sha256": weights_sha256(weights), "ended_by": ended_by}
     summary = summarise(run, state, "finished", **results)
-    for line in (*report.closing_lines(summary, len(run.val), preflight.TEST_IMAGES), f"written to {run.folder}"):
+    for line in (*report.closing_lines(summary, len(run.val), run.plan), f"written to {run.folder}"):
         run.metrics.event(line)
 
 
 # --- starting and ending --------------------------------------------------------------------------------------------------
 
 
-def start_run(plan: Plan, here: World, folder: Path) -> tuple[Run, RunState]:
+def start_run(plan: Plan, here: World, folder: Path, model: nn.Module) -> tuple[Run, RunState]:
     """Build everything a run works with, and take up its state where a checkpoint left it."""
     deepspeed = prepare()
     recipe, options = plan.recipe, plan.options
     train_loader, val_loader = get_cifar10_dataloaders(plan, here)
-    model = build_model(recipe.model, recipe.seed).to(here.device)
+    model, plain = model.to(here.device), deepcopy(model).to(here.device)
     if recipe.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     deepspeed_engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=plan.ds_config)
@@ -379,31 +388,21 @@ def start_run(plan: Plan, here: World, folder: Path) -> tuple[Run, RunState]:
         console = ConsoleSink(last_step, steps, state.step, plan.batch.global_images, says_steps=says_steps)
         metrics = Metrics([console, CsvSink(folder, step=state.step, epoch=state.epoch)])
     tape, stop = Tape(options.log_every_steps, here.device), StopRequest(here)
-    copy = build_model(recipe.model, recipe.seed).to(here.device)
     lr_scale = recipe.lr_scale(plan.batch.global_images)
-    parts = engine, train_loader, val_loader, copy, tape, metrics, stop
+    parts = engine, train_loader, val_loader, plain, tape, metrics, stop
     return Run(plan, here, *parts, folder, lr_scale, num_steps, last_step), state
 
 
 def describe(run: Run, state: RunState) -> None:
     """Say what is about to be trained, on what, and what was settled in DeepSpeed's JSON."""
-    plan, steps, parameters = run.plan, run.total_steps, sum(p.numel() for p in run.model.parameters())
-    run.metrics.event(f"recipe {plan.options.recipe}: {plan.recipe.model}, {parameters:,} parameters; run folder {run.folder}")
-    run.metrics.event(
-        f"{len(run.train.labels):,} train and {len(run.val):,} val images of {plan.recipe.dataset};"
-        f" {steps:,} steps of {plan.batch.global_images} images = {plan.recipe.epochs:g} epochs"
-    )
-    for line in (run.here.in_words, *(f"note: {note}" for note in plan.notes)):
+    images, steps = (len(run.train.labels), len(run.val)), (state.step, run.last_step, run.total_steps)
+    for line in report.opening_lines(run.plan, run.folder, run.here.in_words, run.model, images, steps):
         run.metrics.event(line)
-    if state.step:
-        run.metrics.event(f"resumed at step {state.step}")
-    if run.last_step < steps:
-        run.metrics.event(f"ends at step {run.last_step} (--max-steps); the schedule stays that of {steps:,} steps")
 
 
-def train_and_finish(plan: Plan, here: World, folder: Path, how_to_continue: str) -> None:
+def train_and_finish(plan: Plan, here: World, folder: Path, model: nn.Module, how_to_continue: str) -> None:
     """The run in `folder`, from where it stands to its end, to a stop, or to a failure that is written down."""
-    run, state = start_run(plan, here, folder)
+    run, state = start_run(plan, here, folder, model)
     describe(run, state)
     summarise(run, state, "running")
     try:
@@ -435,13 +434,15 @@ def run(argv: list[str]) -> None:
     """Train as the command line says. Raises UsageError for one that cannot be carried out."""
     plan = preflight.check(argv, launchers.world_size(), "cifar10_deepspeed.py", __doc__)
     here = world.join(plan.options.threads, deterministic=plan.options.deterministic)
+    model, notes = initial_model(plan)
+    plan = replace(plan, notes=[*plan.notes, *notes])
     folder = open_folder(plan, here, argv)
     if folder is None:
         if here.is_main:
             print(f"{plan.options.output_dir} holds a finished run; its results are in its summary.json")
         return
     start = f"{here.start_command} {shlex.quote(sys.argv[0])}"
-    train_and_finish(plan, here, folder, run_folder.command_to_continue(start, without_launcher_flags(argv), folder))
+    train_and_finish(plan, here, folder, model, run_folder.command_to_continue(start, without_launcher_flags(argv), folder))
 
 
 def main() -> int:

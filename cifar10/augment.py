@@ -3,11 +3,15 @@
 Images stay on the device as uint8. A pixel's three bytes and a spare one make one int32, so that one `index_select` moves
 a pixel at a time: half the time of gathering three bytes. Equal, bit for bit, to RandomCrop(32, padding=4),
 RandomHorizontalFlip, ToTensor, Normalize of torchvision for the same draws (tests/test_augment.py goes through every cell).
+
+A recipe that resizes keeps the images as they are, too, and resizes those of a batch when they are asked for: 50,000 images
+of 256x256 would take 13 GB.
 """
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cifar10 import draws
@@ -15,39 +19,64 @@ from cifar10 import draws
 
 @dataclass(frozen=True)
 class PixelStore:
-    """Images padded with black and packed, one int32 a pixel."""
+    """Images packed one word a pixel, int32 in colour and uint8 in grey, and what is cut out of them."""
 
-    pixels: Tensor  # int32 [N * side * side]
-    side: int  # height and width with the padding
+    pixels: Tensor  # [N * stored * stored]
+    stored: int  # height and width of an image in `pixels`; with the padding, unless images are resized first
+    channels: int
+    size: int  # height and width of a crop
     padding: int
+    resize: int = 0  # height and width to which images are resized when they are gathered; 0: they are not
 
     @property
-    def size(self) -> int:
-        return self.side - 2 * self.padding
+    def side(self) -> int:
+        """Height and width that crops are taken from: resized and padded."""
+        return self.resize + 2 * self.padding if self.resize else self.stored
 
 
-def pack(images: Tensor, padding: int) -> PixelStore:
-    """uint8 [N, S, S, 3] -> a store on the same device. Black is added before normalising, as torchvision does."""
-    num_images, size = images.shape[:2]
-    side = size + 2 * padding
-    padded = torch.zeros(num_images, side, side, 4, dtype=torch.uint8, device=images.device)
-    padded[:, padding : padding + size, padding : padding + size, :3] = images
-    return PixelStore(padded.view(torch.int32).view(-1), side, padding)
+def pack(images: Tensor, padding: int, resize: int = 0, image_size: int = 0) -> PixelStore:
+    """uint8 [N, S, S, C] -> a store on the same device, of images of `resize` (0: S) pixels a side with black around them.
+
+    Crops are of `image_size` pixels (0: all but the padding). Black is added before normalising, as torchvision does.
+    """
+    num_images, size, _, channels = images.shape
+    resize = 0 if resize == size else resize
+    now = 0 if resize else padding
+    stored = size + 2 * now
+    padded = torch.zeros(num_images, stored, stored, 1 if channels == 1 else 4, dtype=torch.uint8, device=images.device)
+    padded[:, now : now + size, now : now + size, :channels] = images
+    pixels = padded.view(-1) if channels == 1 else padded.view(torch.int32).view(-1)
+    return PixelStore(pixels, stored, channels, image_size or resize or size, padding, resize)
+
+
+def _cut(store: PixelStore, indices: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The stored images' pixels at rows x columns: int64 [B], [B, H], [B, W] -> uint8 [B, C, H, W]."""
+    first = (indices * store.stored**2)[:, None] + rows * store.stored  # [B, H]
+    where = first[:, :, None] + columns[:, None, :]  # [B, H, W]
+    pixels = store.pixels.index_select(0, where.view(-1)).view(torch.uint8)
+    return pixels.view(*where.shape, -1)[..., : store.channels].permute(0, 3, 1, 2)
+
+
+def _resized(store: PixelStore, indices: Tensor) -> PixelStore:
+    """A store of these images alone, resized and padded: torchvision's Resize of uint8 images, antialiased as by default."""
+    every = torch.arange(store.stored, device=indices.device).expand(len(indices), -1)
+    images = _cut(store, indices, every, every).to(torch.float32, memory_format=torch.contiguous_format)
+    images = F.interpolate(images, size=(store.resize, store.resize), mode="bilinear", antialias=True)
+    return pack(images.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1), store.padding, image_size=store.size)
 
 
 def gather(store: PixelStore, indices: Tensor, top: Tensor, left: Tensor, mirrored: Tensor) -> Tensor:
-    """Crops of the stored images at (top, left), mirrored where asked: int64 [B] each -> uint8 [B, 3, S, S]."""
+    """Crops of the stored images at (top, left), mirrored where asked: int64 [B] each -> uint8 [B, C, size, size]."""
+    if store.resize:
+        store, indices = _resized(store, indices), torch.arange(len(indices), device=indices.device)
     across = torch.arange(store.size, device=indices.device)
-    rows = top[:, None] + across  # [B, S]
-    columns = left[:, None] + torch.where(mirrored[:, None].bool(), store.size - 1 - across, across)  # [B, S]
-    first = (indices * store.side**2)[:, None] + rows * store.side  # [B, S]
-    where = first[:, :, None] + columns[:, None, :]  # [B, S, S]
-    pixels = store.pixels.index_select(0, where.view(-1)).view(torch.uint8)
-    return pixels.view(-1, store.size, store.size, 4)[..., :3].permute(0, 3, 1, 2)
+    rows = top[:, None] + across  # [B, size]
+    columns = left[:, None] + torch.where(mirrored[:, None].bool(), store.size - 1 - across, across)  # [B, size]
+    return _cut(store, indices, rows, columns)
 
 
 class Normalise:
-    """uint8 [B, 3, S, S] -> float32 [B, 3, S, S], channels last: ToTensor's /255, then Normalize's (x - mean) / std."""
+    """uint8 [B, C, S, S] -> float32 [B, C, S, S], channels last: ToTensor's /255, then Normalize's (x - mean) / std."""
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
         self.mean = torch.tensor(mean, device=device)[:, None, None]
@@ -59,17 +88,17 @@ class Normalise:
 
 
 def random_crop_and_mirror(store: PixelStore, indices: Tensor, *, seed: int, epoch: int, flip: bool) -> Tensor:
-    """Each image's own crop and mirroring for this epoch: int64 [B] -> uint8 [B, 3, S, S].
+    """Each image's own crop and mirroring for this epoch: int64 [B] -> uint8 [B, C, size, size].
 
-    One draw a sample picks a cell of (2 * padding + 1)^2 crops, times two if images are mirrored.
+    One draw a sample picks a cell of (side - size + 1)^2 crops, times two if images are mirrored.
     """
-    offsets, sides = 2 * store.padding + 1, 2 if flip else 1
+    offsets, sides = store.side - store.size + 1, 2 if flip else 1
     cell = draws.below(offsets * offsets * sides, seed, epoch, indices)
     crop = cell // sides
     return gather(store, indices, crop // offsets, crop % offsets, cell % sides)
 
 
 def centre(store: PixelStore, indices: Tensor) -> Tensor:
-    """The images as they are: int64 [B] -> uint8 [B, 3, S, S]."""
-    middle = torch.full_like(indices, store.padding)
+    """The middle of the images, or all of them where crops are that large: int64 [B] -> uint8 [B, C, size, size]."""
+    middle = torch.full_like(indices, round((store.side - store.size) / 2))  # to even, as torchvision does
     return gather(store, indices, middle, middle, torch.zeros_like(indices))

@@ -41,7 +41,6 @@ from cifar10_deepspeed import (
     build_model,
     calculate_accuracy,
     get_cifar10_dataloaders,
-    load_images,
     train_step,
 )
 
@@ -70,7 +69,7 @@ def tutorial_loader(plan: Plan, round_steps: int) -> Iterable[MicroBatch]:
     if recipe.dataset == "cifar10":
         dataset = CIFAR10(plan.options.data_dir, train=True, transform=transform)
     else:
-        images, dataset = load_images(plan, "train"), CIFAR10.__new__(CIFAR10)  # all but the files is torchvision's own
+        images, dataset = plan.images("train"), CIFAR10.__new__(CIFAR10)  # all but the files is torchvision's own
         vars(dataset).update(data=images.pixels, targets=images.labels.tolist(), transform=transform, target_transform=None)
     shuffled = RandomSampler(dataset, num_samples=(round_steps + WORKERS * PREFETCHED) * batch)
     workers: dict[str, Any] = {"num_workers": WORKERS, "prefetch_factor": PREFETCHED, "persistent_workers": True}

@@ -1,4 +1,4 @@
-"""Data sets as uint8 arrays: CIFAR-10 from disk (verified, repaired, else downloaded), or learnable synthetic images.
+"""Images as uint8 arrays: CIFAR-10 from disk (verified, repaired, else downloaded), or made in memory, learnable or not.
 
 The files are torchvision's: `<data_dir>/cifar-10-batches-py/data_batch_1` and so on, each a pickle with a known md5, made
 from `cifar-10-python.tar.gz`. A pickle can run code, so only bytes with the known md5 are ever unpickled. Importing this
@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from cifar10 import UsageError
-from cifar10.files import written_whole
+from cifar10.files import TIMEOUT_SECONDS, one_process_at_a_time, written_whole
 
 CLASSES: tuple[str, ...] = (
     "airplane",
@@ -58,7 +57,6 @@ FILES: dict[str, tuple[str, int]] = {  # name -> (md5, bytes)
 }
 SPLIT_FILES = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
 
-TIMEOUT_SECONDS = 10.0  # without an answer, or in the middle of a transfer without a byte
 CHUNK_BYTES = 1 << 18
 
 
@@ -66,8 +64,8 @@ CHUNK_BYTES = 1 << 18
 class Images:
     """One split, in its fixed order."""
 
-    pixels: np.ndarray  # uint8 [N, 32, 32, 3], RGB
-    labels: np.ndarray  # int64 [N], 0..9, indices into CLASSES
+    pixels: np.ndarray  # uint8 [N, S, S, C]: [N, 32, 32, 3] RGB for CIFAR-10, [N, 28, 28, 1] grey for MNIST
+    labels: np.ndarray  # int64 [N], 0..9, indices into the data set's classes
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -266,21 +264,6 @@ def _repair(data_dir: Path, faults: dict[str, str]) -> None:
     _say(f"{data_dir / FOLDER}: {len({*faults, *absent})} files written from {archive.name}, md5 verified")
 
 
-@contextmanager
-def _one_process_at_a_time(data_dir: Path) -> Iterator[None]:
-    """A lock in `data_dir`: one process of a node (of a cluster, on a shared file system) works, the others wait."""
-    lock = FileLock(data_dir / ".cifar10.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        _say(f"waiting for another process that is fetching CIFAR-10 to {data_dir}")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def ensure_cifar10(data_dir: Path, *, need_test: bool) -> None:
     """Return once `data_dir` holds sound CIFAR-10 files: those of train, and that of test if `need_test`.
 
@@ -299,7 +282,7 @@ def ensure_cifar10(data_dir: Path, *, need_test: bool) -> None:
         if data_dir.exists() and not data_dir.is_dir():
             raise UsageError(f"{data_dir} is not a folder; point --data-dir / CIFAR10_DIR at one")
         data_dir.mkdir(parents=True, exist_ok=True)
-        with _one_process_at_a_time(data_dir):
+        with one_process_at_a_time(data_dir / ".cifar10.lock", f"fetching CIFAR-10 to {data_dir}"):
             if faults := _faults(data_dir, names):  # else another process was faster
                 _repair(data_dir, faults)
     except ConnectionError as error:
@@ -346,6 +329,7 @@ def _words(key: int, stream: int) -> np.random.Philox:
 
 
 SYNTHETIC_STREAMS = {"train": 0, "test": 1, "patterns": 2}
+NOISE_STREAMS = {"train": 3, "test": 4}
 PATTERNS_PER_CLASS = 3
 MAX_SHIFT = 16  # pixels
 
@@ -384,6 +368,23 @@ def synthetic(split: Literal["train", "test"], num_images: int, seed: int) -> Im
         image = image * (64 + contrast // 4)[:, None, None, None] >> 8  # -64..63
         out[:] = 128 + image + (light // 8 - 16)[:, None, None, None] + (noise >> 2)
     return Images(pixels, labels)
+
+
+def synthetic_grey(split: Literal["train", "test"], num_images: int, seed: int) -> Images:
+    """The synthetic images in MNIST's shape: the middle of their green channel, uint8 [N, 28, 28, 1]."""
+    images = synthetic(split, num_images, seed)
+    return Images(np.ascontiguousarray(images.pixels[:, 2:30, 2:30, 1:2]), images.labels)
+
+
+def noise(split: Literal["train", "test"], num_images: int, seed: int) -> Images:
+    """Uniform noise in MNIST's shape with uniformly random labels: nothing can be learned, everything can be memorised.
+
+    Image i and its label are a function of (seed, split, i) alone, the same on every platform.
+    """
+    pixels = 28 * 28  # 98 words of 8 bytes; one more for the label
+    words = _words(seed, NOISE_STREAMS[split]).random_raw((num_images, pixels // 8 + 1)).astype("<u8")
+    labels = (words[:, -1] % np.uint64(10)).astype(np.int64)
+    return Images(words.view(np.uint8)[:, :pixels].reshape(num_images, 28, 28, 1).copy(), labels)
 
 
 def stratified_split(labels: np.ndarray, val_images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

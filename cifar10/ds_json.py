@@ -268,7 +268,7 @@ def resolve(config: dict[str, Any], world_size: int) -> tuple[dict[str, Any], Ba
     config.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
     _settle_precision(config, notes)
     _settle_zero(config, notes)
-    _settle_optimizer(config)
+    _settle_optimizer(config, notes)
     if config.get("scheduler"):
         notes.append(
             f"learning rate: the JSON's scheduler {config['scheduler'].get('type')} moves it, not the recipe's schedule"
@@ -296,9 +296,11 @@ def _settle_zero(config: dict[str, Any], notes: list[str]) -> None:
         notes.append(f"zero_allow_untested_optimizer: true (ZeRO refuses {config['optimizer']['type']} without it)")
 
 
-def _settle_optimizer(config: dict[str, Any]) -> None:
+def _settle_optimizer(config: dict[str, Any], notes: list[str]) -> None:
     """PyTorch's fused optimizers: one kernel, no compiler, and a device-side switch that skips a bad step."""
     name, params = config["optimizer"]["type"].lower(), config["optimizer"].setdefault("params", {})
+    if name == "adam" and "adam_w_mode" not in params:
+        notes.append("optimizer: DeepSpeed reads Adam as AdamW, with decoupled weight decay, unless adam_w_mode is false")
     if name in ("adam", "adamw"):
         params.setdefault("torch_adam", True)  # DeepSpeed's FusedAdam needs a compiler, on the CPU as well
     plain = name == "sgd" or (name in OPTIMIZER_PARAMS and params["torch_adam"])

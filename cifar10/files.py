@@ -1,10 +1,16 @@
-"""Files that are seen whole or not at all."""
+"""Files that are seen whole or not at all, and are fetched by one process while the others wait."""
 
 import os
+import socket
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import BinaryIO
+
+from filelock import FileLock, Timeout
+
+TIMEOUT_SECONDS = 10.0  # without an answer, or in the middle of a transfer without a byte
 
 
 @contextmanager
@@ -22,3 +28,31 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def one_process_at_a_time(lock_file: Path, what: str) -> Iterator[None]:
+    """Hold `lock_file`: one process of a node (of a cluster, on a shared file system) works, the others say so and wait."""
+    lock = FileLock(lock_file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        sys.stderr.write(f"waiting for another process that is {what}\n")
+        sys.stderr.flush()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def talking_to_stderr_and_not_for_ever() -> Iterator[None]:
+    """For downloads by other libraries, which print to stdout and wait for a silent server for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT_SECONDS)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        socket.setdefaulttimeout(before)

@@ -9,8 +9,14 @@ from torch import Tensor
 from cifar10 import augment, draws
 
 CHUNK_IMAGES = 512  # images gathered at once: several small steps share the cost of launching a dozen operations
+FULL_SIZE = 32  # pixels a side; of larger images fewer are gathered at once
 
-MicroBatch = tuple[Tensor, Tensor]  # float32 [B, 3, S, S] channels last, int64 [B]
+MicroBatch = tuple[Tensor, Tensor]  # float32 [B, C, S, S] channels last, int64 [B]
+
+
+def at_once(num_images: int, size: int) -> int:
+    """How many images of size x size are handled at once where it is `num_images` small ones: no more pixels, if it can be."""
+    return max(1, num_images * FULL_SIZE**2 // max(FULL_SIZE, size) ** 2)
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class TrainLoader:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[MicroBatch]]:
         """Each step's micro-batches, from step `first_step` of `epoch` to its end."""
-        chunk_steps = max(1, CHUNK_IMAGES * self.world_size // self.global_images)
+        chunk_steps = max(1, at_once(CHUNK_IMAGES, self.store.size) * self.world_size // self.global_images)
         rest = self.rank_indices(epoch)[first_step:]
         for indices in rest.split(chunk_steps) if len(rest) else ():
             yield from self._steps(indices.to(self.labels.device, non_blocking=True), epoch)
@@ -60,19 +66,19 @@ class TrainLoader:
 
 @dataclass(frozen=True)
 class EvaluationLoader:
-    """The images of a split as they are; every image goes to exactly one rank, and none is padded or repeated."""
+    """The images of a split as they are, or their middle; every one goes to exactly one rank, none is padded or repeated."""
 
     store: augment.PixelStore
     labels: Tensor  # int64 [N], on the device
     normalise: augment.Normalise
     rank: int
     world_size: int
-    batch_images: int = 1_000
+    batch_images: int = 1_000  # of 32x32 pixels; fewer if they are larger
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __iter__(self) -> Iterator[MicroBatch]:
         mine = torch.arange(len(self.labels), device=self.labels.device)[self.rank :: self.world_size]
-        for indices in mine.split(self.batch_images) if len(mine) else ():
+        for indices in mine.split(at_once(self.batch_images, self.store.size)) if len(mine) else ():
             yield self.normalise(augment.centre(self.store, indices)), self.labels[indices]

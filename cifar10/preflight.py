@@ -10,10 +10,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from cifar10 import UsageError, data, device, ds_json, run_folder
+from cifar10 import UsageError, datasets, device, ds_json, run_folder, weights
+from cifar10.datasets import DATASETS, DataSet, Images, Split
 from cifar10.recipe import Options, Precisions, Recipe, parse
-
-TRAIN_IMAGES, TEST_IMAGES = 50_000, 10_000
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,27 @@ class Plan:
     options: Options
     ds_config: dict[str, Any]
     batch: ds_json.Batch
-    notes: list[str]  # what was changed in the JSON, a line each
+    notes: list[str]  # what was changed in the JSON, and what to know of the data set, a line each
+
+    @property
+    def dataset(self) -> DataSet:
+        return DATASETS[self.recipe.dataset]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """What the network sees of an image: [C, S, S]."""
+        size = self.recipe.image_size or self.recipe.resize or self.dataset.size
+        return self.dataset.channels, size, size
+
+    @property
+    def augments(self) -> bool:
+        """Whether training sees other images than evaluation would."""
+        recipe, (_, size, _) = self.recipe, self.image_shape
+        return recipe.flip or recipe.crop_padding > 0 or size < (recipe.resize or self.dataset.size)
+
+    def images(self, split: Split) -> Images:
+        """The data set's train or test images, all of them in their fixed order: uint8 [N, S, S, C], and labels."""
+        return datasets.load(self.recipe.dataset, split, self.options.data_dir, self.recipe.split_seed)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -37,7 +56,7 @@ class Plan:
         return {
             "recipe": self.settings["recipe"],
             "model": self.recipe.model,
-            "classes": list(data.CLASSES),
+            "classes": list(self.dataset.classes),
             "normalisation": {"mean": list(self.recipe.mean), "std": list(self.recipe.std)},
         }
 
@@ -58,30 +77,35 @@ def choose_precision(wanted: Precisions) -> tuple[str | None, list[str]]:
     return taken, [f"precision: {taken} of {', '.join(wanted)} ({reason})"]
 
 
-def check(argv: list[str], world_size: int, program: str, description: str | None = None) -> Plan:
-    """Read and check a command line for `world_size` ranks; nothing is written but a data set that had to be downloaded.
-
-    Raises UsageError (one line). `--help` prints and exits with 0.
-    """
-    recipe, options = parse(argv, program, description)
+def _settle(recipe: Recipe, options: Options, world_size: int) -> tuple[dict[str, Any], ds_json.Batch, list[str]]:
+    """DeepSpeed's JSON with what the command line and this machine make of it, its batch, and a line for each change."""
     assert options.deepspeed_config is not None  # parse fills it in
-    config = ds_json.override(
-        ds_json.read(options.deepspeed_config), lr=options.lr, global_batch_size=options.global_batch_size
-    )
+    config = ds_json.read(options.deepspeed_config)
+    config = ds_json.override(config, lr=options.lr, global_batch_size=options.global_batch_size)
     precision, notes = choose_precision(options.precision)
     if precision is not None:
         config = ds_json.with_precision(config, precision)
     config, batch, changes = ds_json.resolve(config, world_size)
-    _check_sizes(recipe, options, batch)
     if recipe.lr_reference_batch:
-        changes.append(
-            f"learning rate: the JSON's x {batch.global_images} / {recipe.lr_reference_batch} (global batch / reference)"
-        )
+        changes.append(f"learning rate: the JSON's x global batch {batch.global_images} / {recipe.lr_reference_batch}")
+    if DATASETS[recipe.dataset].note:
+        changes.append(DATASETS[recipe.dataset].note)
+    return config, batch, [*notes, *changes]
+
+
+def check(argv: list[str], world_size: int, program: str, description: str | None = None) -> Plan:
+    """Read and check a command line for `world_size` ranks; nothing is written but a download that is missing.
+
+    Raises UsageError (one line). `--help` prints and exits with 0.
+    """
+    recipe, options = parse(argv, program, description)
+    config, batch, notes = _settle(recipe, options, world_size)
+    log_every = options.log_every_steps or config.get("steps_per_print") or 100
+    plan = Plan(recipe, dataclasses.replace(options, log_every_steps=log_every), config, batch, notes)
+    _check_sizes(recipe, options, batch, plan.dataset)
+    _check_images(recipe, plan.dataset)
     if recipe.sync_bn and not device.count_gpus():
         raise UsageError("--sync-bn needs GPUs: PyTorch shares statistics between ranks on GPUs only; leave it out")
-    log_every = options.log_every_steps or config.get("steps_per_print") or 100
-    options = dataclasses.replace(options, log_every_steps=log_every)
-    plan = Plan(recipe, options, config, batch, [*notes, *changes])
     if options.resume not in ("auto", "never"):
         run_folder.refuse_other_position(run_folder.find_checkpoint(options.resume)[0].parent, plan.settings)
     if options.output_dir is not None:
@@ -89,19 +113,43 @@ def check(argv: list[str], world_size: int, program: str, description: str | Non
         run_folder.refuse_if_never(options.output_dir, options.resume)
         run_folder.refuse_other_settings(options.output_dir, plan.settings)
         run_folder.read_json(options.output_dir / "summary.json")
-    if recipe.dataset == "cifar10":
-        data.ensure_cifar10(options.data_dir, need_test=options.test_images != 0)
+    if plan.dataset.ensure:
+        plan.dataset.ensure(options.data_dir, need_test=options.test_images != 0)
+    weights.ensure(recipe.weights, recipe.model)
     return plan
 
 
-def _check_sizes(recipe: Recipe, options: Options, batch: ds_json.Batch) -> None:
-    if recipe.val_images >= TRAIN_IMAGES:
-        raise UsageError(f"--val-images {recipe.val_images} leaves no training images; type 0 to {TRAIN_IMAGES - 1}")
-    train_images = TRAIN_IMAGES - recipe.val_images
+def _check_sizes(recipe: Recipe, options: Options, batch: ds_json.Batch, dataset: DataSet) -> None:
+    """Refuse a split or a batch that the data set is too small for."""
+    if recipe.val_images >= dataset.train_images:
+        raise UsageError(f"--val-images {recipe.val_images} leaves no training images; type 0 to {dataset.train_images - 1}")
+    train_images = dataset.train_images - recipe.val_images
     if batch.global_images > train_images:
         raise UsageError(
             f"global batch {batch.global_images} is larger than the {train_images} training images;"
             f" try --global-batch-size {min(128, train_images) // batch.world_size * batch.world_size}"
         )
-    if options.test_images is not None and options.test_images > TEST_IMAGES:
-        raise UsageError(f"--test-images {options.test_images}: there are {TEST_IMAGES}; type 0 to {TEST_IMAGES}")
+    if options.test_images is not None and options.test_images > dataset.test_images:
+        raise UsageError(
+            f"--test-images {options.test_images}: there are {dataset.test_images}; type 0 to {dataset.test_images}"
+        )
+
+
+def _flag(name: str, numbers: tuple[float, ...]) -> str:
+    return f"--{name} {' '.join(f'{number:g}' for number in numbers)}"
+
+
+def _check_images(recipe: Recipe, dataset: DataSet) -> None:
+    """Refuse a normalisation for other channels than the data set's, and crops that reach over the image."""
+    if len(recipe.mean) != dataset.channels or len(recipe.std) != dataset.channels:
+        kind = "grey: 1 channel" if dataset.channels == 1 else f"in colour: {dataset.channels} channels"
+        raise UsageError(
+            f"{_flag('mean', recipe.mean)} {_flag('std', recipe.std)} does not fit --dataset {recipe.dataset}, whose images are"
+            f" {kind}; type {_flag('mean', dataset.mean)} {_flag('std', dataset.std)}"
+        )
+    whole = recipe.resize or dataset.size
+    if recipe.image_size > whole:
+        raise UsageError(
+            f"--image-size {recipe.image_size} is larger than the images, {whole}x{whole} pixels; type --image-size {whole}"
+            f" or less, or --resize {recipe.image_size} too"
+        )

@@ -30,6 +30,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 # Options whose default the help text explains in words.
 _Whole = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
 _Number = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="")]
+_Channels = Annotated[tuple[float, ...], tyro.conf.arg(metavar="X")]
 _File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 Precisions = tuple[Literal["fp32", "bf16", "fp16"], ...]
 _Precisions = Annotated[Precisions, tyro.conf.arg(metavar="P [P ...]", help_behavior_hint="")]
@@ -51,14 +52,21 @@ class Recipe:
     """Whether the learning rate moves at every step, or once an epoch as in the reference document."""
     model: str = "bn_cnn"
     """Name of the network, one of cifar10/models."""
-    dataset: Literal["cifar10", "synthetic"] = "cifar10"
-    """The images: the real data set, or learnable synthetic ones that need no download."""
-    mean: tuple[float, float, float] = (0.4914, 0.4822, 0.4465)
-    """Per-channel mean that normalisation subtracts, on the scale 0..1."""
-    std: tuple[float, float, float] = (0.2023, 0.1994, 0.2010)
-    """Per-channel deviation that normalisation divides by. (The document's: the mean of per-image deviations.)"""
+    weights: str = "none"
+    """Where training starts: none (the model's own random initialisation), imagenet (torchvision's weights for the model, which
+    are downloaded), or a file: a plain state dict, or a best_model or final file of an earlier run."""
+    dataset: Literal["cifar10", "synthetic", "mnist", "synthetic_mnist", "random_mnist"] = "cifar10"
+    """The images: real ones, learnable synthetic ones in their shape that need no download, or noise with random labels."""
+    mean: _Channels = (0.4914, 0.4822, 0.4465)
+    """Mean of each channel that normalisation subtracts, on the scale 0..1: three numbers, or one for grey images."""
+    std: _Channels = (0.2023, 0.1994, 0.2010)
+    """Deviation of each channel that normalisation divides by. (The document's: the mean of per-image deviations.)"""
+    resize: int = 0
+    """Pixels a side to which images are resized, bilinearly; 0 leaves them as they are."""
+    image_size: int = 0
+    """Pixels a side that the network sees: of a random crop in training, of the middle in evaluation; 0 is the whole image."""
     crop_padding: int = 4
-    """Black pixels on each side before the random 32x32 crop; 0 turns the crop off."""
+    """Black pixels on each side of the image before the random crop; 0 with image size 0 turns the crop off."""
     flip: bool = True
     """Mirror every other training image, at random."""
     label_smoothing: float = 0.0
@@ -169,8 +177,9 @@ def _example(name: str) -> object:
 
 
 def model_names() -> list[str]:
-    """The network of the story, and those of the files in cifar10/models."""
-    return ["bn_cnn", *sorted(p.stem for p in (PROJECT / "cifar10" / "models").glob("*.py") if p.stem != "__init__")]
+    """The networks of the story, and those of the files in cifar10/models."""
+    files = sorted(p.stem for p in (PROJECT / "cifar10" / "models").glob("*.py") if p.stem != "__init__")
+    return ["bn_cnn", "bn_cnn_wide", *files]
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -180,14 +189,17 @@ def check_recipe(recipe: Recipe) -> None:
         value = getattr(recipe, name)
         _check(recipe, name, math.isfinite(value) and value > 0, positive)
     _check(recipe, "crop_padding", 0 <= recipe.crop_padding <= 32, "a whole number from 0 to 32, the size of an image")
+    for name in ("resize", "image_size"):
+        _check(recipe, name, 0 <= getattr(recipe, name) <= 1024, "a whole number of pixels from 0 to 1024")
     for name in ("patience", "val_images", "lr_reference_batch", "seed", "split_seed"):
         _check(recipe, name, 0 <= getattr(recipe, name) < 2**31, "a whole number from 0 up")
     for name in ("plateau_patience", "max_skipped_in_a_row"):
         _check(recipe, name, getattr(recipe, name) >= 1, "a whole number from 1 up")
     _check(recipe, "warmup_epochs", math.isfinite(recipe.warmup_epochs) and recipe.warmup_epochs >= 0, "a number from 0 up")
     _check(recipe, "label_smoothing", 0 <= recipe.label_smoothing < 1, "a share from 0 to below 1")
-    _check(recipe, "mean", all(math.isfinite(m) for m in recipe.mean), "three finite numbers")
-    _check(recipe, "std", all(math.isfinite(s) and s > 0 for s in recipe.std), "three numbers above 0")
+    finite, above_0 = all(map(math.isfinite, recipe.mean)), all(math.isfinite(s) and s > 0 for s in recipe.std)
+    _check(recipe, "mean", finite and len(recipe.mean) in (1, 3), "3 finite numbers, or 1 for grey images")
+    _check(recipe, "std", above_0 and len(recipe.std) in (1, 3), "3 numbers above 0, or 1 for grey images")
     if recipe.model not in model_names():
         raise UsageError(f"--model {recipe.model} is unknown{_nearest(recipe.model, model_names())}")
 
@@ -226,7 +238,7 @@ def _is_a(value: Any, kind: Any) -> bool:
         return value in get_args(kind)
     if get_origin(kind) is tuple:
         kinds = get_args(kind)
-        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is_a, value, kinds))
+        return isinstance(value, tuple) and all(_is_a(one, kinds[0]) for one in value)
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
     return isinstance(value, (int, float) if kind is float else kind)

@@ -1,17 +1,54 @@
-"""What a run came to, in numbers and in words. Accuracies are fractions, and every one of them carries its split."""
+"""What a run is about to do and what it came to, in numbers and in words.
+
+Accuracies are fractions, and every one of them carries its split.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from cifar10.datasets import DataSet
+from cifar10.metrics import SplitResult
+from cifar10.preflight import Plan
 from cifar10.state import RunState
 
-TIERS = ((0.80, "Excellent"), (0.70, "Good"), (0.60, "Fair"), (0.0, "Poor"))  # the reference document's, for CIFAR-10
+TIERS = ("Excellent", "Good", "Fair", "Poor")  # the reference documents'
 
 
-def quality_tier(test_accuracy: float) -> str:
-    """The tier of an accuracy (a fraction) on test images."""
-    return next(name for least, name in TIERS if test_accuracy >= least)
+def quality_tier(test_accuracy: float, least: tuple[float, float, float] | None) -> str | None:
+    """The tier of an accuracy (a fraction) on test images: `least` are those of all tiers but the last; None has no tiers."""
+    if least is None:
+        return None
+    return next(name for bound, name in zip((*least, 0.0), TIERS, strict=True) if test_accuracy >= bound)
+
+
+def opening_lines(
+    plan: Plan, folder: Path, place: str, model: Any, images: tuple[int, int], steps: tuple[int, int, int]
+) -> list[str]:
+    """What is about to be trained: `images` are those of train and val, `steps` the first, the last and the schedule's."""
+    (train, val), (first_step, last_step, total_steps) = images, steps
+    parameters = sum(p.numel() for p in model.parameters())
+    lines = [
+        f"recipe {plan.options.recipe}: {plan.recipe.model}, {parameters:,} parameters; run folder {folder}",
+        f"{train:,} train and {val:,} val images of {plan.recipe.dataset};"
+        f" {total_steps:,} steps of {plan.batch.global_images} images = {plan.recipe.epochs:g} epochs",
+        place,
+        *(f"note: {note}" for note in plan.notes),
+    ]
+    if first_step:
+        lines.append(f"resumed at step {first_step}")
+    if last_step < total_steps:
+        lines.append(f"ends at step {last_step} (--max-steps); the schedule stays that of {total_steps:,} steps")
+    return lines
+
+
+def tested(test: SplitResult | None, dataset: DataSet) -> dict[str, Any]:
+    """What the test came to, for summary.json; None where there was none."""
+    if test is None:
+        return {"test_accuracy": None, "test_images": 0, "quality": None}
+    quality = quality_tier(test.accuracy, dataset.tiers)
+    return {"test_accuracy": test.accuracy, "test_images": test.images, "quality": quality}
 
 
 def summary(state: RunState, steps_per_epoch: int) -> dict[str, Any]:
@@ -30,20 +67,25 @@ def summary(state: RunState, steps_per_epoch: int) -> dict[str, Any]:
     }
 
 
-def closing_lines(summary: dict[str, Any], val_images: int, all_test_images: int) -> list[str]:
+def closing_lines(summary: dict[str, Any], val_images: int, plan: Plan) -> list[str]:
     """The end of a finished run, a line for each split that was measured."""
     lines = [
         f"finished ({summary['ended_by']}): {summary['epochs']:.4g} epochs, {summary['steps']:,} steps,"
         f" {summary['train_seconds'] / 60:.1f} minutes of training, {summary['images_per_second'] or 0:,.0f} images/s"
     ]
     if summary["train_accuracy"] is not None:
-        lines.append(f"train accuracy {summary['train_accuracy']:.2%}  (last epoch: augmented images, weights still moving)")
+        images = "augmented images, " if plan.augments else ""
+        lines.append(f"train accuracy {summary['train_accuracy']:.2%}  (last epoch: {images}weights still moving)")
     if summary["val_accuracy"] is not None:
         lines.append(
             f"val accuracy   {summary['val_accuracy']:.2%}  (best_model, step {summary['best_step']}; {val_images:,} images)"
         )
     if summary["test_accuracy"] is not None:
-        used = summary["test_images"]
-        which = f"all {used:,} images" if used == all_test_images else f"the first {used:,} of {all_test_images:,} images"
-        lines.append(f"test accuracy  {summary['test_accuracy']:.2%}  (best_model; {which})  {summary['quality']}")
+        used, there = summary["test_images"], plan.dataset.test_images
+        which = f"all {used:,} images" if used == there else f"the first {used:,} of {there:,} images"
+        lines.append(
+            f"test accuracy  {summary['test_accuracy']:.2%}  (best_model; {which})  {summary['quality'] or ''}".rstrip()
+        )
+    if plan.dataset.note:
+        lines.append(f"note: {plan.dataset.note}")
     return lines

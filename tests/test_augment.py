@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as tv
+from torchvision.transforms import v2
 
 from cifar10 import augment, draws
 from tests.helpers import MEAN, STD
@@ -75,6 +76,90 @@ def test_an_image_is_the_same_whatever_batch_it_is_in(images: Tensor) -> None:
         assert torch.equal(augment.random_crop_and_mirror(store, indices, seed=5, epoch=7, flip=True), together[indices])
     for other in ({"seed": 6, "epoch": 7}, {"seed": 5, "epoch": 8}):
         assert not torch.equal(augment.random_crop_and_mirror(store, torch.arange(100), flip=True, **other), together)
+
+
+# --- grey images, other sizes, resizing --------------------------------------------------------------------------------
+
+
+def grey(images: Tensor) -> Tensor:
+    """uint8 [N, 28, 28, 1]."""
+    return images[:, 2:30, 2:30, 1:2].contiguous()
+
+
+def test_grey_images_equal_torchvision_in_every_cell(images: Tensor) -> None:
+    store, normalise = augment.pack(grey(images), padding=2), augment.Normalise((0.1307,), (0.3081,), CPU)
+    some = list(itertools.product(range(5), range(5), (0, 1)))
+    top, left, mirrored = torch.tensor(some).T
+    for index, image in enumerate(grey(images)):
+        ours = normalise(augment.gather(store, torch.full_like(top, index), top, left, mirrored))
+        padded = tv.pad(image.permute(2, 0, 1), [2])
+        crops = [tv.crop(padded, *cell[:2], 28, 28) for cell in some]
+        turned = [tv.hflip(crop) if cell[2] else crop for crop, cell in zip(crops, some, strict=True)]
+        theirs = torch.stack([tv.normalize(crop / 255, (0.1307,), (0.3081,)) for crop in turned])
+        assert ours.shape == (50, 1, 28, 28)
+        assert torch.equal(ours, theirs)
+
+
+def torchvision_resized(image: Tensor, size: int) -> Tensor:
+    """torchvision's Resize, in its defaults: uint8 [S, S, C] -> uint8 [C, size, size]."""
+    return v2.Resize(size)(image.permute(2, 0, 1))
+
+
+# VGG's, with black around it, made smaller (where antialiasing shows), and made as small as what is stored with its padding
+SIZES = [(256, 224, 0), (40, 32, 0), (48, 50, 4), (20, 16, 2), (24, 24, 4), (24, 32, 4), (33, 0, 0)]
+
+
+@pytest.mark.parametrize(("resize", "image_size", "padding"), SIZES)
+def test_resized_crops_equal_torchvision_to_a_grey_level(images: Tensor, resize: int, image_size: int, padding: int) -> None:
+    store, size = augment.pack(images, padding, resize, image_size), image_size or resize
+    end = resize + 2 * padding - size
+    some = list(itertools.product({0, end}, {0, end // 2, end}, (0, 1)))
+    top, left, mirrored = torch.tensor(some).T
+    normalise = augment.Normalise(MEAN, STD, CPU)
+    for index, image in enumerate(images):
+        pixels = augment.gather(store, torch.full_like(top, index), top, left, mirrored)
+        padded = tv.pad(torchvision_resized(image, resize), [padding])
+        crops = [tv.crop(padded, *corner, size, size) for *corner, _ in some]
+        theirs = torch.stack([tv.hflip(crop) if cell[2] else crop for crop, cell in zip(crops, some, strict=True)])
+        assert (pixels.int() - theirs.int()).abs().max() <= 1
+        floats = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])(theirs)
+        assert (normalise(pixels) - floats).abs().max() <= 1.01 / 255 / min(STD)
+
+
+@pytest.mark.parametrize(
+    ("resize", "image_size"), [(256, 224), (40, 32), (41, 32), (33, 30), (0, 24), (0, 27), (0, 0), (32, 0)]
+)
+def test_the_middle_equals_torchvisions_centre_crop(images: Tensor, resize: int, image_size: int) -> None:
+    pixels = augment.centre(augment.pack(images, 0, resize, image_size), torch.tensor([2, 0, 3, 1]))
+    for ours, image in zip(pixels, images[[2, 0, 3, 1]], strict=True):
+        whole = torchvision_resized(image, resize or 32)
+        theirs = tv.center_crop(whole, [image_size or resize or 32] * 2)
+        assert ours.shape == theirs.shape
+        assert (ours.int() - theirs.int()).abs().max() <= (1 if resize not in (0, 32) else 0)
+
+
+@pytest.mark.parametrize(
+    ("resize", "image_size", "padding", "flip", "kinds"), [(0, 30, 0, True, 18), (0, 30, 1, False, 25), (10, 8, 0, True, 18)]
+)
+def test_every_cell_of_other_sizes_is_drawn(
+    images: Tensor, resize: int, image_size: int, padding: int, flip: bool, kinds: int
+) -> None:
+    store = augment.pack(images[:1].expand(1_000, -1, -1, -1), padding, resize, image_size)
+    pixels = augment.random_crop_and_mirror(store, torch.arange(1_000), seed=0, epoch=0, flip=flip)
+    assert pixels.shape[2:] == (image_size, image_size)
+    assert len(pixels.flatten(1).unique(dim=0)) == kinds
+
+
+def test_a_resized_image_is_the_same_whatever_batch_it_is_in(images: Tensor) -> None:
+    store = augment.pack(images.repeat(10, 1, 1, 1), 0, resize=48, image_size=40)
+    together = augment.random_crop_and_mirror(store, torch.arange(40), seed=5, epoch=7, flip=True)
+    for indices in (torch.arange(40).flip(0), torch.tensor([17, 3]), torch.tensor([9])):
+        assert torch.equal(augment.random_crop_and_mirror(store, indices, seed=5, epoch=7, flip=True), together[indices])
+
+
+def test_resizing_keeps_the_small_images_in_memory(images: Tensor) -> None:
+    assert augment.pack(images, 0, 256, 224).pixels.nbytes == 4 * 32 * 32 * 4
+    assert augment.pack(grey(images), 0).pixels.nbytes == 4 * 28 * 28
 
 
 # --- draws -------------------------------------------------------------------------------------------------------------

@@ -29,8 +29,10 @@ PARTS: dict[str, set[str]] = {
     "world": {"launchers"},
     "models": set(),
     "data": {"files"},
+    "mnist": {"data", "files"},
+    "datasets": {"data", "mnist"},
     "run_folder": {"files"},
-    "report": {"state"},
+    "report": {"datasets", "metrics", "preflight", "state"},
     "patience": {"recipe", "state"},
     "augment": {"draws"},
     "loader": {"augment", "draws"},
@@ -38,10 +40,18 @@ PARTS: dict[str, set[str]] = {
     "stop": {"world"},
     "tape": {"state", "world"},
     "checkpoint": {"engine", "files", "state", "world"},
-    "preflight": {"data", "device", "ds_json", "recipe", "run_folder"},  # the edge: reads a command line, and knows no torch
+    "weights": {"files"},
+    "preflight": {
+        "datasets",
+        "device",
+        "ds_json",
+        "recipe",
+        "run_folder",
+        "weights",
+    },  # the edge: reads a command line, no torch
 }
 PROGRAMS = {"__main__", "bench"}  # what people start beside the story; they see everything, and no part sees them
-WITHOUT_TORCH = {"__init__", "launchers", "recipe", "ds_json", "data", "files", "run_folder", "preflight"}
+WITHOUT_TORCH = set("__init__ launchers recipe ds_json data datasets mnist files run_folder preflight".split())
 
 
 def modules(source: str) -> set[str]:

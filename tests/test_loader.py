@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -96,6 +97,31 @@ def test_how_many_images_are_gathered_at_once_changes_nothing(pixels: Tensor, mo
     for chunk_images in (1, 100_000):
         monkeypatch.setattr(loader, "CHUNK_IMAGES", chunk_images)
         assert same_batches(list(train_loader(pixels, accumulation=2).epoch(1)), whole)
+
+
+@pytest.mark.parametrize(
+    ("size", "chunk", "evaluated"), [(28, 512, 1_000), (32, 512, 1_000), (64, 128, 250), (224, 10, 20), (1024, 1, 1)]
+)
+def test_of_larger_images_fewer_are_handled_at_once(size: int, chunk: int, evaluated: int) -> None:
+    assert loader.at_once(loader.CHUNK_IMAGES, size) == chunk
+    assert loader.at_once(EvaluationLoader.batch_images, size) == evaluated
+
+
+def test_a_loader_gathers_as_many_pixels_of_large_images_as_of_small_ones(
+    pixels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gathered, gather = [], augment.gather
+    monkeypatch.setattr(
+        augment, "gather", lambda store, indices, *cut: gathered.append(len(indices)) or gather(store, indices, *cut)
+    )
+    train = dataclasses.replace(train_loader(pixels), store=augment.pack(pixels, 0, 128, 96), global_images=4, micro_images=2)
+    for _ in itertools.islice(train.epoch(0), 20):
+        pass
+    store = augment.pack(pixels[:250], 0, 128, 96)
+    evaluated = EvaluationLoader(store, torch.arange(250), augment.Normalise(MEAN, STD, CPU), 0, 1)
+    batches = [len(labels) for _, labels in evaluated]
+    assert gathered == [56, 56, *batches]  # 512 / 9, in whole steps
+    assert batches == [111, 111, 28]
 
 
 def test_micro_batches_are_float_and_channels_last(pixels: Tensor) -> None:

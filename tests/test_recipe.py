@@ -117,6 +117,8 @@ IMPOSSIBLE = {  # flag -> values that its type admits and its meaning does not
     "epochs": "0 -1 nan inf",
     "warmup_epochs": "-1 nan inf",
     "val_images": "-1",
+    "resize": "-1 100000",
+    "image_size": "-1 100000",
     "crop_padding": "-1 100000",
     "label_smoothing": "-0.1 1 nan",
     "patience": "-1",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import cifar10_deepspeed as story
 from cifar10 import report
+from cifar10.datasets import DATASETS
 from cifar10.recipe import Recipe, load
 from cifar10.state import RunState, Sums
 from cifar10_deepspeed import CIFAR10CNNEnhanced, calculate_accuracy, get_lr_schedule, lr_multiplier
@@ -375,20 +376,27 @@ def test_an_event_says_which_loss_is_watched(val_images, word):
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "tier"),
-    [
-        (1.0, "Excellent"),
-        (0.8, "Excellent"),
-        (0.7999, "Good"),
-        (0.7, "Good"),
-        (0.6999, "Fair"),
-        (0.6, "Fair"),
-        (0.5999, "Poor"),
-        (0.0, "Poor"),
-    ],
+    ("dataset", "least"), [("cifar10", (0.8, 0.7, 0.6)), ("synthetic", (0.8, 0.7, 0.6)), ("mnist", (0.9, 0.7, 0.5))]
 )
-def test_the_quality_tiers_at_their_thresholds(accuracy, tier):
-    assert report.quality_tier(accuracy) == tier
+def test_the_quality_tiers_at_their_thresholds(dataset, least):
+    excellent, good, fair = least
+    tiers = {1.0: "Excellent", excellent: "Excellent", excellent - 1e-4: "Good", good: "Good", good - 1e-4: "Fair"}
+    tiers |= {fair: "Fair", fair - 1e-4: "Poor", 0.0: "Poor"}
+    assert {accuracy: report.quality_tier(accuracy, DATASETS[dataset].tiers) for accuracy in tiers} == tiers
+
+
+def on(dataset: str, augments: bool = True) -> SimpleNamespace:
+    """What the report reads of a plan."""
+    return SimpleNamespace(dataset=DATASETS[dataset], augments=augments)
+
+
+def test_random_labels_have_no_quality_tier_and_their_accuracy_is_said_to_mean_nothing():
+    assert report.quality_tier(0.99, DATASETS["random_mnist"].tiers) is None
+    summary = finished_summary(test_accuracy=0.1015, test_images=2_000, quality=None)
+    *_, test, note = report.closing_lines(summary, val_images=1_000, plan=on("random_mnist"))
+    assert test.endswith("(best_model; all 2,000 images)")
+    assert "memorising" in note
+    assert "10%, chance" in note
 
 
 def finished_summary(**changes: Any) -> dict[str, Any]:
@@ -407,7 +415,7 @@ def test_a_summary_in_numbers():
 
 
 def test_every_accuracy_of_the_closing_lines_carries_its_split():
-    lines = report.closing_lines(finished_summary(), val_images=5_000, all_test_images=10_000)
+    lines = report.closing_lines(finished_summary(), val_images=5_000, plan=on("cifar10"))
     with_numbers = [line for line in lines if "%" in line]
     assert [line.split()[:2] for line in with_numbers] == [["train", "accuracy"], ["val", "accuracy"], ["test", "accuracy"]]
     train, val, test = with_numbers
@@ -422,13 +430,19 @@ def test_every_accuracy_of_the_closing_lines_carries_its_split():
 
 
 def test_a_part_of_the_test_split_is_named_as_one():
-    lines = report.closing_lines(finished_summary(test_images=500), val_images=5_000, all_test_images=10_000)
+    lines = report.closing_lines(finished_summary(test_images=500), val_images=5_000, plan=on("cifar10"))
     assert "first 500 of 10,000 images" in lines[-1]
+
+
+def test_images_are_called_augmented_where_they_are():
+    train = [report.closing_lines(finished_summary(), 0, on("cifar10", augmented))[1] for augmented in (True, False)]
+    assert ["augmented" in line for line in train] == [True, False]
+    assert all("weights still moving" in line for line in train)
 
 
 def test_what_was_not_measured_is_not_claimed():
     nothing = finished_summary(test_accuracy=None, test_images=0, val_accuracy=None, quality=None)
-    lines = report.closing_lines(nothing, val_images=0, all_test_images=10_000)
+    lines = report.closing_lines(nothing, val_images=0, plan=on("cifar10"))
     assert not any(line.startswith(("val", "test")) for line in lines)
     assert [line.split()[:2] for line in lines if "%" in line] == [["train", "accuracy"]]
 

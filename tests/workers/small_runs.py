@@ -10,6 +10,7 @@ summary.json is copied to keep_summary.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -22,10 +23,10 @@ from typing import Any
 import torch
 
 import cifar10_deepspeed as story
-from cifar10 import preflight
+from cifar10.datasets import DATASETS
 from cifar10.engine import prepare
 
-preflight.TRAIN_IMAGES, preflight.TEST_IMAGES = 600, 200
+DATASETS["synthetic"] = dataclasses.replace(DATASETS["synthetic"], train_images=600, test_images=200)
 
 
 def stop_after(steps: int) -> None:

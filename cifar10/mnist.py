@@ -1,0 +1,79 @@
+"""MNIST, torchvision's: fetched, unpacked and read by it, in its own folders below the data folder.
+
+torchvision is imported only where it is needed: files that are there and of the right size are checked without it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from cifar10 import UsageError
+from cifar10.data import Images
+from cifar10.files import one_process_at_a_time, talking_to_stderr_and_not_for_ever
+
+FOLDER = Path("MNIST") / "raw"
+FILES = {  # name -> bytes: a header, and one byte a pixel or label
+    "train-images-idx3-ubyte": 16 + 60_000 * 28 * 28,
+    "train-labels-idx1-ubyte": 8 + 60_000,
+    "t10k-images-idx3-ubyte": 16 + 10_000 * 28 * 28,
+    "t10k-labels-idx1-ubyte": 8 + 10_000,
+}
+NUM_IMAGES = {"train": 60_000, "test": 10_000}
+INSTEAD = "point --data-dir at a folder that holds MNIST/raw, or use --dataset synthetic_mnist"
+
+
+def _missing(folder: Path) -> list[str]:
+    return [name for name in FILES if not (folder / name).exists()]
+
+
+def _damaged(folder: Path) -> list[str]:
+    """Those that are there with another size, with what is wrong."""
+    sizes = {name: (folder / name).stat().st_size for name in FILES if (folder / name).exists()}
+    return [f"{name} ({sizes[name]} of {FILES[name]} bytes)" for name in sizes if sizes[name] != FILES[name]]
+
+
+def _fetch(data_dir: Path) -> None:
+    """Let torchvision download and unpack what is missing; raises what it raises."""
+    from torchvision.datasets import MNIST
+
+    with talking_to_stderr_and_not_for_ever():
+        MNIST(data_dir, download=True)
+
+
+def ensure_mnist(data_dir: Path, *, need_test: bool) -> None:
+    """Return once `data_dir` holds all four files of MNIST, each of the right size (torchvision reads none without the others).
+
+    Raises UsageError, one line, if one is damaged, or missing and cannot be fetched. Files that are sound are not touched.
+    """
+    folder = data_dir / FOLDER
+    if _missing(folder) and not _damaged(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with one_process_at_a_time(data_dir / ".mnist.lock", f"fetching MNIST to {data_dir}"):
+                if _missing(folder):  # else another process was faster
+                    _fetch(data_dir)
+        except (OSError, RuntimeError, EOFError) as error:  # the network, the disk; a wrong md5; an archive cut short
+            reason = " ".join(str(error).split())
+            raise UsageError(f"no MNIST in {data_dir}, and it cannot be fetched: {reason}; {INSTEAD}") from None
+    if faults := _damaged(folder):
+        raise UsageError(
+            f"MNIST in {folder} is damaged: {', '.join(faults)}; delete that file to have it restored, or {INSTEAD}"
+        )
+
+
+def load_mnist(data_dir: Path, split: Literal["train", "test"]) -> Images:
+    """The whole split in the order of its files. Call `ensure_mnist` first; what is no MNIST inside is a UsageError."""
+    from torchvision.datasets import MNIST
+
+    try:
+        files = MNIST(data_dir, train=split == "train")
+        pixels, labels = files.data.numpy(), files.targets.numpy()
+        if pixels.shape != (NUM_IMAGES[split], 28, 28) or labels.shape != pixels.shape[:1] or labels.max() > 9:
+            raise ValueError(f"{pixels.shape} images and {labels.shape} labels up to {labels.max()}")
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(f"MNIST in {data_dir / FOLDER} is damaged: {reason}; delete that folder, or {INSTEAD}") from None
+    return Images(pixels[..., None], labels.astype(np.int64))

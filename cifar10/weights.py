@@ -1,0 +1,187 @@
+"""What training starts from: a network that takes the images, and its initial weights if they are not to be random.
+
+Weights that are asked for are the weights that are used, or the run does not start. Files are read as data: nothing in them
+is executed. torch is imported only where a file is opened, so that the launcher can check without it that there is one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cifar10 import UsageError
+from cifar10.files import one_process_at_a_time, talking_to_stderr_and_not_for_ever
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+CHUNK_BYTES = 1 << 20
+
+
+# --- ImageNet ---------------------------------------------------------------------------------------------------------
+
+
+def _imagenet_url(model_name: str) -> str:
+    """Where torchvision has its weights for this network. Raises UsageError if it has none."""
+    from torchvision.models import get_model_weights
+
+    try:
+        return get_model_weights(model_name).DEFAULT.url
+    except ValueError:
+        raise UsageError(
+            f"--weights imagenet: torchvision has none for --model {model_name}; type --weights none or the path of a file"
+        ) from None
+
+
+def _cached(url: str) -> Path:
+    """The place of a download in torch.hub's cache, $TORCH_HOME/hub/checkpoints."""
+    from torch import hub
+
+    return Path(hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+
+
+def _hash_prefix(url: str) -> str:
+    """The first digits of a download's sha256, which torchvision writes into its name: vgg19-dcbb9e9d.pth."""
+    found = re.search(r"-([a-f0-9]{8,})\.", url)
+    return found[1] if found else ""
+
+
+def _is_sound(file: Path, hash_prefix: str) -> bool:
+    digest = hashlib.sha256()
+    try:
+        with open(file, "rb") as content:
+            while chunk := content.read(CHUNK_BYTES):
+                digest.update(chunk)
+    except FileNotFoundError:
+        return False
+    return digest.hexdigest().startswith(hash_prefix)
+
+
+def _ensure_imagenet(model_name: str) -> None:
+    """Return once torch.hub's cache holds torchvision's weights with the right hash; they are downloaded if it does not."""
+    from torch import hub
+
+    url = _imagenet_url(model_name)
+    file, hash_prefix = _cached(url), _hash_prefix(url)
+    try:
+        if _is_sound(file, hash_prefix):
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with one_process_at_a_time(file.with_name(f".{file.name}.lock"), f"fetching {file.name}"):
+            if not _is_sound(file, hash_prefix):  # else another process was faster
+                sys.stderr.write(f"fetching ImageNet weights from {url} to {file}\n")
+                with talking_to_stderr_and_not_for_ever():
+                    hub.download_url_to_file(url, str(file), hash_prefix, progress=sys.stderr.isatty())
+    except (OSError, RuntimeError, http.client.HTTPException) as error:  # the network, the disk; a wrong hash
+        reason = " ".join(str(getattr(error, "reason", error)).split())
+        raise UsageError(
+            f"--weights imagenet: {url} cannot be fetched to {file}: {reason}; put that file there by hand,"
+            " or type --weights none or the path of a file"
+        ) from None
+
+
+def ensure(weights: str, model_name: str) -> None:
+    """Return once the weights that --weights names are on this machine. Raises UsageError, one line, if they cannot be."""
+    if weights == "imagenet":
+        _ensure_imagenet(model_name)
+    elif weights != "none" and not os.path.isfile(weights):
+        raise UsageError(f"--weights {weights} is no file; type the path of a file of weights, imagenet, or none")
+
+
+# --- reading, comparing, loading ----------------------------------------------------------------------------------------
+
+
+def _read(path: Path, weights: str) -> dict[str, Tensor]:
+    """The state dict in a file: plain, or under "module" as this program and DeepSpeed write it. Raises UsageError."""
+    import torch
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever bytes that are no such file make of a reader
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no more is known'}"
+        raise UsageError(f"--weights {weights} cannot be read as weights ({reason}); type the path of another file") from None
+    state = content.get("module", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UsageError(f"--weights {weights} holds no state dict, neither plain nor under 'module'; type another file")
+    return state
+
+
+def _head(model: nn.Module) -> list[str]:
+    """The names of the last linear layer's parameters: those that depend on the number of classes."""
+    from torch import nn
+
+    name, layer = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1]
+    return [f"{name}.{parameter}" for parameter, _ in layer.named_parameters()]
+
+
+def _is_for_other_classes(ours: dict[str, Tensor], saved: dict[str, Tensor], head: list[str]) -> bool:
+    """Whether the saved head is ours but for the number of its rows."""
+    return all(
+        name in saved and saved[name].shape[1:] == ours[name].shape[1:] and saved[name].shape != ours[name].shape
+        for name in head
+    )
+
+
+def _difference(ours: dict[str, Tensor], saved: dict[str, Tensor]) -> str | None:
+    """The first thing that keeps `saved` from being our weights, in words; None if nothing does."""
+    for name, tensor in ours.items():
+        if name not in saved:
+            return f"it has no {name}"
+        if saved[name].shape != tensor.shape:
+            return f"{name} is {list(saved[name].shape)} there, {list(tensor.shape)} here"
+        if not saved[name].isfinite().all():
+            return f"{name} holds values that are not finite"
+    extra = next((name for name in saved if name not in ours), None)
+    return f"it holds {extra}, which the model has not" if extra else None
+
+
+def load(model: nn.Module, model_name: str, weights: str) -> list[str]:
+    """Put the weights that --weights names into `model`; returns what to know of that, a line each.
+
+    A file for another number of classes, as ImageNet's, keeps the model's fresh last layer. Any other difference is a
+    UsageError that names the first one. Call `ensure` before.
+    """
+    if weights == "none":
+        return []
+    saved = _read(_cached(_imagenet_url(model_name)) if weights == "imagenet" else Path(weights), weights)
+    ours, head, notes = model.state_dict(), _head(model), [f"initial weights: {weights}"]
+    if _is_for_other_classes(ours, saved, head):
+        there, here = len(saved[head[0]]), len(ours[head[0]])
+        notes = [f"initial weights: {weights}, but for its head of {there} classes: {head[0]} is new, with {here}"]
+        saved = {**saved, **{name: ours[name] for name in head}}
+    if difference := _difference(ours, saved):
+        raise UsageError(
+            f"--weights {weights} does not fit --model {model_name}: {difference}; type the path of a file of that model,"
+            " or --weights none"
+        )
+    model.load_state_dict(saved)
+    return notes
+
+
+# --- the network and the images ------------------------------------------------------------------------------------------
+
+
+def refuse_other_images(model: nn.Module, model_name: str, shape: tuple[int, int, int], num_classes: int) -> None:
+    """Raise UsageError if `model` cannot sort images of `shape` [C, S, S] into `num_classes`: it is tried on a black one."""
+    import torch
+
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            answers: Any = model.eval()(torch.zeros(1, *shape)).shape[-1]
+        reason = "" if answers == num_classes else f"it answers {answers} classes, not {num_classes}"
+    except RuntimeError as error:  # of a convolution or a linear layer
+        reason = str(error).strip().splitlines()[0].split("; ")[0]
+    model.train(was_training)
+    if reason:
+        channels, size, _ = shape
+        kind = "grey" if channels == 1 else "colour"
+        raise UsageError(
+            f"--model {model_name} does not take {kind} images of {size}x{size} pixels ({reason});"
+            " type another --model, --dataset, --resize or --image-size"
+        )

@@ -1,0 +1,270 @@
+"""cifar10/datasets.py and mnist.py: every data set is what it says, and what cannot be had is refused in one line."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import socket
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import numpy as np
+import pytest
+
+from cifar10 import UsageError, data, datasets, mnist
+from cifar10.datasets import DATASETS
+from cifar10.preflight import Plan, check
+from cifar10.recipe import Recipe
+from tests.launching import PROJECT, environment
+
+DRAWN = sorted(name for name, dataset in DATASETS.items() if dataset.draw)
+
+
+def plan(*argv: str) -> Plan:
+    return check(list(argv), 1, "test")
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        plan(*argv)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+def test_the_flag_names_every_data_set():
+    assert set(get_args(get_type_hints(Recipe)["dataset"])) == DATASETS.keys()
+
+
+def test_every_data_set_says_where_its_images_come_from_and_how_to_normalise_them():
+    for dataset in DATASETS.values():
+        assert bool(dataset.read) != bool(dataset.draw)
+        assert bool(dataset.read) == bool(dataset.ensure)
+        assert len(dataset.mean) == len(dataset.std) == dataset.channels
+        assert len(dataset.classes) == 10
+
+
+@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_drawn_images_have_the_sizes_and_shapes_that_are_stated(name, split, tmp_path):
+    images, facts = datasets.load(name, split, tmp_path, seed=0), DATASETS[name]
+    assert images.pixels.shape == (facts.num_images(split), facts.size, facts.size, facts.channels)
+    assert (images.pixels.dtype, images.labels.dtype) == (np.uint8, np.int64)
+    assert images.pixels.flags["C_CONTIGUOUS"]
+    assert set(images.labels.tolist()) == set(range(10))
+
+
+@pytest.mark.parametrize("draw", [data.synthetic_grey, data.noise])
+def test_a_drawn_image_depends_on_seed_split_and_place_alone(draw):
+    whole, part = draw("train", 300, 3), draw("train", 40, 3)
+    assert np.array_equal(whole.pixels[:40], part.pixels)
+    assert np.array_equal(whole.labels[:40], part.labels)
+    for other in (draw("train", 300, 4), draw("test", 300, 3)):
+        assert not any(np.array_equal(a, b) for a, b in zip(whole.pixels, other.pixels, strict=True))
+
+
+def test_drawn_images_are_the_same_on_every_platform():
+    """Fixed numbers: were they to change, results elsewhere could not be compared."""
+    digests = [
+        hashlib.sha256(draw("train", 100, 0).pixels.tobytes()).hexdigest()[:12] for draw in (data.synthetic_grey, data.noise)
+    ]
+    assert digests == ["fef122470a38", "c55902a46f2a"]
+    assert data.noise("train", 10, 0).labels.tolist() == [0, 5, 1, 6, 5, 6, 8, 7, 3, 0]
+
+
+def nearest_mean(train: data.Images, test: data.Images) -> float:
+    """The accuracy of the simplest of classifiers: the nearest of the classes' mean images."""
+    means = np.stack([train.pixels[train.labels == label].mean(0) for label in range(10)]).reshape(10, -1)
+    distances = ((test.pixels.reshape(len(test), 1, -1) - means) ** 2).sum(2)
+    return float((distances.argmin(1) == test.labels).mean())
+
+
+def test_synthetic_grey_images_can_be_learned_and_noise_cannot():
+    accuracies = [nearest_mean(draw("train", 2_000, 0), draw("test", 1_000, 0)) for draw in (data.synthetic_grey, data.noise)]
+    assert accuracies[0] > 0.2
+    assert accuracies[1] == pytest.approx(0.1, abs=5 * (0.09 / 1_000) ** 0.5)
+
+
+def test_noise_is_uniform_in_pixels_and_labels():
+    images = data.noise("train", 10_000, 0)
+    for values, kinds in ((images.pixels, 256), (images.labels, 10)):
+        counts, expected = np.bincount(values.ravel(), minlength=kinds), values.size / kinds
+        square = ((counts - expected) ** 2 / expected).sum()
+        assert abs(square - (kinds - 1)) < 5 * (2 * (kinds - 1)) ** 0.5
+
+
+# --- on the command line ----------------------------------------------------------------------------------------------
+
+GREY = ["--mean", "0.1307", "--std", "0.3081"]
+
+
+def test_grey_images_with_a_colour_normalisation_are_refused_with_what_to_type():
+    message = refusal("--dataset", "synthetic_mnist", "--model", "mnist_cnn")
+    assert "--dataset synthetic_mnist" in message
+    assert message.endswith("type --mean 0.1307 --std 0.3081")
+    assert plan("--dataset", "synthetic_mnist", *message.split("type ")[1].split()).recipe.mean == (0.1307,)
+    message = refusal("--recipe", "mnist_synthetic", "--dataset", "synthetic")
+    assert (
+        plan("--recipe", "mnist_synthetic", "--dataset", "synthetic", *message.split("type ")[1].split()).recipe.std[2] == 0.201
+    )
+
+
+def test_mean_and_std_of_different_lengths_are_refused():
+    assert "--mean 0.5 --std" in refusal("--dataset", "synthetic", "--mean", "0.5")
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ("--val-images 10000", "type 0 to 9999"),
+        ("--test-images 2001", "type 0 to 2000"),
+        ("--global-batch-size 9001 --val-images 1000", "larger than the 9000 training images"),
+        ("--image-size 29", "type --image-size 28 or less, or --resize 29 too"),
+        ("--resize 24 --image-size 28", "type --image-size 24 or less, or --resize 28 too"),
+    ],
+)
+def test_each_data_set_has_its_own_limits(argv, says):
+    assert says in refusal("--dataset", "synthetic_mnist", *GREY, "--val-images", "0", *argv.split())
+
+
+def test_a_file_of_weights_names_the_data_sets_own_classes():
+    assert plan("--dataset", "synthetic").about_the_model["classes"] == list(data.CLASSES)
+    grey = plan("--dataset", "synthetic_mnist", *GREY, "--val-images", "0").about_the_model
+    assert grey["classes"] == [str(digit) for digit in range(10)]
+    assert grey["normalisation"] == {"mean": [0.1307], "std": [0.3081]}
+
+
+def test_random_labels_are_announced_and_others_are_not():
+    argv = [*GREY, "--val-images", "0"]
+    assert any("memorising" in note for note in plan("--dataset", "random_mnist", *argv).notes)
+    assert not any("memorising" in note for note in plan("--dataset", "synthetic_mnist", *argv).notes)
+
+
+@pytest.mark.parametrize(
+    ("argv", "image_shape", "augments"),
+    [
+        ("", (3, 32, 32), True),
+        ("--no-flip --crop-padding 0", (3, 32, 32), False),
+        ("--no-flip --crop-padding 0 --image-size 30", (3, 30, 30), True),
+        ("--no-flip --crop-padding 0 --resize 40", (3, 40, 40), False),
+        ("--no-flip --crop-padding 0 --resize 256 --image-size 224", (3, 224, 224), True),
+        ("--crop-padding 0", (3, 32, 32), True),
+    ],
+)
+def test_what_the_network_sees(argv, image_shape, augments):
+    found = plan("--dataset", "synthetic", *argv.split())
+    assert (found.image_shape, found.augments) == (image_shape, augments)
+
+
+# --- MNIST ------------------------------------------------------------------------------------------------------------
+
+
+def idx(array: np.ndarray) -> bytes:
+    """The file format of MNIST: a magic number of type and dimensions, the sizes, the bytes; all big-endian."""
+    return struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape) + array.tobytes()
+
+
+@pytest.fixture(scope="module")
+def contents() -> dict[str, bytes]:
+    """Files in MNIST's format and size: noise with labels 0, 1, ... 9, 0, ..."""
+    rng, files = np.random.default_rng(0), {}
+    for prefix, count in (("train", 60_000), ("t10k", 10_000)):
+        files[f"{prefix}-images-idx3-ubyte"] = idx(rng.integers(0, 256, (count, 28, 28), dtype=np.uint8))
+        files[f"{prefix}-labels-idx1-ubyte"] = idx((np.arange(count) % 10).astype(np.uint8))
+    return files
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty working folder; torchvision's mirrors refuse every connection."""
+    from torchvision.datasets import MNIST
+
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # and does not listen
+        monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{bound.getsockname()[1]}/{n}/" for n in (1, 2)])
+        monkeypatch.setenv("no_proxy", "*")
+        monkeypatch.delenv("CIFAR10_DIR", raising=False)
+        monkeypatch.chdir(tmp_path)
+        yield tmp_path
+
+
+def write(folder: Path, contents: dict[str, bytes]) -> Path:
+    raw = folder / mnist.FOLDER
+    raw.mkdir(parents=True)
+    for name, content in contents.items():
+        (raw / name).write_bytes(content)
+    return raw
+
+
+REAL = ["--recipe", "mnist_synthetic", "--dataset", "mnist"]
+
+
+def test_mnist_is_read_as_torchvision_reads_it_and_nothing_is_written(here, contents):
+    write(here / "data", contents)
+    before = sorted(path.name for path in here.rglob("*"))
+    found = plan(*REAL)
+    for split, prefix, count in (("train", "train", 60_000), ("test", "t10k", 10_000)):
+        images = found.images(split)
+        assert images.pixels.shape == (count, 28, 28, 1)
+        assert images.pixels.tobytes() == contents[f"{prefix}-images-idx3-ubyte"][16:]
+        assert images.labels.tolist() == [n % 10 for n in range(count)]
+    assert sorted(path.name for path in here.rglob("*")) == before
+
+
+def test_sound_mnist_files_are_checked_without_torch(here, contents):
+    write(here / "data", contents)
+    source = f"""
+import sys
+from cifar10.preflight import check
+check({REAL!r}, 1, "test")
+print(sorted({{"torch", "torchvision"}} & set(sys.modules)))
+"""
+    variables = environment(PYTHONPATH=str(PROJECT))
+    result = subprocess.run([sys.executable, "-c", source], env=variables, capture_output=True, text=True, check=False)
+    assert (result.stdout, result.stderr) == ("[]\n", "")
+
+
+def test_no_mnist_and_no_network_is_said_with_the_ways_out(here, capfd):
+    message = refusal(*REAL)
+    for words in ("no MNIST in data", "cannot be fetched", "--data-dir", "--dataset synthetic_mnist"):
+        assert words in message
+    assert capfd.readouterr().out == ""
+    assert not [path for path in (here / "data").rglob("*ubyte*")]
+
+
+def test_missing_files_are_unpacked_from_archives_that_lie_there(here, contents, monkeypatch):
+    from torchvision.datasets import MNIST
+
+    archives = {name + ".gz": gzip.compress(content, 1) for name, content in contents.items()}
+    monkeypatch.setattr(MNIST, "resources", [(name, hashlib.md5(content).hexdigest()) for name, content in archives.items()])
+    raw = write(here / "data", archives)
+    assert len(plan(*REAL).images("test")) == 10_000
+    assert all((raw / name).read_bytes() == content for name, content in contents.items())
+
+
+@pytest.mark.parametrize("name", sorted(mnist.FILES))
+@pytest.mark.parametrize("how", ["missing", "truncated", "longer"])
+def test_a_damaged_file_of_mnist_is_named_with_the_ways_out(here, contents, name, how):
+    file = write(here / "data", contents) / name
+    if how == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(contents[name][:1_000] if how == "truncated" else contents[name] + b"\0")
+    message = refusal(*REAL)
+    assert "--dataset synthetic_mnist" in message
+    assert ("no MNIST in data" if how == "missing" else f"damaged: {name} (") in message
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "byte"),
+    [("train-images-idx3-ubyte", 3, 1), ("train-labels-idx1-ubyte", 2, 9), ("train-labels-idx1-ubyte", 9, 77)],
+)
+def test_a_file_of_the_right_size_that_is_no_mnist_is_refused_when_it_is_read(here, contents, name, at, byte):
+    file = write(here / "data", contents) / name
+    file.write_bytes(contents[name][:at] + bytes([byte]) + contents[name][at + 1 :])
+    found = plan(*REAL)
+    with pytest.raises(UsageError, match=r"^MNIST in .* is damaged: .*; delete that folder, or .*--dataset synthetic_mnist$"):
+        found.images("train")

@@ -1,0 +1,125 @@
+"""cifar10/models and the story's networks: sizes, shapes, initial weights, and the documents' own names for them."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import cifar10_deepspeed as story
+from cifar10.recipe import model_names
+from tests.launching import PROJECT, environment
+
+SHAPES = {"mnist_cnn": (1, 28, 28)}  # of the images that a network takes, where they are not CIFAR-10's
+PARAMETERS = {
+    "bn_cnn": 268_746,
+    "bn_cnn_wide": 545_290,
+    "lenet": 62_006,
+    "mnist_cnn": 215_370,
+    "smooth_cnn": 11_642,
+    "vgg19": 139_611_210,
+}
+
+
+def build(name: str) -> nn.Module:
+    """The network by name; the large one without memory for its weights."""
+    with torch.device("meta" if name == "vgg19" else "cpu"):
+        return story.build_model(name, seed=0)
+
+
+def test_every_model_is_counted_here():
+    assert sorted(model_names()) == sorted(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_and_answers(name):
+    model = build(name)
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+    device = next(model.parameters()).device
+    assert model(torch.zeros(2, *SHAPES.get(name, (3, 32, 32)), device=device)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        (
+            "lenet",
+            {"conv1": (6, 28, 28), "pool": (6, 14, 14), "conv2": (16, 10, 10), "fc1": (120,), "fc2": (84,), "fc3": (10,)},
+        ),
+        ("mnist_cnn", {"conv1": (16, 28, 28), "pool": (16, 14, 14), "conv2": (32, 14, 14), "fc1": (128,), "fc2": (10,)}),
+        (
+            "bn_cnn_wide",
+            {"conv1": (32, 32, 32), "bn1": (32, 32, 32), "pool": (32, 16, 16), "conv2": (64, 16, 16), "bn2": (64, 16, 16)}
+            | {"fc1": (128,), "fc2": (10,)},
+        ),
+    ],
+)
+def test_what_each_layer_makes_of_an_image(name, shapes):
+    model, found = build(name), {}
+    for layer, module in model.named_children():
+        module.register_forward_hook(lambda _, __, out, layer=layer: found.setdefault(layer, tuple(out.shape[1:])) and None)
+    model(torch.randn(2, *SHAPES.get(name, (3, 32, 32))))
+    assert found == shapes
+
+
+class DocumentsNet(nn.Module):
+    """The forward pass of the LeNet document's network, in the words of the tutorial that it follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 5)
+        self.pool = nn.MaxPool2d(2, 2)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.fc1 = nn.Linear(16 * 5 * 5, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.fc3 = nn.Linear(84, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(F.relu(self.conv1(x)))
+        x = self.pool(F.relu(self.conv2(x)))
+        x = x.view(-1, 16 * 5 * 5)
+        return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))
+
+
+def test_lenet_is_the_documents_network_in_pytorchs_own_initialisation():
+    ours = story.build_model("lenet", seed=5)
+    torch.manual_seed(5)
+    documents = DocumentsNet()
+    assert ours.state_dict().keys() == documents.state_dict().keys()
+    assert all(torch.equal(value, documents.state_dict()[name]) for name, value in ours.state_dict().items())
+    images = torch.randn(4, 3, 32, 32)
+    assert torch.equal(ours(images), documents(images))
+
+
+def test_the_grey_networks_initial_weights_are_kaiming_over_the_outputs():
+    models = [story.build_model("mnist_cnn", seed) for seed in range(30)]
+    for name, fan_out in (("conv1", 16 * 25), ("conv2", 32 * 25), ("fc1", 128), ("fc2", 10)):
+        weights = torch.cat([getattr(model, name).weight.flatten() for model in models])
+        assert weights.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.03)
+        assert abs(weights.mean().item()) < 0.03 * weights.std().item()
+        assert all(getattr(model, name).bias.eq(0).all() for model in models)
+
+
+def test_the_documents_import_their_networks_from_the_script():
+    source = """
+import sys
+from cifar10_deepspeed import CIFAR10CNNEnhanced
+assert not any(name.startswith("cifar10.models.") for name in sys.modules)
+from cifar10_deepspeed import CNNModelEnhanced, Net
+print(Net.__module__, CNNModelEnhanced.__module__, CIFAR10CNNEnhanced.__module__, "torchvision" in sys.modules)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", source], env=environment(PYTHONPATH=str(PROJECT)), capture_output=True, text=True, check=False
+    )
+    assert result.stderr == ""
+    assert result.stdout.split() == ["cifar10.models.lenet", "cifar10.models.mnist_cnn", "cifar10_deepspeed", "False"]
+
+
+def test_a_name_that_the_script_does_not_have_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="has no attribute 'NetEnhanced'"):
+        _ = story.NetEnhanced
