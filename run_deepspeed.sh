@@ -28,6 +28,12 @@
 #SBATCH --signal=B:USR1@120
 
 STOPPED=75 # main.py: stopped, and the same command goes on
+KILLED=138 # by SIGUSR1: main.py had not come so far yet as to expect it
+
+step='' warned='' interrupted=''
+# srun hands the warning to every process of the run. On scancel, SLURM itself sends SIGTERM to all; here it only ends a wait.
+trap 'warned=yes interrupted=yes; [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null' USR1
+trap 'interrupted=yes' TERM CONT
 
 die() {
     echo "error: $*" >&2
@@ -78,20 +84,16 @@ if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
         --num-nodes "$SLURM_JOB_NUM_NODES" --master-addr "$master" --master-port "$port")
 fi
 
-# --- run it, and mind the signals -----------------------------------------------------------------------------------
+# --- run it ---------------------------------------------------------------------------------------------------------
 
 newest_checkpoint() { cat "$OUTPUT_DIR/checkpoints/latest" 2>/dev/null; }
 
-warned='' interrupted=''
 before=$(newest_checkpoint)
-# srun hands the signal to every process of the run. On scancel, SLURM itself sends SIGTERM to all; here it only ends a wait.
-trap 'warned=yes interrupted=yes; kill -USR1 "$step" 2>/dev/null' USR1
-trap 'interrupted=yes' TERM CONT
 # Of the job's cores, a step gets those that it asks for (since SLURM 22.05).
 srun --export=ALL --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
     ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=1 "${run[@]}" "$@" &
 step=$!
-[ -z "$warned" ] || kill -USR1 "$step" # it came while srun was being started
+[ -z "$warned" ] || kill -USR1 "$step" # it came before srun was started
 while # traps run only between commands and in `wait`, and end it
     interrupted=''
     wait "$step"
@@ -101,11 +103,13 @@ do :; done
 
 # --- once more? -----------------------------------------------------------------------------------------------------
 
+[ "$code" -eq "$KILLED" ] && [ -n "$warned" ] && code=$STOPPED
+after=$(newest_checkpoint)
 if [ "$code" -eq "$STOPPED" ] && [ -n "$warned" ]; then
-    if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "$(newest_checkpoint)" = "$before" ]; then
+    if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "$after" = "$before" ]; then
         echo "stopped again, and without a new checkpoint: a longer --time is needed; not queued again" >&2
-    elif scontrol requeue "$SLURM_JOB_ID"; then
-        echo "queued again: job $SLURM_JOB_ID goes on from $(newest_checkpoint) in $OUTPUT_DIR"
+    elif scontrol requeue "$SLURM_JOB_ID"; then # ends the processes of this job, so that little can be done below
+        echo "queued again: job $SLURM_JOB_ID goes on in $OUTPUT_DIR from ${after:-its start}"
         exit "$code"
     fi
 fi

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import ADDRESSES, Hosts, need_cluster
-from tests.launching import BIN, PROJECT, SHORT, free_port, run, summary
+from tests.cluster import ADDRESSES, Hosts, main_takes_nodes, need_cluster
+from tests.launching import BIN, SHORT, free_port, run, summary
 
 DEEPSPEED = str(BIN / "deepspeed")
 FIRST, SECOND = ADDRESSES
 MASTER = ["--master_addr", ADDRESSES[FIRST]]
-ON_CPU = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +43,7 @@ def type_on_each_host(hosts: Hosts, folder: Path, command: list[str]) -> None:
     """Run the short run by a command that is typed on every host, where the word RANK is the host's number."""
     flags = [*SHORT, "--output-dir", str(folder)]
     words = {name: [word.replace("RANK", str(rank)) for word in command] for rank, name in enumerate(hosts.names)}
-    processes = hosts.run_all({name: [*words[name], *flags] for name in hosts.names}, **ON_CPU)
+    processes = hosts.run_all({name: [*words[name], *flags] for name in hosts.names}, OMP_NUM_THREADS="1")
     for process in processes.values():
         assert process.returncode == 0, process.stdout + process.stderr
     assert "train loss" in processes[FIRST].stdout
@@ -81,12 +80,15 @@ def test_torchrun(hosts, tmp_path, two_ranks_here) -> None:
 
 
 def test_deepspeed_over_ssh_from_the_first_host(hosts, hostfile, tmp_path, two_ranks_here) -> None:
-    """pdsh carries no variable over but PYTHON...; the others stand in a file .deepspeed_env, here or in the home folder."""
+    """Over ssh go no variables but PYTHON... and NCCL...; others stand in a file .deepspeed_env, here or in the home folder.
+
+    A line NAME=VALUE each, and no empty one: DeepSpeed fails on it.
+    """
     home = tmp_path / "home"
     home.mkdir()
     (home / ".deepspeed_env").write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n")
     command = [DEEPSPEED, "--hostfile", str(hostfile), f"--master_port={free_port()}", "cifar10_deepspeed.py"]
-    process = hosts.run(FIRST, [*command, *SHORT, "--output-dir", str(tmp_path / "run")], HOME=str(home), **ON_CPU)
+    process = hosts.run(FIRST, [*command, *SHORT, "--output-dir", str(tmp_path / "run")], HOME=str(home), OMP_NUM_THREADS="1")
     assert process.returncode == 0, process.stdout + process.stderr
     check_is_the_run_of_one_machine(tmp_path / "run", two_ranks_here)
 
@@ -97,11 +99,6 @@ def test_the_documents_line_for_two_nodes_needs_a_hostfile() -> None:
     process = run(shlex.split(line))
     assert process.returncode == 1
     assert process.stderr.splitlines()[-1] == "ValueError: Num nodes is >1 but no extra nodes available via hostfile"
-
-
-main_takes_nodes = pytest.mark.skipif(
-    "--num-nodes" not in (PROJECT / "main.py").read_text(), reason="main.py has no --num-nodes"
-)
 
 
 @main_takes_nodes
