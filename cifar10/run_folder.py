@@ -115,7 +115,10 @@ def find_checkpoint(where: str) -> tuple[Path, str]:
     path = Path(where)
     path = path.with_suffix("") if path.suffix in (".pth", ".pt") else path
     folder, name = (path.parent.parent, path.name) if path.parent.name == "checkpoints" else (path, "latest")
-    pointers = sorted(p.name for p in (folder / "checkpoints").glob("*") if p.is_file())
+    try:
+        pointers = sorted(p.name for p in (folder / "checkpoints").glob("*") if p.is_file())
+    except OSError as error:  # a name that is too long
+        raise UsageError(f"--resume {where}: {error.strerror}; type auto, never, or a run's folder") from None
     if name in pointers:
         return folder / "checkpoints", name
     there = f"there are {', '.join(pointers)}" if pointers else "it has none"

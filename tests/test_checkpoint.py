@@ -141,7 +141,7 @@ def test_only_the_newest_tags_are_kept(runs: dict[str, Run]) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_the_pointer_names_a_complete_tag(runs: dict[str, Run], name: str) -> None:
     checkpoints, (num_ranks, _) = runs[name].checkpoints, RUNS[name]
-    assert checkpoint.newest(checkpoints) == "step_00000030"
+    assert checkpoint.read_pointer(checkpoints, "latest") == "step_00000030"
     for tag in tags(checkpoints):
         files = {path.name for path in (checkpoints / tag).iterdir()}
         assert files == {"mp_rank_00_model_states.pt", *(f"rank_{r}_of_{num_ranks}.pt" for r in range(num_ranks))}
@@ -211,9 +211,9 @@ def test_an_engine_goes_on_from_what_another_saved(tmp_path: Path, optimizer: st
 def test_a_folder_without_a_checkpoint_starts_from_nothing(tmp_path: Path) -> None:
     engine = bn_engine()
     before = snapshot(engine)
-    assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.read_pointer(tmp_path, "latest") is None
     assert checkpoint.resume(tmp_path, None, engine, one_rank()) == RunState()
-    assert checkpoint.resume(tmp_path, tmp_path / "nowhere", engine, one_rank()) == RunState()
+    assert checkpoint.resume(tmp_path, (tmp_path / "nowhere", "latest"), engine, one_rank()) == RunState()
     assert same_bits(snapshot(engine), before)
 
 
@@ -224,7 +224,7 @@ def test_a_save_that_was_cut_short_is_not_resumed(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, engine, RunState(step=1), one_rank(), keep=2)
     (tmp_path / "step_00000002").mkdir()
     engine.save(tmp_path, "step_00000003", {"run_state": RunState(step=3).as_dict()})
-    assert checkpoint.newest(tmp_path) == "step_00000001"
+    assert checkpoint.read_pointer(tmp_path, "latest") == "step_00000001"
     assert checkpoint.resume(tmp_path, None, bn_engine(), one_rank()).step == 1
 
 
@@ -235,12 +235,12 @@ def test_a_run_can_start_from_another_runs_checkpoint(tmp_path: Path) -> None:
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     checkpoint.save(theirs, engine, RunState(step=1), one_rank(), keep=2)
     checkpoint.save_portable(theirs / "best_model", engine.portable_state(), {"step": 1})
-    assert checkpoint.resume(ours, theirs, other, one_rank()).step == 1
+    assert checkpoint.resume(ours, (theirs, "latest"), other, one_rank()).step == 1
     assert same_bits(snapshot(other), snapshot(engine))
     assert checkpoint.load_portable(ours / "best_model")["step"] == 1
     checkpoint.save(ours, other, RunState(step=2), one_rank(), keep=2)
-    assert checkpoint.resume(ours, theirs, other, one_rank()).step == 2
-    assert checkpoint.newest(theirs) == "step_00000001", "the other run is left alone"
+    assert checkpoint.resume(ours, (theirs, "latest"), other, one_rank()).step == 2
+    assert checkpoint.read_pointer(theirs, "latest") == "step_00000001", "the other run is left alone"
 
 
 @pytest.mark.parametrize("keep", [1, 3])
@@ -248,5 +248,5 @@ def test_as_many_tags_are_kept_as_asked_for(tmp_path: Path, keep: int) -> None:
     engine = bn_engine()
     for step in range(8, 13):
         checkpoint.save(tmp_path, engine, RunState(step=step), one_rank(), keep=keep)
-        assert checkpoint.newest(tmp_path) == f"step_{step:08d}"
+        assert checkpoint.read_pointer(tmp_path, "latest") == f"step_{step:08d}"
     assert tags(tmp_path) == [f"step_{step:08d}" for step in range(13 - keep, 13)]

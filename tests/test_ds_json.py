@@ -15,7 +15,18 @@ import pytest
 import torch
 
 from cifar10 import UsageError
-from cifar10.ds_json import BATCH_KEYS, OPTIMIZER_PARAMS, SECTION_KEYS, TOP_LEVEL_KEYS, batch, check, override, read, resolve
+from cifar10.ds_json import (
+    BATCH_KEYS,
+    OPTIMIZER_PARAMS,
+    SECTION_KEYS,
+    TOP_LEVEL_KEYS,
+    batch,
+    check,
+    override,
+    read,
+    resolve,
+    with_precision,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 WORLD_SIZES = (1, 2, 3, 4, 8)
@@ -399,13 +410,9 @@ OTHERS = [{}, {"zero_allow_untested_optimizer": True}, {"timers": {"throughput":
 OTHERS += [{"train_micro_batch_size_per_gpu": 32, "gradient_accumulation_steps": 1}, {"optimizer": sgd(foreach=True)}]
 
 
-def fp16_with_zero(fp16=None, zero_optimization=None, **_) -> bool:
-    return bool((fp16 or {}).get("enabled") and (zero_optimization or {}).get("stage"))
-
-
 def configs() -> list[dict[str, Any]]:
     """Precisions x ZeRO stages x other settings, with and without gradient clipping."""
-    made = [config(**p, **z, **o) for p, z, o in itertools.product(PRECISIONS, ZEROS, OTHERS) if not fp16_with_zero(**p, **z)]
+    made = [config(**p, **z, **o) for p, z, o in itertools.product(PRECISIONS, ZEROS, OTHERS)]
     return made + [{key: value for key, value in c.items() if key != "gradient_clipping"} for c in made]
 
 
@@ -444,16 +451,48 @@ def test_there_is_a_note_for_each_change_of_meaning_and_for_nothing_else(world_s
 
 @pytest.mark.parametrize("zero", ZEROS)
 @pytest.mark.parametrize(("section", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16")])
-def test_bf16_and_fp16_without_zero_become_torch_autocast(zero, section, dtype):
+def test_bf16_and_fp16_become_torch_autocast_at_every_zero_stage(zero, section, dtype):
     given = config(**{section: {"enabled": True}}, **zero)
-    if fp16_with_zero(**given):
-        with pytest.raises(UsageError, match="fp16 with ZeRO is not supported"):
-            check(given)
-        return
+    check(given)
     after, _, notes = resolve(given, world_size=1)
-    assert after[section]["enabled"] is False
+    assert after[section] == {"enabled": False}
     assert after["torch_autocast"] == {"enabled": True, "dtype": dtype}
+    assert after.get("zero_optimization", {}).get("stage", 0) == zero.get("zero_optimization", {}).get("stage", 0)
     assert any(section in note and "torch_autocast" in note for note in notes)
+
+
+@pytest.mark.parametrize("zero", ZEROS)
+def test_what_fp16_says_of_its_loss_scale_is_kept(zero):
+    said = {"initial_scale_power": 12, "loss_scale_window": 7, "loss_scale": 0, "hysteresis": 2}
+    after, _, _ = resolve(config(fp16={"enabled": True, **said}, **zero), world_size=1)
+    assert after["fp16"] == {"enabled": False, **said}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("loss_scale", value) for value in (-1, "128", True)],
+        *[("initial_scale_power", value) for value in (-1, 1.5, "16")],
+        *[("loss_scale_window", value) for value in (0, 2.5, None)],
+    ],
+)
+def test_a_loss_scale_that_cannot_be_meant_is_refused(path, key, value):
+    assert f"fp16.{key}" in refusal(path, config(fp16={"enabled": True, key: value}))
+
+
+@pytest.mark.parametrize("asked", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_precision_replaces_the_jsons_and_keeps_the_rest_of_it(precision, asked):
+    given = config(**precision, **ZEROS[2])
+    given["fp16"] = {"enabled": False, **given.get("fp16", {}), "initial_scale_power": 9}
+    before = copy.deepcopy(given)
+    changed = with_precision(given, asked)
+    assert given == before
+    check(changed)
+    sections = ("fp16", "bf16", "torch_autocast")
+    assert [name for name in sections if changed.get(name, {}).get("enabled")] == ([] if asked == "fp32" else [asked])
+    assert changed["fp16"]["initial_scale_power"] == 9
+    assert {**changed, **dict.fromkeys(sections)} == {**before, **dict.fromkeys(sections)}
 
 
 def test_what_is_asked_for_is_kept():

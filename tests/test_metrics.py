@@ -197,6 +197,21 @@ def test_without_a_terminal_there_is_one_plain_line_per_epoch(capsys):
     assert event == "a line about the run"
 
 
+def test_a_line_per_log_interval_counts_steps_within_the_epoch(capsys):
+    a_run(ConsoleSink(total_steps=200, steps_per_epoch=100, first_step=0, global_images=32, says_steps=True))
+    lines = capsys.readouterr().out.splitlines()
+    said = [line if line.startswith("[") else line.split("  ")[0] for line in lines]
+    assert said == [
+        "[1,    50] loss: 2.250",
+        "[1,   100] loss: 2.250",
+        "epoch 1/2",
+        "[2,    50] loss: 2.250",
+        "[2,   100] loss: 2.250",
+        "epoch 2/2",
+        "a line about the run",
+    ]
+
+
 def test_without_a_validation_split_none_is_mentioned(capsys):
     sink = ConsoleSink(total_steps=100, steps_per_epoch=200, first_step=0, global_images=32)
     sink.epoch(epoch_row(1, val=None))

@@ -126,6 +126,7 @@ IMPOSSIBLE = {  # flag -> values that its type admits and its meaning does not
     "plateau_patience": "0 -3",
     "plateau_lr_factor": "0 -1 nan inf",
     "max_skipped_in_a_row": "0 -1",
+    "lr_reference_batch": "-1",
     "seed": "-1 99999999999",
     "split_seed": "-1",
     "lr": "0 -0.1 nan inf",
@@ -136,6 +137,8 @@ IMPOSSIBLE = {  # flag -> values that its type admits and its meaning does not
     "log_every_steps": "0 -1",
     "save_every_epochs": "-1",
     "keep_checkpoints": "0 -1",
+    "save_frequency": "-1",
+    "num_workers": "-1",
 }
 
 

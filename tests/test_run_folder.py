@@ -159,10 +159,34 @@ def test_resume_never_refuses_a_folder_with_anything_in_it_and_no_other(tmp_path
 
 def test_resuming_from_a_folder_without_a_checkpoint_is_refused(tmp_path):
     begin(tmp_path / "run")
-    for place in ("run", "absent", "x" * 300):
+    for place in ("run", "absent", "run/checkpoints/epoch_001", "x" * 300):
         assert "--resume" in refusal("--resume", str(tmp_path / place))
     (tmp_path / "run" / "checkpoints" / "latest").write_text("step_5")
     plan("--resume", str(tmp_path / "run"))
+
+
+def test_a_checkpoint_is_found_by_its_runs_folder_or_by_its_name(tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "best_model").mkdir(parents=True)
+    (checkpoints / "step_00000005").mkdir()
+    for name in ("latest", "best", "epoch_001"):
+        (checkpoints / name).write_text("step_00000005")
+        for suffix in ("", ".pth", ".pt"):
+            assert run_folder.find_checkpoint(str(checkpoints / f"{name}{suffix}")) == (checkpoints, name)
+    assert run_folder.find_checkpoint(str(tmp_path / "run")) == (checkpoints, "latest")
+
+
+@pytest.mark.parametrize("name", ["epoch_002", "epoch_002.pth", "best_model", "step_00000005"])
+def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(tmp_path, name):
+    begin(tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "best_model").mkdir()
+    for pointer in ("latest", "best", "epoch_001"):
+        (checkpoints / pointer).write_text("step_00000005")
+    message = refusal("--resume", str(checkpoints / name))
+    assert f"named {name.removesuffix('.pth')}" in message
+    assert "there are best, epoch_001, latest" in message
+    assert "it has none" in refusal("--resume", str(tmp_path / "elsewhere" / "checkpoints" / name))
 
 
 # --- what stands in it ------------------------------------------------------------------------------------------------
