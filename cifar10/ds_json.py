@@ -300,7 +300,8 @@ def _settle_optimizer(config: dict[str, Any], notes: list[str]) -> None:
     """PyTorch's fused optimizers: one kernel, no compiler, and a device-side switch that skips a bad step."""
     name, params = config["optimizer"]["type"].lower(), config["optimizer"].setdefault("params", {})
     if name == "adam" and "adam_w_mode" not in params:
-        notes.append("optimizer: DeepSpeed reads Adam as AdamW, with decoupled weight decay, unless adam_w_mode is false")
+        params["adam_w_mode"] = True
+        notes.append("optimizer: adam_w_mode: true (DeepSpeed takes Adam for AdamW; the JSON does not say)")
     if name in ("adam", "adamw"):
         params.setdefault("torch_adam", True)  # DeepSpeed's FusedAdam needs a compiler, on the CPU as well
     plain = name == "sgd" or (name in OPTIMIZER_PARAMS and params["torch_adam"])

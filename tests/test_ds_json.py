@@ -442,9 +442,11 @@ def test_there_is_a_note_for_each_change_of_meaning_and_for_nothing_else(world_s
         if given.get("zero_allow_untested_optimizer", False) != after.get("zero_allow_untested_optimizer", False):
             due.add("zero_allow_untested_optimizer")
         due |= {name for name in ("fp16", "bf16") if given.get(name) != after.get(name)}
+        ours, theirs = (one["optimizer"].get("params", {}) for one in (after, given))
+        due |= {"optimizer"} if ours.get("adam_w_mode") != theirs.get("adam_w_mode") else set()
         assert sorted(re.match(r"\w+", note)[0] for note in notes) == sorted(due)
         seen |= due
-    assert seen == {"gradient_clipping", "zero_allow_untested_optimizer", "fp16", "bf16"} | (
+    assert seen == {"gradient_clipping", "zero_allow_untested_optimizer", "fp16", "bf16", "optimizer"} | (
         {"batch"} if world_size > 1 else set()
     )
 
@@ -548,5 +550,5 @@ def test_the_projects_own_files_are_resolved_without_a_warning():
 
 def test_deepspeeds_own_adam_where_asked_for_gets_no_parameter_of_pytorchs():
     for name in ("Adam", "AdamW"):
-        given = {"type": name, "params": {"lr": 0.1, "torch_adam": False}}
+        given = {"type": name, "params": {"lr": 0.1, "torch_adam": False, "adam_w_mode": True}}
         assert resolve(config(optimizer=given), world_size=1)[0]["optimizer"] == given
