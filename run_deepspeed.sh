@@ -72,6 +72,7 @@ for ((i = 1; i <= $#; i++)); do
     esac
 done
 
+export CIFAR10_STARTED_BY="sbatch run_deepspeed.sh" # what a stopped run says to type
 run=("$python" main.py --num-gpus "${SLURM_GPUS_ON_NODE:-1}" --output-dir "$OUTPUT_DIR")
 if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
     master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -107,13 +108,10 @@ do :; done
 after=$(newest_checkpoint)
 if [ "$code" -eq "$STOPPED" ] && [ -n "$warned" ]; then
     if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "$after" = "$before" ]; then
-        echo "stopped again, and without a new checkpoint: a longer --time is needed; not queued again" >&2
+        echo "stopped again, and without a new checkpoint, so not queued again; try a longer sbatch --time" >&2
     elif scontrol requeue "$SLURM_JOB_ID"; then # ends the processes of this job, so that little can be done below
         echo "queued again: job $SLURM_JOB_ID goes on in $OUTPUT_DIR from ${after:-its start}"
         exit "$code"
     fi
-fi
-if [ "$code" -eq "$STOPPED" ]; then
-    echo "to continue: OUTPUT_DIR=$(printf %q "$OUTPUT_DIR") sbatch run_deepspeed.sh${*:+ $(printf '%q ' "$@")}"
 fi
 exit "$code"
