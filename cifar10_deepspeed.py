@@ -412,6 +412,7 @@ def train_and_finish(plan: Plan, here: World, folder: Path, model: nn.Module, ho
             run.metrics.event(f"to continue: {how_to_continue}")
         else:
             finish(run, state, ended_by)
+        here.barrier()  # a rank that has left in good order has left a summary that says so
     except Exception as error:
         summarise(run, state, "failed", reason=f"{type(error).__name__}: {error}")
         raise

@@ -230,7 +230,8 @@ def main(argv: list[str]) -> int:
         return FINISHED
     code, signalled = launch_and_wait(machines, ranks, [*flags, "--output-dir", str(folder)])
     after = run_folder.read_json(folder / "summary.json")
-    if after and after != before and after["status"] == "running" and not signalled:  # no rank was left to say so
+    first = machines.node_rank == 0  # of several machines one speaks for the run
+    if first and after and after != before and after["status"] == "running" and not signalled:  # no rank was left to say so
         after = {**after, "status": "failed", "reason": f"the launcher ended with code {code}"}
         run_folder.write_json(folder / "summary.json", after)
     return exit_code(code, signalled, before, after)

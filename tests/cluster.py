@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import shutil
 import subprocess
 from contextlib import ExitStack, suppress
@@ -70,14 +69,6 @@ def need_cluster() -> None:
     if reason:
         pytest.skip(reason)
 
-
-def sources(*patterns: str) -> str:
-    return "".join(path.read_text() for pattern in patterns for path in PROJECT.glob(pattern))
-
-
-# These two go when main.py has node flags, and when ranks know themselves from SLURM's variables.
-main_takes_nodes = pytest.mark.skipif(not re.search(r"num.{1,4}nodes", sources("main.py")), reason="main.py has no --num-nodes")
-ranks_from_slurm = pytest.mark.skipif("SLURM_PROCID" not in sources("cifar10/*.py"), reason="ranks ignore SLURM_PROCID")
 
 # --- hosts ------------------------------------------------------------------------------------------------------------
 

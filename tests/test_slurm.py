@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import Hosts, Slurm, main_takes_nodes, need_cluster, ranks_from_slurm
+from tests.cluster import Hosts, Slurm, need_cluster
 from tests.launching import BIN, PROJECT, SHORT, has_trained, summary, wait_until
 
 LONG = ("--dataset", "synthetic", "--max-steps", "120", "--log-every-steps", "5", "--test-images", "200", "--threads", "1")
@@ -85,7 +85,6 @@ def srun(slurm: Slurm, folder: Path, *requests: str) -> subprocess.CompletedProc
     return slurm.run(*command, **EXPORTED)
 
 
-@ranks_from_slurm
 @pytest.mark.parametrize("cluster", ["one_node", "two_nodes"])
 def test_srun_python_is_one_rank_per_task(cluster, request, tmp_path, two_ranks_here) -> None:
     requests = ["--gres=gpu:2"] if cluster == "one_node" else ["--nodes=2", "--ntasks-per-node=1", "--gres=gpu:1"]
@@ -95,7 +94,6 @@ def test_srun_python_is_one_rank_per_task(cluster, request, tmp_path, two_ranks_
     check_is_the_run_of_one_machine(tmp_path / "run", two_ranks_here)
 
 
-@main_takes_nodes
 def test_sbatch_on_two_nodes(two_nodes, tmp_path, two_ranks_here) -> None:
     log, folder = tmp_path / "log", tmp_path / "run"
     job = two_nodes.wait(submit(two_nodes, log, ["--nodes=2", "--gres=gpu:1"], *SHORT, "--output-dir", str(folder)))
@@ -103,7 +101,6 @@ def test_sbatch_on_two_nodes(two_nodes, tmp_path, two_ranks_here) -> None:
     check_is_the_run_of_one_machine(folder, two_ranks_here)
 
 
-@ranks_from_slurm
 def test_deepspeeds_own_launcher_for_slurm(two_nodes, tmp_path, two_ranks_here) -> None:
     """In an allocation: it runs srun with a task for each slot of the hostfile, and tells the tasks nothing of their ranks."""
     folder, hostfile = tmp_path / "run", tmp_path / "hostfile"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import ADDRESSES, Hosts, main_takes_nodes, need_cluster
+from tests.cluster import ADDRESSES, Hosts, need_cluster
 from tests.launching import BIN, SHORT, free_port, run, summary
 
 DEEPSPEED = str(BIN / "deepspeed")
@@ -101,7 +101,6 @@ def test_the_documents_line_for_two_nodes_needs_a_hostfile() -> None:
     assert process.stderr.splitlines()[-1] == "ValueError: Num nodes is >1 but no extra nodes available via hostfile"
 
 
-@main_takes_nodes
 def test_main_on_each_host(hosts, tmp_path, two_ranks_here) -> None:
     where = ["--num-gpus=1", "--num-nodes=2", "--node-rank=RANK", f"--master-addr={FIRST}", f"--master-port={free_port()}"]
     type_on_each_host(hosts, tmp_path / "run", [sys.executable, "main.py", *where])
