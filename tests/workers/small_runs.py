@@ -26,7 +26,9 @@ import cifar10_deepspeed as story
 from cifar10.datasets import DATASETS
 from cifar10.engine import prepare
 
-DATASETS["synthetic"] = dataclasses.replace(DATASETS["synthetic"], train_images=600, test_images=200)
+for name, dataset in DATASETS.items():
+    if dataset.draw:
+        DATASETS[name] = dataclasses.replace(dataset, train_images=600, test_images=200)
 
 
 def stop_after(steps: int) -> None:
