@@ -12,7 +12,7 @@ from typing import Any
 
 from cifar10 import UsageError, datasets, device, ds_json, run_folder, weights
 from cifar10.datasets import DATASETS, DataSet, Images, Split
-from cifar10.recipe import Options, Precisions, Recipe, parse
+from cifar10.recipe import RECIPE_DEFAULTS, Options, Precisions, Recipe, parse
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def check(argv: list[str], world_size: int, program: str, description: str | Non
     if options.output_dir is not None:
         run_folder.refuse_unwritable(options.output_dir)
         run_folder.refuse_if_never(options.output_dir, options.resume)
-        run_folder.refuse_other_settings(options.output_dir, plan.settings)
+        run_folder.refuse_other_settings(options.output_dir, plan.settings, RECIPE_DEFAULTS)
         run_folder.read_json(options.output_dir / "summary.json")
     if plan.dataset.ensure:
         plan.dataset.ensure(options.data_dir, need_test=options.test_images != 0)

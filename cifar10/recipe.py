@@ -95,6 +95,9 @@ class Recipe:
         return global_images / self.lr_reference_batch if self.lr_reference_batch else 1.0
 
 
+RECIPE_DEFAULTS = {f.name: f.default for f in fields(Recipe) if f.default is not dataclasses.MISSING}
+
+
 @dataclass(frozen=True)
 class Options:
     """How a run is carried out, and what the command line overrides in DeepSpeed's JSON."""

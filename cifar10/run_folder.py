@@ -86,11 +86,11 @@ def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
     return flat
 
 
-def refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
+def refuse_other_settings(folder: Path, settings: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Raise UsageError, naming the differences, if `folder` holds a run of other settings than `settings`.
 
     `settings` is {"recipe": ..., "deepspeed": ...}. How a global batch is cut into micro-batches may differ: that depends
-    on the number of ranks.
+    on the number of ranks. `defaults` are those of recipe fields, which an older run's recipe.json may not know.
     """
     saved_recipe, saved_config = read_json(folder / "recipe.json"), read_json(folder / "ds_config.json")
     if saved_recipe is None or saved_config is None:
@@ -98,7 +98,7 @@ def refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
     if not isinstance(saved_recipe.get("settings"), dict):
         raise UsageError(f"{folder / 'recipe.json'} is damaged (no settings); move it away, or name another --output-dir")
     ours = _flat({"recipe": settings["recipe"], "deepspeed": settings["deepspeed"]})
-    theirs = _flat({"recipe": saved_recipe["settings"], "deepspeed": saved_config})
+    theirs = _flat({"recipe": {**defaults, **saved_recipe["settings"]}, "deepspeed": saved_config})
     free = {"deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps"}
     differing = sorted(key for key in (ours.keys() | theirs.keys()) - free if ours.get(key) != theirs.get(key))
     if differing:

@@ -355,3 +355,12 @@ def test_a_run_goes_on_from_another_only_where_its_position_fits(tmp_path):
     ):
         with pytest.raises(UsageError, match=named):
             run_folder.refuse_other_position(tmp_path / "run", check([*flags, "--dataset", "synthetic"], 1, "test").settings)
+
+
+def test_a_run_from_before_a_field_existed_goes_on_unless_the_field_is_used(tmp_path):
+    settings = {"recipe": {"epochs": 5, "new": 0}, "deepspeed": {}}
+    (tmp_path / "recipe.json").write_text(json.dumps({"settings": {"epochs": 5}}))
+    (tmp_path / "ds_config.json").write_text("{}")
+    run_folder.refuse_other_settings(tmp_path, settings, {"new": 0})
+    with pytest.raises(UsageError, match="new 0 there, 1 here"):
+        run_folder.refuse_other_settings(tmp_path, {**settings, "recipe": {"epochs": 5, "new": 1}}, {"new": 0})
