@@ -310,14 +310,17 @@ def is_due(every_epochs: int, state: RunState) -> bool:
     return bool(every_epochs) and state.epoch_step == 0 and state.epoch % every_epochs == 0
 
 
-def save(run: Run, state: RunState, status: str) -> None:
-    """A resumable checkpoint, and a summary beside it."""
+def save(run: Run, state: RunState, status: str) -> bool:
+    """A resumable checkpoint, and a summary beside it; False, and the reason on the console, if the disk would not take it."""
     pointers = ["best"] if state.step == state.best_step else []
     if is_due(run.plan.options.save_frequency, state):
         pointers.append(f"epoch_{state.epoch:03d}")
-    keep = run.plan.options.keep_checkpoints
-    checkpoint.save(run.folder / "checkpoints", run.engine, state, run.here, keep=keep, pointers=pointers)
+    folder, keep = run.folder / "checkpoints", run.plan.options.keep_checkpoints
+    why_not = checkpoint.save(folder, run.engine, state, run.here, run.plan.settings, keep=keep, pointers=pointers)
+    if why_not:
+        run.metrics.event(why_not)
     summarise(run, state, status)
+    return not why_not
 
 
 def train(run: Run, state: RunState) -> str:
@@ -325,8 +328,7 @@ def train(run: Run, state: RunState) -> str:
     options = run.plan.options
     while state.step < run.last_step and not patience.is_over(run.plan.recipe, state):
         if train_one_epoch(run, state):
-            save(run, state, "stopped")
-            return "stop"
+            return "stop" if save(run, state, "stopped") else "stop, not saved"
         finish_epoch(run, state)
         at_end = state.step == run.last_step or patience.is_over(run.plan.recipe, state)
         if at_end or is_due(options.save_every_epochs, state) or is_due(options.save_frequency, state):
@@ -379,7 +381,7 @@ def start_run(plan: Plan, here: World, folder: Path, model: nn.Module) -> tuple[
     deepspeed_engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=plan.ds_config)
     engine = Engine(deepspeed_engine, here, recipe.seed)
     start_from = None if options.resume in ("auto", "never") else run_folder.find_checkpoint(options.resume)
-    state = checkpoint.resume(folder / "checkpoints", start_from, engine, here)
+    state = checkpoint.resume(folder / "checkpoints", start_from, engine, here, plan.settings)
     num_steps = total_steps(recipe, train_loader.steps_per_epoch)
     last_step = min(num_steps, options.max_steps or num_steps)
     metrics = Metrics()
@@ -407,8 +409,9 @@ def train_and_finish(plan: Plan, here: World, folder: Path, model: nn.Module, ho
     summarise(run, state, "running")
     try:
         ended_by = train(run, state)
-        if ended_by == "stop":
-            run.metrics.event(f"stopped at step {state.step}{f' ({run.stop.reason})' if run.stop.reason else ''}; all is saved")
+        if ended_by.startswith("stop"):
+            why = f" ({run.stop.reason})" if run.stop.reason else ""
+            run.metrics.event(f"stopped at step {state.step}{why}{'; all is saved' if ended_by == 'stop' else ''}")
             run.metrics.event(f"to continue: {how_to_continue}")
         else:
             finish(run, state, ended_by)

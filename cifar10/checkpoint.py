@@ -1,16 +1,26 @@
-"""Checkpoints of a run: numbered tags with a pointer for resuming, and portable files that need nothing of this program.
+"""Checkpoints of a run: numbered tags with pointers for resuming, and portable files that need nothing of this program.
 
-checkpoints/step_00001406/    DeepSpeed's files, each rank's buffers, the RunState
-checkpoints/latest            the newest complete tag: what a resume reads
-checkpoints/best  epoch_005   other tags that are kept: that of best_model, and those of --save-frequency
+checkpoints/step_00001406/    state.pt: all that training goes on from; manifest.json: its size and sha256
+checkpoints/latest            names the newest tag: what a resume reads first
+checkpoints/best  epoch_005   name other tags that are kept: that of best_model, and those of --save-frequency
 checkpoints/best_model/       mp_rank_00_model_states.pt: fp32 weights under "module", normalisation, classes, recipe
 checkpoints/final/            the same, of the last state
+
+A tag appears whole or not at all: written under another name, with its manifest, brought to the disk, renamed; only then do
+pointers move, by a rename each. So a process may be killed at any moment. All files hold plain tensors and values: reading one
+executes nothing. The manifest detects damage; it does not prove where a file comes from.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
+import os
 import shutil
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,64 +29,209 @@ from torch import Tensor
 
 from cifar10 import UsageError
 from cifar10.engine import Engine
-from cifar10.files import written_whole
+from cifar10.files import sync_folder, written_whole
+from cifar10.settings import differences
 from cifar10.state import RunState
 from cifar10.world import World
 
-PORTABLE_FILE = "mp_rank_00_model_states.pt"
+PORTABLE_FILE, STATE_FILE, MANIFEST_FILE = "mp_rank_00_model_states.pt", "state.pt", "manifest.json"
+PAUSES = ("before state", "after state", "after manifest", "after rename", "after pointers")  # of a save, in order
 
 
-def read_pointer(folder: Path, name: str) -> str | None:
-    """The tag that a pointer in `folder` names, or None if there is no such pointer. Raises UsageError if the tag has gone."""
-    try:
-        tag = (folder / name).read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        return None
-    if not (folder / tag).is_dir():
-        raise UsageError(f"{folder / name} names {tag!r}, which is not there; write the name of a tag that is into it")
+def _pause(name: str) -> None:
+    """Where a test asks for it, stop here and say so: a kill at random almost never meets a save of milliseconds."""
+    if os.environ.get("CIFAR10_TEST_PAUSE") == name:
+        Path(os.environ["CIFAR10_TEST_PAUSED"]).touch()
+        time.sleep(3600)
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _free_tag(folder: Path, step: int) -> str:
+    """The name of a tag for this step that is not taken: a run that was stopped at an epoch's end is saved there twice."""
+    tag, number = f"step_{step:08d}", 1
+    while (folder / tag).exists():
+        number += 1
+        tag = f"step_{step:08d}_{number}"
     return tag
+
+
+def _write_tag(folder: Path, tag: str, content: dict[str, Any]) -> None:
+    """Make the tag's folder with its state and manifest, all of it on the disk before it has its name."""
+    draft = folder / ".draft"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    _pause("before state")
+    with written_whole(draft / STATE_FILE) as file:
+        torch.save(content, file)
+    _pause("after state")
+    facts = {"bytes": (draft / STATE_FILE).stat().st_size, "sha256": _sha256(draft / STATE_FILE)}
+    with written_whole(draft / MANIFEST_FILE) as file:
+        file.write(json.dumps({STATE_FILE: facts}).encode())
+    _pause("after manifest")
+    os.rename(draft, folder / tag)
+    sync_folder(folder)
+    _pause("after rename")
+
+
+def _point(folder: Path, names: Sequence[str], tag: str) -> None:
+    for name in names:
+        with written_whole(folder / name) as pointer:
+            pointer.write(tag.encode())
+
+
+def _pointers(folder: Path) -> dict[str, str]:
+    """Name -> tag of every pointer in `folder`; one that cannot be read names nothing."""
+    files = (path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    return {path.name: path.read_text(encoding="utf-8", errors="replace").strip() for path in files}
+
+
+def _tags(folder: Path) -> list[str]:
+    """All tags, the newest first."""
+    return sorted((path.name for path in folder.glob("step_*") if path.is_dir()), reverse=True)
 
 
 def _prune(folder: Path, keep: int) -> None:
     """Remove all tags but the newest `keep`, and those that a pointer names."""
-    named = {path.read_text(encoding="utf-8").strip() for path in folder.iterdir() if path.is_file()}
-    for old in sorted(folder.glob("step_*"))[:-keep]:
-        if old.name not in named:
-            shutil.rmtree(old, ignore_errors=True)
+    named = set(_pointers(folder).values())
+    for tag in _tags(folder)[keep:]:
+        if tag not in named:
+            shutil.rmtree(folder / tag, ignore_errors=True)
 
 
-def save(folder: Path, engine: Engine, state: RunState, world: World, *, keep: int, pointers: Sequence[str] = ()) -> None:
-    """Save everything that a resume needs: all ranks write, and only then `latest` and `pointers` move and old tags go."""
-    tag = f"step_{state.step:08d}"
-    world.barrier()
-    engine.save(folder, tag, {"run_state": state.as_dict()})
-    world.barrier()
-    if world.is_main:
-        for name in ("latest", *pointers):
-            with written_whole(folder / name) as pointer:
-                pointer.write(tag.encode())
+def _commit(folder: Path, content: dict[str, Any], keep: int, pointers: Sequence[str]) -> str:
+    """Write, rename, point, prune. Returns "" or, if the disk will not take it, why; what was saved before is untouched."""
+    try:
+        tag = _free_tag(folder, content["run_state"]["step"])
+        _write_tag(folder, tag, content)
+        _point(folder, ("latest", *pointers), tag)
+        _pause("after pointers")
         _prune(folder, keep)
-    world.barrier()
+    except OSError as error:
+        shutil.rmtree(folder / ".draft", ignore_errors=True)
+        remedy = "; make room on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        return f"not saved at step {content['run_state']['step']}: {error.strerror or error}{remedy}; earlier checkpoints stay"
+    except RuntimeError as error:  # torch.save's word for the same
+        shutil.rmtree(folder / ".draft", ignore_errors=True)
+        return f"not saved at step {content['run_state']['step']}: {error}; earlier checkpoints stay"
+    return ""
 
 
-def resume(folder: Path, start_from: tuple[Path, str] | None, engine: Engine, world: World) -> RunState:
-    """The state of the newest checkpoint in `folder`, its weights and optimizer loaded into `engine`; a new state if none.
+def save(
+    folder: Path,
+    engine: Engine,
+    state: RunState,
+    world: World,
+    settings: dict[str, Any],
+    *,
+    keep: int,
+    pointers: Sequence[str] = (),
+) -> str:
+    """Save everything that a resume needs; all ranks call it, and rank 0 writes. `settings` say which experiment it is.
 
-    A run that has no checkpoint yet starts from `start_from`, another run's folder of checkpoints and the pointer of one of
-    them, and takes that run's best model with it.
+    Returns "" if it is saved, else why not, in a line.
     """
-    tag = world.from_main(lambda: read_pointer(folder, "latest"))
-    source = folder
-    if tag is None and start_from is not None:
-        source, pointer = start_from
-        tag = world.from_main(lambda: read_pointer(source, pointer))
-        if world.is_main and (source / "best_model").is_dir():
-            shutil.copytree(source / "best_model", folder / "best_model", dirs_exist_ok=True)
-    if tag is None:
-        return RunState()
-    state = RunState.from_dict(engine.load(source, tag)["run_state"])
+    content = {"run_state": state.as_dict(), "settings": settings, "engine": engine.full_state()}
+    return world.from_main(lambda: _commit(folder, content, keep, pointers))
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+def fault_of(tag: Path) -> str:
+    """What is wrong with a tag's files, by its manifest; "" if nothing is."""
+    try:
+        manifest = json.loads((tag / MANIFEST_FILE).read_text(encoding="utf-8"))
+        for name, facts in manifest.items():
+            file = tag / Path(name).name
+            if file.stat().st_size != facts["bytes"]:
+                return f"{name} has {file.stat().st_size} of {facts['bytes']} bytes"
+            if _sha256(file) != facts["sha256"]:
+                return f"{name} has another sha256 than its manifest"
+        return "" if STATE_FILE in manifest else f"{MANIFEST_FILE} does not list {STATE_FILE}"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{MANIFEST_FILE} cannot be read ({type(error).__name__})"
+
+
+def _candidates(folder: Path, pointer: str) -> Iterator[str]:
+    """The tag that the pointer names, then all others, the newest first."""
+    named = _pointers(folder).get(pointer) if folder.is_dir() else None
+    if named is not None:
+        yield named
+    yield from (tag for tag in _tags(folder) if tag != named)
+
+
+def find(folder: Path, pointer: str = "latest") -> tuple[str | None, list[str]]:
+    """The tag to go on from, or None if there are none at all; and a line for each damaged one that was passed over.
+
+    Raises UsageError if there are only damaged ones.
+    """
+    passed_over = []
+    for tag in _candidates(folder, pointer):
+        fault = fault_of(folder / tag) if Path(tag).name == tag else "the pointer names no tag of this folder"
+        if not fault:
+            return tag, [*passed_over, *([f"going on from {tag}"] if passed_over else [])]
+        passed_over.append(f"checkpoint {folder / tag} is damaged: {fault}")
+    if passed_over:
+        raise UsageError(f"{passed_over[0]}; no sound one is left there; restore one, or name another --output-dir")
+    return None, []
+
+
+def load(tag: Path) -> dict[str, Any]:
+    """What a tag holds. Nothing in it is executed. Raises UsageError if it is no checkpoint of this program."""
+    try:
+        content = torch.load(tag / STATE_FILE, map_location="cpu", weights_only=True)
+        state = RunState.from_dict(content["run_state"])
+    except Exception as error:  # whatever bytes that are no such file make of a reader
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no more is known"
+        raise UsageError(f"{tag / STATE_FILE} is not a checkpoint of this program ({type(error).__name__}: {reason})") from None
+    return {**content, "run_state": state}
+
+
+def _take_up(tag: Path, engine: Engine, settings: dict[str, Any] | None) -> RunState:
+    content = load(tag)
+    if settings is not None and (shown := differences(content["settings"], settings)):
+        raise UsageError(f"{tag} is a checkpoint of another experiment ({shown}); name another --output-dir")
+    engine.restore(content["engine"])
+    state = content["run_state"]
     state.resumed_at_steps.append(state.step)
     return state
+
+
+def resume(
+    folder: Path, start_from: tuple[Path, str] | None, engine: Engine, world: World, settings: dict[str, Any]
+) -> RunState:
+    """The state of the newest sound checkpoint in `folder`, loaded into `engine` as well; a new state if there is none.
+
+    A run that has no checkpoint yet starts from `start_from`, another run's folder of checkpoints and the pointer of one of
+    them, and takes that run's best model with it. What is damaged is named on stderr and passed over.
+    """
+    tag, lines = world.from_main(lambda: find(folder))
+    source, expected = folder, settings
+    if tag is None and start_from is not None:
+        source, pointer = start_from
+        expected = None  # another run may have another learning rate; the engine checks that the state fits
+        tag, lines = world.from_main(lambda: find(source, pointer))
+        if world.is_main and (source / "best_model").is_dir():
+            shutil.copytree(source / "best_model", folder / "best_model", dirs_exist_ok=True)
+    if world.is_main:
+        for line in lines:
+            print(line, file=sys.stderr)
+    return _take_up(source / tag, engine, expected) if tag is not None else RunState()
+
+
+# --- the weights alone ------------------------------------------------------------------------------------------------
 
 
 def save_portable(folder: Path, module: dict[str, Tensor], facts: dict[str, Any]) -> None:

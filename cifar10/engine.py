@@ -19,14 +19,18 @@ import inspect
 import logging
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cifar10 import UsageError
 from cifar10.loss_scale import LossScale
 from cifar10.world import World
+
+COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")  # DeepSpeed's own
+
+SCALE = ("scale", "_growth_tracker")  # a loss scale's state
 
 
 def prepare() -> Any:
@@ -53,7 +57,8 @@ class Engine:
         self.optimizer = deepspeed_engine.basic_optimizer
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self._world = world
-        self._zero = bool(deepspeed_engine.zero_optimization())
+        self._stage = deepspeed_engine.zero_optimization_stage()
+        self._zero = self._stage > 0
         self._accumulation = deepspeed_engine.gradient_accumulation_steps()
         self._micro_batch = 0  # of the step under way
         self._seed = seed
@@ -212,12 +217,7 @@ class Engine:
         Weights are the fp32 masters, gathered where ZeRO has split them. BatchNorm statistics, which each rank keeps of
         its own images, are averaged over ranks, on a copy: the run itself goes on with its own.
         """
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        state = {}
-        for name, parameter in self.module.named_parameters():
-            full = safe_get_full_fp32_param(parameter) if self._zero else parameter.detach()
-            state[name] = full.to("cpu", torch.float32, copy=True).contiguous()
+        state = {name: self._full(parameter) for name, parameter in self.module.named_parameters()}
         for name, buffer in self.module.named_buffers():
             mean = buffer.detach().clone()
             if mean.is_floating_point():
@@ -225,36 +225,143 @@ class Engine:
             state[name] = mean.cpu()
         return {name: state[name] for name in self.module.state_dict() if name in state}
 
-    def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
-        """Write a resumable checkpoint folder/tag: DeepSpeed's own files, and each rank's own buffers. All ranks call it."""
-        self.deepspeed.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
-        scaler = self.deepspeed.torch_autocast_z0_gradscaler
-        own = {
-            "buffers": {name: buffer.cpu() for name, buffer in self.module.named_buffers()},
-            "loss_scaler": scaler.state_dict() if scaler is not None else None,
-        }
-        torch.save(own, folder / tag / f"rank_{self._world.rank}_of_{self._world.size}.pt")
+    def full_state(self) -> dict[str, Any]:
+        """All that training goes on from, whole, on the CPU and of plain types; every rank must call it, and gets the same.
 
-    def load(self, folder: Path, tag: str) -> dict[str, Any]:
-        """Go on from folder/tag; returns the client_state that was saved. All ranks call it.
-
-        A checkpoint of another world size starts each rank from rank 0's buffers.
+        Weights and optimizer state are {name: tensor}, gathered where ZeRO has split them, so that they fit any number of
+        ranks and any ZeRO stage. Buffers are a list, those of each rank, since each has BatchNorm statistics of its own.
         """
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        path, client_state = self.deepspeed.load_checkpoint(str(folder), tag=tag)
-        if self.deepspeed.lr_scheduler is None:  # momentum and the like are the JSON's, as recorded, not the checkpoint's
-            for group, ours in zip(self.optimizer.param_groups, settings, strict=True):
-                group.update(ours)
-        if path is None:
-            raise FileNotFoundError(f"no checkpoint in {folder / tag}")
-        own_file = folder / tag / f"rank_{self._world.rank}_of_{self._world.size}.pt"
-        if own_file.exists():
-            own = torch.load(own_file, map_location=self._world.device, weights_only=True)
-            for name, buffer in self.module.named_buffers():
-                buffer.copy_(own["buffers"][name])
-            if own["loss_scaler"] is not None:
-                self.deepspeed.torch_autocast_z0_gradscaler.load_state_dict(own["loss_scaler"])
-        return client_state
+        engine = self.deepspeed
+        scheduler, scaler = engine.lr_scheduler, self._loss_scaler()
+        return {
+            "parameters": {name: self._full(parameter) for name, parameter in self.module.named_parameters()},
+            "optimizer": {key: self._full_optimizer_state(key) for key in self._optimizer_keys()},
+            "optimizer_name": type(self.optimizer).__name__,
+            "buffers": self._world.gather({name: buffer.cpu().clone() for name, buffer in self.module.named_buffers()}),
+            "loss_scale": {k: scaler.state_dict()[k] for k in SCALE} if scaler is not None else None,
+            "scheduler": scheduler.state_dict() if scheduler is not None else None,
+            "groups": [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups],
+            "counters": {name: getattr(engine, name) for name in COUNTERS},
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on from what `full_state` returned, in a run of any number of ranks and any ZeRO stage. All ranks call it.
+
+        Where the number of ranks is another, each starts from the mean of the saved buffers. Raises UsageError, and changes
+        nothing, if the weights are another model's or the optimizer state another optimizer's.
+        """
+        self._refuse_others(saved)
+        for name, parameter in self.module.named_parameters():
+            self._set(parameter, saved["parameters"][name].to(self._world.device))
+        self._set_optimizer_state(saved["optimizer"])
+        for name, value in self._buffers_from(saved["buffers"]).items():
+            self.module.get_buffer(name).copy_(value)
+        scaler = self._loss_scaler()
+        if scaler is not None and saved["loss_scale"] is not None:
+            scaler.load_state_dict({**scaler.state_dict(), **saved["loss_scale"]})
+        if self.deepspeed.lr_scheduler is not None and saved["scheduler"] is not None:
+            self.deepspeed.lr_scheduler.load_state_dict(saved["scheduler"])
+            for group, settings in zip(self.optimizer.param_groups, saved["groups"], strict=True):
+                group.update(settings)  # the scheduler has moved them; without one they are the JSON's, as recorded
+        for name in COUNTERS:
+            setattr(self.deepspeed, name, saved["counters"][name])
+
+    def _refuse_others(self, saved: dict[str, Any]) -> None:
+        shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.module.named_parameters()}
+        theirs = {name: tuple(value.shape) for name, value in saved["parameters"].items()}
+        if shapes != theirs:
+            name = next(name for name in {**shapes, **theirs} if shapes.get(name) != theirs.get(name))
+            raise UsageError(f"the checkpoint is another model's: {name} is {theirs.get(name)} there, {shapes.get(name)} here")
+        if saved["optimizer_name"] != type(self.optimizer).__name__:
+            ours = type(self.optimizer).__name__
+            raise UsageError(f"the checkpoint's optimizer is {saved['optimizer_name']}, and this run's is {ours}")
+
+    def _loss_scaler(self) -> Any:
+        """What keeps fp16's loss scale, at whichever ZeRO stage; None in other precisions."""
+        if self._zero and isinstance(self.deepspeed.optimizer.loss_scaler, LossScale):
+            return self.deepspeed.optimizer.loss_scaler
+        return self.deepspeed.torch_autocast_z0_gradscaler
+
+    # --- DeepSpeed's getters and setters of what ZeRO has split ----------------------------------------------------------
+
+    def _full(self, parameter: nn.Parameter) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        full = safe_get_full_fp32_param(parameter) if self._zero else parameter.detach()
+        return full.to("cpu", torch.float32, copy=True).contiguous()
+
+    def _set(self, parameter: nn.Parameter, value: Tensor) -> None:
+        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        with GatheredParameters([parameter], modifier_rank=0, enabled=self._stage == 3), torch.no_grad():
+            parameter.copy_(value)
+        if self._zero:
+            safe_set_full_fp32_param(parameter, value)
+
+    def _flat_partitions(self) -> list[Tensor]:
+        """Under ZeRO, the flat tensors that the optimizer has in place of parameters."""
+        zero = self.deepspeed.optimizer
+        return zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
+
+    def _optimizer_keys(self) -> list[str]:
+        """The names of the optimizer's state; none before the first step."""
+        owners = self._flat_partitions() if self._zero else list(self.module.parameters())
+        return sorted(
+            {key for owner in owners for key, value in self.optimizer.state.get(owner, {}).items() if torch.is_tensor(value)}
+        )
+
+    def _full_optimizer_state(self, key: str) -> dict[str, Tensor]:
+        """{parameter name: its state}; a count of steps is 0-dim."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        named, state = dict(self.module.named_parameters()), self.optimizer.state
+        if not self._zero:
+            return {name: state[p][key].to("cpu", copy=True) for name, p in named.items() if key in state.get(p, {})}
+        first = state[self._flat_partitions()[0]][key]
+        if first.dim() == 0:
+            return {name: first.to("cpu", copy=True) for name in named}
+        return {
+            name: safe_get_full_optimizer_state(p, key).to("cpu", copy=True).view(p.ds_shape if self._stage == 3 else p.shape)
+            for name, p in named.items()
+        }
+
+    def _set_optimizer_state(self, saved: dict[str, dict[str, Tensor]]) -> None:
+        named = dict(self.module.named_parameters())
+        if not self._zero:
+            for key, values in saved.items():
+                for name, value in values.items():
+                    self.optimizer.state[named[name]][key] = self._placed(value)
+            return
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        for key, values in saved.items():
+            one = next(iter(values.values()))
+            for flat in self._flat_partitions():
+                self.optimizer.state[flat][key] = self._placed(one).clone() if one.dim() == 0 else torch.zeros_like(flat)
+        if self._stage < 3:  # its setters know the optimizer's state only once this has been done
+            self.deepspeed.optimizer._hp_optimizer_states_linked = False
+            self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+        for key, values in saved.items():
+            for name, value in values.items():
+                if value.dim():
+                    safe_set_full_optimizer_state(named[name], value.to(self._world.device), key)
+
+    def _placed(self, value: Tensor) -> Tensor:
+        """A copy of a state where the optimizer keeps it: PyTorch's fused ones count steps on the device, others on the CPU."""
+        on_device = value.dim() or self.optimizer.param_groups[0].get("fused")
+        return value.to(self._world.device if on_device else "cpu", copy=True)
+
+    def _buffers_from(self, saved: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """This rank's buffers: its own, or the mean over ranks where there were more or fewer of them."""
+        if len(saved) == self._world.size:
+            return saved[self._world.rank]
+        return {name: mean_buffer([one[name] for one in saved]) for name in saved[0]}
+
+
+def mean_buffer(values: list[Tensor]) -> Tensor:
+    """The mean of the ranks' values of one buffer; of a count, which all ranks share, the first."""
+    return torch.stack(values).mean(dim=0) if values[0].is_floating_point() else values[0]
 
 
 def weights_sha256(state: dict[str, Tensor]) -> str:

@@ -45,3 +45,11 @@ class LossScale:
         self.good_steps = 0 if overflow else self.good_steps + 1
         if overflow:
             self.cur_scale /= 2
+
+    def state_dict(self) -> dict[str, float]:
+        """Where the scale stands, in the words of PyTorch's GradScaler, which keeps the same rule without ZeRO."""
+        return {"scale": self.cur_scale, "_growth_tracker": self.good_steps}
+
+    def load_state_dict(self, saved: dict[str, float]) -> None:
+        """Go on from what `state_dict` returned; the window stays the JSON's."""
+        self.cur_scale, self.good_steps = saved["scale"], saved["_growth_tracker"]

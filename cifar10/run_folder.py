@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 
 from cifar10 import UsageError
 from cifar10.files import written_whole
+from cifar10.settings import differences
 
 LOCK = ".lock"
 _held: dict[Path, FileLock] = {}  # a lock is let go when its object goes
@@ -78,31 +79,19 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         file.write((json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
-def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}, so that a difference can be named."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value})
-    return flat
-
-
 def refuse_other_settings(folder: Path, settings: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Raise UsageError, naming the differences, if `folder` holds a run of other settings than `settings`.
 
-    `settings` is {"recipe": ..., "deepspeed": ...}. How a global batch is cut into micro-batches may differ: that depends
-    on the number of ranks. `defaults` are those of recipe fields, which an older run's recipe.json may not know.
+    `settings` is {"recipe": ..., "deepspeed": ...}; `defaults` are those of recipe fields, which an older run's recipe.json
+    may not know.
     """
     saved_recipe, saved_config = read_json(folder / "recipe.json"), read_json(folder / "ds_config.json")
     if saved_recipe is None or saved_config is None:
         return
     if not isinstance(saved_recipe.get("settings"), dict):
         raise UsageError(f"{folder / 'recipe.json'} is damaged (no settings); move it away, or name another --output-dir")
-    ours = _flat({"recipe": settings["recipe"], "deepspeed": settings["deepspeed"]})
-    theirs = _flat({"recipe": {**defaults, **saved_recipe["settings"]}, "deepspeed": saved_config})
-    free = {"deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps"}
-    differing = sorted(key for key in (ours.keys() | theirs.keys()) - free if ours.get(key) != theirs.get(key))
-    if differing:
-        shown = "; ".join(f"{key.split('.', 1)[1]} {theirs.get(key)} there, {ours.get(key)} here" for key in differing[:4])
+    saved = {"recipe": {**defaults, **saved_recipe["settings"]}, "deepspeed": saved_config}
+    if shown := differences(saved, settings):
         raise UsageError(f"--output-dir {folder} holds a run with other settings ({shown}); name another --output-dir")
 
 

@@ -82,6 +82,14 @@ class World:
         if self.size > 1:
             dist.barrier(group=self.control)
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value`, in the order of ranks, on every rank."""
+        if self.size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value, group=self.control)
+        return gathered
+
     def from_main(self, produce: Callable[[], T]) -> T:
         """What `produce()` returns on rank 0, on every rank. What it raises there is raised everywhere."""
         if self.size == 1:

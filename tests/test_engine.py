@@ -298,8 +298,8 @@ def test_dropout_depends_on_the_step_alone(tmp_path: Path) -> None:
     for step in (0, 1):
         torch.rand(step + 1)
         one_step(first, [batch(8, seed=step)])
-    checkpoint.save(tmp_path, first, RunState(step=2), here, keep=1)
-    checkpoint.resume(tmp_path, None, resumed, here)
+    checkpoint.save(tmp_path, first, RunState(step=2), here, {}, keep=1)
+    checkpoint.resume(tmp_path, None, resumed, here, {})
     for step in (2, 3):
         torch.rand(7)
         one_step(resumed, [batch(8, seed=step)])

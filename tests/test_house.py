@@ -31,7 +31,8 @@ PARTS: dict[str, set[str]] = {
     "data": {"files"},
     "mnist": {"data", "files"},
     "datasets": {"data", "mnist"},
-    "run_folder": {"files"},
+    "settings": set(),
+    "run_folder": {"files", "settings"},
     "report": {"datasets", "metrics", "preflight", "state"},
     "patience": {"recipe", "state"},
     "augment": {"draws"},
@@ -39,7 +40,7 @@ PARTS: dict[str, set[str]] = {
     "engine": {"loss_scale", "world"},
     "stop": {"world"},
     "tape": {"state", "world"},
-    "checkpoint": {"engine", "files", "state", "world"},
+    "checkpoint": {"engine", "files", "settings", "state", "world"},
     "weights": {"files"},
     "preflight": {
         "datasets",
@@ -51,7 +52,7 @@ PARTS: dict[str, set[str]] = {
     },  # the edge: reads a command line, no torch
 }
 PROGRAMS = {"__main__", "bench"}  # what people start beside the story; they see everything, and no part sees them
-WITHOUT_TORCH = set("__init__ launchers recipe ds_json data datasets mnist files run_folder preflight".split())
+WITHOUT_TORCH = set("__init__ launchers recipe ds_json data datasets mnist files settings run_folder preflight".split())
 
 
 def modules(source: str) -> set[str]:

@@ -67,8 +67,8 @@ def resumed(here: World, engine: Engine, **config: Any) -> dict[str, Any]:
     other = make_engine(here, build_model("smooth_cnn", 1), **config)
     with tempfile.TemporaryDirectory() as scratch:
         folder = here.from_main(lambda: Path(scratch))
-        checkpoint.save(folder, engine, RunState(step=5), here, keep=1)
-        step = checkpoint.resume(folder, None, other, here).step
+        checkpoint.save(folder, engine, RunState(step=5), here, {}, keep=1)
+        step = checkpoint.resume(folder, None, other, here, {}).step
         here.barrier()
     for each in (engine, other):
         for number in range(3):
@@ -97,17 +97,13 @@ def batch_norm_runs(here: World) -> dict[str, Any]:
 
     for name in ("unwatched", "watched"):
         engine = make_engine(here, build_model("bn_cnn", 0))
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = here.from_main(lambda scratch=scratch: Path(scratch))
-            for step in range(6):
-                one_step(engine, [batch(16, seed=2 * step + here.rank)], 0.5)
-                if name == "watched":
-                    copy = build_model("bn_cnn", 0)
-                    copy.load_state_dict(engine.portable_state())
-                    evaluate(copy, evaluation_loader(here.rank, here.size), here)
-                    here.barrier()
-                    engine.save(folder, f"step_{step}", {"step": step})
-            here.barrier()
+        for step in range(6):
+            one_step(engine, [batch(16, seed=2 * step + here.rank)], 0.5)
+            if name == "watched":
+                copy = build_model("bn_cnn", 0)
+                copy.load_state_dict(engine.portable_state())
+                evaluate(copy, evaluation_loader(here.rank, here.size), here)
+                engine.full_state()
         seen[name] = snapshot(engine)
     return seen
 

@@ -1,0 +1,25 @@
+"""When two runs are the same experiment: their settings, flattened and compared, the differences in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# How a global batch is cut into micro-batches follows from the number of ranks, and ZeRO splits what is trained without
+# changing it: a run goes on whatever these are.
+FREE = ("deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps", "deepspeed.zero_")
+
+
+def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}, so that a difference can be named."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value})
+    return flat
+
+
+def differences(saved: dict[str, Any], ours: dict[str, Any]) -> str:
+    """`epochs 5 there, 6 here; ...`: up to four differences of two {"recipe": ..., "deepspeed": ...}; empty if none."""
+    flat_saved, flat_ours = _flat(saved), _flat(ours)
+    keys = (key for key in flat_saved.keys() | flat_ours.keys() if not key.startswith(FREE))
+    differing = sorted(key for key in keys if flat_saved.get(key) != flat_ours.get(key))
+    return "; ".join(f"{key.split('.', 1)[1]} {flat_saved.get(key)} there, {flat_ours.get(key)} here" for key in differing[:4])
