@@ -59,22 +59,33 @@ def save(folder: Path, engine: Engine, state: RunState, world: World, *, keep: i
     world.barrier()
 
 
+def _take_best_model(source: Path, folder: Path, state: RunState, world: World) -> None:
+    """Copy another run's best model if it is the one that `state` speaks of: the other run may have found a better one since,
+    and then the best so far is unknown here."""
+    file = source / "best_model" / PORTABLE_FILE
+    if world.from_main(lambda: file.exists() and load_portable(file.parent)["step"] == state.best_step):
+        if world.is_main:
+            shutil.copytree(file.parent, folder / "best_model", dirs_exist_ok=True)
+    else:
+        state.best_accuracy, state.best_step = -1.0, -1
+
+
 def resume(folder: Path, start_from: tuple[Path, str] | None, engine: Engine, world: World) -> RunState:
     """The state of the newest checkpoint in `folder`, its weights and optimizer loaded into `engine`; a new state if none.
 
     A run that has no checkpoint yet starts from `start_from`, another run's folder of checkpoints and the pointer of one of
-    them, and takes that run's best model with it.
+    them, and takes with it the best model that there was by then.
     """
     tag = world.from_main(lambda: read_pointer(folder, "latest"))
     source = folder
     if tag is None and start_from is not None:
         source, pointer = start_from
         tag = world.from_main(lambda: read_pointer(source, pointer))
-        if world.is_main and (source / "best_model").is_dir():
-            shutil.copytree(source / "best_model", folder / "best_model", dirs_exist_ok=True)
     if tag is None:
         return RunState()
     state = RunState.from_dict(engine.load(source, tag)["run_state"])
+    if source != folder:
+        _take_best_model(source, folder, state, world)
     state.resumed_at_steps.append(state.step)
     return state
 
