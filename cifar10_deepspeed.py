@@ -442,6 +442,7 @@ def run(argv: list[str]) -> None:
         return
     start = f"{here.start_command} {shlex.quote(sys.argv[0])}"
     train_and_finish(plan, here, folder, run_folder.command_to_continue(start, without_launcher_flags(argv), folder))
+    here.barrier()  # what rank 0 writes last is there before another machine's launcher looks for it
 
 
 def main() -> int:
