@@ -415,7 +415,6 @@ def train_and_finish(plan: Plan, here: World, folder: Path, model: nn.Module, ho
             run.metrics.event(f"to continue: {how_to_continue}")
         else:
             finish(run, state, ended_by)
-        here.barrier()  # a rank that has left in good order has left a summary that says so
     except Exception as error:
         summarise(run, state, "failed", reason=f"{type(error).__name__}: {error}")
         raise
@@ -447,6 +446,7 @@ def run(argv: list[str]) -> None:
         return
     start = f"{here.start_command} {shlex.quote(sys.argv[0])}"
     train_and_finish(plan, here, folder, model, run_folder.command_to_continue(start, without_launcher_flags(argv), folder))
+    here.barrier()  # what rank 0 writes last is there before another machine's launcher looks for it
 
 
 def main() -> int:

@@ -165,11 +165,12 @@ def fault_of(tag: Path) -> str:
 
 
 def _candidates(folder: Path, pointer: str) -> Iterator[str]:
-    """The tag that the pointer names, then all others, the newest first."""
+    """The tag that the pointer names; in place of `latest`, all others too, the newest first."""
     named = _pointers(folder).get(pointer) if folder.is_dir() else None
     if named is not None:
         yield named
-    yield from (tag for tag in _tags(folder) if tag != named)
+    if pointer == "latest":
+        yield from (tag for tag in _tags(folder) if tag != named)
 
 
 def find(folder: Path, pointer: str = "latest") -> tuple[str | None, list[str]]:
@@ -209,13 +210,24 @@ def _take_up(tag: Path, engine: Engine, settings: dict[str, Any] | None) -> RunS
     return state
 
 
+def _take_best_model(source: Path, folder: Path, state: RunState, world: World) -> None:
+    """Copy another run's best model if it is the one that `state` speaks of: the other run may have found a better one since,
+    and then the best so far is unknown here."""
+    file = source / "best_model" / PORTABLE_FILE
+    if world.from_main(lambda: file.exists() and load_portable(file.parent)["step"] == state.best_step):
+        if world.is_main:
+            shutil.copytree(file.parent, folder / "best_model", dirs_exist_ok=True)
+    else:
+        state.best_accuracy, state.best_step = -1.0, -1
+
+
 def resume(
     folder: Path, start_from: tuple[Path, str] | None, engine: Engine, world: World, settings: dict[str, Any]
 ) -> RunState:
     """The state of the newest sound checkpoint in `folder`, loaded into `engine` as well; a new state if there is none.
 
     A run that has no checkpoint yet starts from `start_from`, another run's folder of checkpoints and the pointer of one of
-    them, and takes that run's best model with it. What is damaged is named on stderr and passed over.
+    them, and takes with it the best model that there was by then. What is damaged is named on stderr and passed over.
     """
     tag, lines = world.from_main(lambda: find(folder))
     source, expected = folder, settings
@@ -223,12 +235,15 @@ def resume(
         source, pointer = start_from
         expected = None  # another run may have another learning rate; the engine checks that the state fits
         tag, lines = world.from_main(lambda: find(source, pointer))
-        if world.is_main and (source / "best_model").is_dir():
-            shutil.copytree(source / "best_model", folder / "best_model", dirs_exist_ok=True)
     if world.is_main:
         for line in lines:
             print(line, file=sys.stderr)
-    return _take_up(source / tag, engine, expected) if tag is not None else RunState()
+    if tag is None:
+        return RunState()
+    state = _take_up(source / tag, engine, expected)
+    if source != folder:
+        _take_best_model(source, folder, state, world)
+    return state
 
 
 # --- the weights alone ------------------------------------------------------------------------------------------------

@@ -166,6 +166,9 @@ def _check_fp16(fp16: dict[str, Any]) -> None:
     for key, least in (("loss_scale", 0), ("initial_scale_power", 0), ("loss_scale_window", 1)):
         if key in fp16:
             _check_number(f"fp16.{key}", fp16[key], least, whole=key != "loss_scale")
+    if fp16.get("initial_scale_power", 0) > 127:
+        power = fp16["initial_scale_power"]
+        raise UsageError(f"fp16.initial_scale_power is {power}; 2 to this power must fit fp32: type 0 to 127, as in 16")
 
 
 def _check_zero(zero: dict[str, Any]) -> None:

@@ -108,5 +108,6 @@ def world_size() -> int:
     """
     environment = dict(os.environ)
     if "RANK" not in environment:
-        os.environ.update(_from_slurm(environment) or _from_mpi(environment))
+        # Open MPI's first: in a job of several nodes mpirun starts its daemons with srun, and ranks inherit their variables
+        os.environ.update(_from_mpi(environment) or _from_slurm(environment))
     return int(os.environ.get("WORLD_SIZE", "1"))

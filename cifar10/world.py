@@ -115,7 +115,8 @@ def cores() -> int:
 
 def speaks_for_its_machine() -> bool:
     """Whether this process is the first rank on its machine, known from the environment before any group exists."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
 def _device(local_rank: int, local_size: int, launcher: str) -> torch.device:

@@ -42,21 +42,26 @@ def launch(num_ranks: int, script: Path, *arguments: str) -> str:
 
 
 @functools.cache
-def _launched_two_ranks() -> list[dict[str, Any]] | AssertionError:
+def _launched(script: str, num_ranks: int) -> list[dict[str, Any]] | AssertionError:
     with tempfile.TemporaryDirectory() as folder:
         try:
-            launch(2, WORKERS / "two_ranks.py", folder)
+            launch(num_ranks, WORKERS / script, folder)
         except AssertionError as error:
             return error
-        return [torch.load(Path(folder) / f"rank_{rank}.pt") for rank in (0, 1)]
+        return [torch.load(Path(folder) / f"rank_{rank}.pt") for rank in range(num_ranks)]
 
 
-def two_ranks() -> list[dict[str, Any]]:
-    """What each rank of tests/workers/two_ranks.py has measured: launched once for all tests."""
-    results = _launched_two_ranks()
+def measured(script: str, num_ranks: int) -> list[dict[str, Any]]:
+    """What each rank of a script in tests/workers has measured: launched once for all tests."""
+    results = _launched(script, num_ranks)
     if isinstance(results, AssertionError):
         raise results
     return results
+
+
+def two_ranks() -> list[dict[str, Any]]:
+    """What each rank of tests/workers/two_ranks.py has measured."""
+    return measured("two_ranks.py", 2)
 
 
 # --- engines ----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ from typing import Any
 import pytest
 import torch
 
-from cifar10 import checkpoint, data
+from cifar10 import UsageError, checkpoint, data
 from cifar10.engine import Engine, weights_sha256
 from cifar10.state import RunState
 from cifar10_deepspeed import build_model
 from tests.helpers import WORKERS, batch, launch, make_engine, one_rank, one_step, same_bits, snapshot, two_ranks
 
 SMALL = "--dataset synthetic --val-images 100 --test-images 200 --global-batch-size 32 --lr 0.05 --threads 1".split()
-TWO_EPOCHS = [*SMALL, *"--epochs 2 --log-every-steps 4".split()]
+TWO_EPOCHS = [*SMALL, "--epochs", "2"]
+SAYS_ITS_STEPS = {"train_batch_size": 32, "optimizer": {"type": "SGD", "params": {"lr": 0.05}}, "steps_per_print": 6}
 
 
 @dataclass(frozen=True)
@@ -40,24 +42,31 @@ class Run:
         return self.summaries[-1]
 
 
-# Name -> ranks, and the flags of each time that the program is started in the run's folder. All but the whole ones are
-# interrupted, in the middle of an epoch or after its last step, and saved more or less often.
+# Name -> ranks, and the flags of each time that the program is started in the run's folder; BASE is the folder of them all.
+# All but the whole ones are interrupted, in the middle of an epoch or after its last step, and saved more or less often.
 RUNS: dict[str, tuple[int, list[str]]] = {
     "whole": (1, ["--save-every-epochs 0"]),
     "interrupted": (1, ["--max-steps 10", "--max-steps 22", ""]),
     "stopped": (1, ["--stop-after 15", ""]),
     "whole, 2 ranks": (2, ["--save-every-epochs 1"]),
     "interrupted, 2 ranks": (2, ["--max-steps 10 --save-every-epochs 0", "--save-every-epochs 0"]),
+    "kept": (1, ["--save-frequency 1 --save-every-epochs 0 --keep-checkpoints 1 --deterministic --num-workers 4"]),
+    "from epoch_001": (1, ["--resume BASE/kept/checkpoints/epoch_001.pth"]),
+    "from best": (1, ["--resume BASE/kept/checkpoints/best"]),
+    "lr by the batch": (1, ["--lr 0.1 --lr-reference-batch 64 --save-every-epochs 0"]),
+    "says its steps": (1, ["--deepspeed_config BASE/says_its_steps.json"]),
 }
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """All of RUNS, carried out."""
+def carried_out(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Run], str]:
+    """All of RUNS, carried out, and what they printed."""
     base, starts = tmp_path_factory.mktemp("runs"), []
     for name, (num_ranks, flags_of_starts) in RUNS.items():
         for number, flags in enumerate(flags_of_starts):
-            words = [*TWO_EPOCHS, *flags.split(), "--output-dir", str(base / name)]
+            words = [*TWO_EPOCHS, *flags.replace("BASE", str(base)).split(), "--output-dir", str(base / name)]
+            if "--deepspeed_config" not in words:
+                words += ["--log-every-steps", "4"]
             start = {"ranks": num_ranks, "flags": words, "keep_summary": str(base / f"{name}.{number}.json")}
             if "--stop-after" in words:
                 at = words.index("--stop-after")
@@ -65,11 +74,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
                 del words[at : at + 2]
             starts.append(start)
     (base / "starts.json").write_text(json.dumps(starts))
-    launch(1, WORKERS / "small_runs.py", str(base / "starts.json"))
+    (base / "says_its_steps.json").write_text(json.dumps(SAYS_ITS_STEPS))
+    printed = launch(1, WORKERS / "small_runs.py", str(base / "starts.json"))
     return {
         name: Run(base / name, [json.loads((base / f"{name}.{number}.json").read_text()) for number in range(len(flags))])
         for name, (_, flags) in RUNS.items()
-    }
+    }, printed
+
+
+@pytest.fixture(scope="module")
+def runs(carried_out: tuple[dict[str, Run], str]) -> dict[str, Run]:
+    return carried_out[0]
 
 
 # --- resuming -------------------------------------------------------------------------------------------------------------
@@ -117,6 +132,25 @@ def test_a_run_stopped_at_an_epochs_last_step_is_the_uninterrupted_one(runs: dic
         assert rows_without_throughput(stopped.folder, phase) == rows_without_throughput(whole.folder, phase)
 
 
+@pytest.mark.parametrize("name", ["from epoch_001", "from best"])
+def test_a_run_that_starts_from_a_checkpoint_by_name_is_the_uninterrupted_one(runs: dict[str, Run], name: str) -> None:
+    """Its best model is the best that it knows of, and is in its own folder."""
+    run, kept = runs[name], runs["kept"]
+    start = 15 if name == "from epoch_001" else kept.last["best_step"]
+    assert run.last["resumed_at_steps"] == [start]
+    assert (run.last["steps"], run.last["status"]) == (30, "finished")
+    assert run.last["weights_sha256"] == kept.last["weights_sha256"] == runs["whole"].last["weights_sha256"]
+    best = checkpoint.load_portable(run.checkpoints / "best_model")
+    assert (best["step"], best["val_accuracy"]) == (run.last["best_step"], run.last["val_accuracy"])
+
+
+def test_the_learning_rate_scales_with_the_batch_where_the_recipe_asks(runs: dict[str, Run]) -> None:
+    """0.1 for 64 images is 0.05 for 32."""
+    scaled, whole = runs["lr by the batch"], runs["whole"]
+    assert (scaled.folder / "steps.csv").read_text() == (whole.folder / "steps.csv").read_text()
+    assert scaled.last["weights_sha256"] == whole.last["weights_sha256"]
+
+
 @pytest.mark.parametrize("run", ["zero 0", "zero 1", "zero 2", "zero 3", "bf16", "bf16, zero 2", "fp16"])
 def test_two_ranks_go_on_under_every_zero_stage_and_precision(run: str) -> None:
     for rank in two_ranks():
@@ -132,20 +166,45 @@ def tags(checkpoints: Path) -> list[str]:
     return sorted(path.name for path in checkpoints.glob("step_*"))
 
 
-def test_only_the_newest_tags_are_kept(runs: dict[str, Run]) -> None:
+def test_steps_per_print_says_each_interval_and_each_epochs_end(carried_out: tuple[dict[str, Run], str]) -> None:
+    """Steps are counted within their epoch, of which there are 15; no other run says its steps."""
+    runs, printed = carried_out
+    said = re.findall(r"^\[(\d+), ([ \d]{5})\] loss: (\d\.\d{3})$", printed, re.MULTILINE)
+    assert [(int(epoch), int(step)) for epoch, step, _ in said] == [(e, s) for e in (1, 2) for s in (6, 12, 15)]
+    rows = list(csv.DictReader((runs["says its steps"].folder / "steps.csv").open(newline="")))
+    assert [int(row["step"]) for row in rows] == [6, 12, 15, 21, 27, 30]
+    assert [loss for _, _, loss in said] == [f"{float(row['loss']):.3f}" for row in rows]
+
+
+def test_only_the_newest_tags_are_kept_and_the_best(runs: dict[str, Run]) -> None:
     assert tags(runs["whole"].checkpoints) == ["step_00000030"]
     assert tags(runs["interrupted"].checkpoints) == ["step_00000022", "step_00000030"]
     assert tags(runs["whole, 2 ranks"].checkpoints) == ["step_00000015", "step_00000030"]
 
 
+def test_a_best_pointer_names_the_tag_of_best_model(runs: dict[str, Run]) -> None:
+    for name in ("interrupted", "whole, 2 ranks", "kept", "from epoch_001"):
+        best = checkpoint.find(runs[name].checkpoints, "best")[0]
+        assert best == f"step_{runs[name].last['best_step']:08d}"
+
+
+def test_checkpoints_by_name_are_kept_for_good(runs: dict[str, Run]) -> None:
+    """Of the others, only one would be left."""
+    kept = runs["kept"].checkpoints
+    assert {path.name for path in kept.iterdir() if path.is_file()} == {"latest", "best", "epoch_001", "epoch_002"}
+    assert [checkpoint.find(kept, f"epoch_00{epoch}")[0] for epoch in (1, 2)] == ["step_00000015", "step_00000030"]
+    assert tags(kept) == ["step_00000015", "step_00000030"]
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_the_pointer_names_a_complete_tag(runs: dict[str, Run], name: str) -> None:
     checkpoints, (num_ranks, _) = runs[name].checkpoints, RUNS[name]
-    assert checkpoint.find(checkpoints)[0] == "step_00000030"
+    nothing_left = runs[name].last["resumed_at_steps"] == [30]  # where the best was the last: nothing to train, nor to save
+    assert checkpoint.find(checkpoints)[0] == (None if nothing_left else "step_00000030")
     for tag in tags(checkpoints):
         assert {path.name for path in (checkpoints / tag).iterdir()} == {"state.pt", "manifest.json"}
         content = checkpoint.load(checkpoints / tag)
-        assert content["run_state"].step == int(tag.removeprefix("step_"))
+        assert content["run_state"].step == int(tag.split("_")[1])
         assert len(content["engine"]["buffers"]) == num_ranks
     assert not list(checkpoints.rglob("*.tmp*")), "nothing half-written"
 
@@ -174,7 +233,8 @@ def test_portable_files_need_nothing_of_deepspeed(runs: dict[str, Run]) -> None:
 
 def test_one_rank_goes_on_from_two_with_the_mean_of_their_buffers(runs: dict[str, Run]) -> None:
     engine, two = bn_engine(), runs["whole, 2 ranks"]
-    state = checkpoint.resume(two.checkpoints, None, engine, one_rank(), {})
+    saved = checkpoint.load(two.checkpoints / "step_00000030")
+    state = checkpoint.resume(two.checkpoints, None, engine, one_rank(), saved["settings"])
     assert (state.step, state.resumed_at_steps) == (30, [30])
     final = checkpoint.load_portable(two.checkpoints / "final")["module"]
     for name, parameter in engine.module.named_parameters():
@@ -239,7 +299,7 @@ def test_a_run_can_start_from_another_runs_checkpoint(tmp_path: Path) -> None:
     engine, other = bn_engine(), bn_engine()
     one_step(engine, [batch(8)])
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
-    checkpoint.save(theirs, engine, RunState(step=1), one_rank(), {}, keep=2)
+    checkpoint.save(theirs, engine, RunState(step=1, best_step=1), one_rank(), {}, keep=2)
     checkpoint.save_portable(theirs / "best_model", engine.portable_state(), {"step": 1})
     assert checkpoint.resume(ours, (theirs, "latest"), other, one_rank(), {}).step == 1
     assert same_bits(snapshot(other), snapshot(engine))
@@ -247,6 +307,34 @@ def test_a_run_can_start_from_another_runs_checkpoint(tmp_path: Path) -> None:
     checkpoint.save(ours, other, RunState(step=2), one_rank(), {}, keep=2)
     assert checkpoint.resume(ours, (theirs, "latest"), other, one_rank(), {}).step == 2
     assert checkpoint.find(theirs)[0] == "step_00000001", "the other run is left alone"
+
+
+def test_a_best_model_later_than_the_start_is_not_taken_along(tmp_path: Path) -> None:
+    """The other run found it after the checkpoint that this run starts from: its accuracy is not what the state says."""
+    engine = bn_engine()
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    state = RunState(step=1, best_step=1, best_accuracy=0.25)
+    checkpoint.save(theirs, engine, state, one_rank(), {}, keep=1, pointers=["epoch_001"])
+    checkpoint.save_portable(theirs / "best_model", engine.portable_state(), {"step": 2})
+    resumed = checkpoint.resume(ours, (theirs, "epoch_001"), bn_engine(), one_rank(), {})
+    assert (resumed.step, resumed.best_step, resumed.best_accuracy) == (1, -1, -1)
+    assert not (ours / "best_model").exists()
+
+
+def test_a_tag_that_a_pointer_names_is_never_pruned(tmp_path: Path) -> None:
+    engine = bn_engine()
+    for step in range(1, 6):
+        names = {1: ["best"], 2: ["epoch_001"], 4: ["best"]}.get(step, [])
+        checkpoint.save(tmp_path, engine, RunState(step=step), one_rank(), {}, keep=1, pointers=names)
+    assert tags(tmp_path) == ["step_00000002", "step_00000004", "step_00000005"], "what was the best is let go"
+    found = {name: checkpoint.find(tmp_path, name)[0] for name in ("latest", "best", "epoch_001", "epoch_002")}
+    assert found == {"latest": tags(tmp_path)[2], "best": tags(tmp_path)[1], "epoch_001": tags(tmp_path)[0], "epoch_002": None}
+
+
+def test_a_pointer_by_name_to_a_tag_that_has_gone_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "best").write_text("step_00000001")
+    with pytest.raises(UsageError, match=r"step_00000001 is damaged: manifest\.json is missing"):
+        checkpoint.find(tmp_path, "best")
 
 
 @pytest.mark.parametrize("keep", [1, 3])

@@ -474,7 +474,7 @@ def test_what_fp16_says_of_its_loss_scale_is_kept(zero):
     ("key", "value"),
     [
         *[("loss_scale", value) for value in (-1, "128", True)],
-        *[("initial_scale_power", value) for value in (-1, 1.5, "16")],
+        *[("initial_scale_power", value) for value in (-1, 1.5, "16", 128, 2_000)],
         *[("loss_scale_window", value) for value in (0, 2.5, None)],
     ],
 )

@@ -1,6 +1,8 @@
 """Every way to start the program trains the same model; stopping and failing end in order, and leave no process behind."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +11,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launching import COMMANDS, DEADLINE_SECONDS, PROJECT, SHORT, environment, has_trained, run, summary, wait_until
+from tests.launching import (
+    COMMANDS,
+    DEADLINE_SECONDS,
+    PROJECT,
+    SHORT,
+    environment,
+    free_port,
+    has_trained,
+    run,
+    summary,
+    wait_until,
+)
 
 LONG = ("--dataset", "synthetic", "--log-every-steps", "5", "--test-images", "200", "--threads", "1", "--epochs", "1")
 MAIN = [sys.executable, "main.py"]
@@ -57,6 +70,64 @@ def test_final_weights_do_not_depend_on_the_launcher(runs, ranks) -> None:
     of_these = {name: value for name, value in prints.items() if ("2 ranks" in name) == (ranks == 2)}
     assert len(of_these) >= 2
     assert len(set(of_these.values())) == 1, of_these
+
+
+def test_mpirun_starts_the_same_training(runs, tmp_path) -> None:
+    if not shutil.which("mpirun"):
+        pytest.skip("needs Open MPI's mpirun")
+    command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", *COMMANDS["python"]]
+    process = run([*command, *SHORT, "--output-dir", str(tmp_path / "run")])
+    assert process.returncode == 0, process.stderr
+    results = summary(tmp_path / "run")
+    assert (results["status"], results["world_size"]) == ("finished", 2)
+    assert results["weights_sha256"] == summary(runs["torchrun, 2 ranks"][0])["weights_sha256"]
+    (start,) = json.loads((tmp_path / "run" / "environment.json").read_text())["starts"]
+    assert start["launcher"] == "mpirun"
+
+
+def start_on_two_machines(flags: tuple[str, ...] | list[str], folder: Path) -> list[subprocess.Popen[str]]:
+    """main.py as on two machines that share `folder`: the same command twice, but for --node-rank."""
+    machines = ["--num-nodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(free_port()), "--num-gpus", "1"]
+    options = {"cwd": PROJECT, "env": environment(), "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    commands = ([*MAIN, *machines, "--node-rank", rank, *flags, "--output-dir", str(folder)] for rank in "01")
+    return [subprocess.Popen(command, **options) for command in commands]
+
+
+def ended(launchers: list[subprocess.Popen[str]]) -> tuple[list[int], list[str], list[str]]:
+    """Their exit codes, and what each printed on stdout and on stderr."""
+    said = [launcher.communicate(timeout=DEADLINE_SECONDS) for launcher in launchers]
+    return [launcher.returncode for launcher in launchers], [out for out, _ in said], [err for _, err in said]
+
+
+def test_two_machines_train_one_run(runs, tmp_path) -> None:
+    folder = tmp_path / "run"
+    codes, printed, errors = ended(start_on_two_machines(SHORT, folder))
+    assert codes == [0, 0], errors
+    results = summary(folder)
+    assert (results["status"], results["world_size"]) == ("finished", 2)
+    assert results["weights_sha256"] == summary(runs["torchrun, 2 ranks"][0])["weights_sha256"]
+    assert "2 ranks on cpu of 2 machines" in printed[0]
+    assert printed[1] == "", "the first machine speaks for both"
+
+
+def test_a_run_on_two_machines_is_stopped_and_goes_on(tmp_path) -> None:
+    folder, flags = tmp_path / "run", [*LONG, "--max-steps", "120"]
+    launchers = start_on_two_machines(flags, folder)
+    wait_until(lambda: has_trained(folder) or launchers[0].poll() is not None, "the first steps")
+    for launcher in launchers:
+        launcher.send_signal(signal.SIGTERM)
+    codes, printed, errors = ended(launchers)
+    assert codes == [75, 75], errors
+    assert processes_mentioning(str(folder)) == []
+    assert summary(folder)["status"] == "stopped"
+    stopped_at = summary(folder)["steps"]
+    assert 0 < stopped_at < 120
+    assert "to continue: python main.py --num-gpus 1 --num-nodes 2 --master-addr 127.0.0.1" in printed[0]
+
+    codes, _, errors = ended(start_on_two_machines(flags, folder))
+    assert codes == [0, 0], errors
+    assert (summary(folder)["status"], summary(folder)["steps"]) == ("finished", 120)
+    assert summary(folder)["resumed_at_steps"] == [stopped_at]
 
 
 def test_the_console_is_quiet_but_for_the_program(runs) -> None:

@@ -5,7 +5,7 @@
 STARTS.json lists the starts, carried out one after another: {"ranks": 2, "flags": ["--epochs", "2"], "keep_summary":
 "PATH"}, and optionally "stop_after": N, which sends SIGTERM to a rank after the N-th step that it trains. Each rank of each
 start is a process of its own, forked when the slow imports are done and before anything else is; afterwards the run's
-summary.json is copied to keep_summary.
+summary.json is copied to keep_summary. No rank may leave before rank 0 has written there how the run has ended.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from cifar10.engine import prepare
 for name, dataset in DATASETS.items():
     if dataset.draw:
         DATASETS[name] = dataclasses.replace(dataset, train_images=600, test_images=200)
+ENDS = ("finished", "stopped")
 
 
 def stop_after(steps: int) -> None:
@@ -45,6 +47,18 @@ def stop_after(steps: int) -> None:
     story.train_step = counted
 
 
+def write_the_end_late() -> None:
+    """Let rank 0 take its time to write how the run has ended, as a slow disk would."""
+    summarise = story.summarise
+
+    def late(run: Any, state: Any, status: str, **results: Any) -> dict[str, Any]:
+        if run.here.is_main and status in ENDS:
+            time.sleep(1)
+        return summarise(run, state, status, **results)
+
+    story.summarise = late
+
+
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -58,8 +72,17 @@ def run_rank(start: dict[str, Any], rank: int, port: int) -> int:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     if "stop_after" in start:
         stop_after(start["stop_after"])
+    if start["ranks"] > 1:
+        write_the_end_late()
     sys.argv[1:] = start["flags"]
-    return story.main()
+    code = story.main()
+    status = json.loads((run_folder_of(start) / "summary.json").read_text())["status"]
+    assert status in ENDS, f"rank {rank} has left while the run is still {status}: its launcher would call that a failure"
+    return code
+
+
+def run_folder_of(start: dict[str, Any]) -> Path:
+    return Path(start["flags"][start["flags"].index("--output-dir") + 1])
 
 
 def carry_out(start: dict[str, Any]) -> None:
@@ -79,8 +102,7 @@ def carry_out(start: dict[str, Any]) -> None:
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     if any(codes):
         sys.exit(f"{start} ended with {codes}")
-    folder = Path(start["flags"][start["flags"].index("--output-dir") + 1])
-    shutil.copy(folder / "summary.json", start["keep_summary"])
+    shutil.copy(run_folder_of(start) / "summary.json", start["keep_summary"])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,260 @@
+"""cifar10/launchers.py: what srun's and mpirun's variables mean, without a cluster: each rank's place, address and port."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from cifar10 import UsageError, launchers
+from tests.launching import run
+
+DERIVED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SCONTROL = """#!/bin/sh
+case "$1 $2 $3" in
+    "show hostnames gpu[03-05,09]") printf 'gpu03\\ngpu04\\ngpu05\\ngpu09\\n' ;;
+    "show hostnames rack[1-2]n[7-8]") printf 'rack1n7\\nrack1n8\\nrack2n7\\nrack2n8\\n' ;;
+    "show node gpu03") echo "NodeName=gpu03 CoresPerSocket=8 NodeAddr=10.1.2.3 NodeHostName=gpu03" ;;
+    *) exit 1 ;;
+esac
+"""
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
+    """An environment of no launcher, in which no scontrol is found; to be filled by a test, and given back afterwards."""
+    variables = {"PATH": str(tmp_path)}
+    monkeypatch.setattr(os, "environ", variables)
+    return variables
+
+
+@pytest.fixture
+def scontrol(tmp_path: Path, environment: dict[str, str]) -> None:
+    """SLURM's own answers on two node lists and a node."""
+    (tmp_path / "scontrol").write_text(SCONTROL)
+    (tmp_path / "scontrol").chmod(0o755)
+
+
+@pytest.fixture(autouse=True)
+def names(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The hosts and addresses that resolve; a test may add some, or take them away."""
+    known = {"127.0.0.1", "gpu03", "rack1n7", "a", "login1"}
+
+    def getaddrinfo(host: str, port: None) -> list[None]:
+        if host not in known:
+            raise OSError("Name or service not known")
+        return [None]
+
+    monkeypatch.setattr(launchers.socket, "getaddrinfo", getaddrinfo)
+    return known
+
+
+def slurm_step(rank: int, tasks: int, nodes: int, node: int, local: int, per_node: str, listed: str) -> dict[str, str]:
+    """The variables of a task that srun started."""
+    return {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_STEP_ID": "0",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(local),
+        "SLURM_NODEID": str(node),
+        "SLURM_STEP_NUM_TASKS": str(tasks),
+        "SLURM_STEP_NUM_NODES": str(nodes),
+        "SLURM_STEP_TASKS_PER_NODE": per_node,
+        "SLURM_STEP_NODELIST": listed,
+    }
+
+
+def derived(environment: dict[str, str], variables: dict[str, str]) -> dict[str, str]:
+    """What a process with these variables makes of them."""
+    before = dict(environment)
+    environment.update(variables)
+    size = launchers.world_size()
+    found = {name: environment[name] for name in DERIVED if name in environment}
+    assert size == int(found.get("WORLD_SIZE", "1"))
+    environment.clear()
+    environment.update(before)
+    return found
+
+
+# --- srun -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_on_one_node(environment):
+    found = [derived(environment, slurm_step(rank, 4, 1, 0, rank, "4", "gpu03")) for rank in range(4)]
+    for rank, place in enumerate(found):
+        assert (place["RANK"], place["LOCAL_RANK"]) == (str(rank), str(rank))
+        assert (place["WORLD_SIZE"], place["LOCAL_WORLD_SIZE"], place["MASTER_ADDR"]) == ("4", "4", "127.0.0.1")
+        assert 1024 < int(place["MASTER_PORT"]) < 65536
+    assert len({place["MASTER_PORT"] for place in found}) == 1
+
+
+SEVEN = [(rank, node, local) for rank, (node, local) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0)])]
+
+
+@pytest.mark.parametrize("asked", ["scontrol", "no scontrol"])
+def test_a_step_on_several_nodes(environment, request, asked):
+    if asked == "scontrol":
+        request.getfixturevalue("scontrol")
+    steps = [slurm_step(rank, 7, 4, node, local, "2(x3),1", "gpu[03-05,09]") for rank, node, local in SEVEN]
+    found = [derived(environment, step) for step in steps]
+    assert [place["RANK"] for place in found] == list("0123456")
+    assert [place["LOCAL_RANK"] for place in found] == list("0101010")
+    assert [place["LOCAL_WORLD_SIZE"] for place in found] == list("2222221")
+    assert {(place["MASTER_ADDR"], place["WORLD_SIZE"]) for place in found} == {("gpu03", "7")}
+    assert len({place["MASTER_PORT"] for place in found}) == 1
+
+
+@pytest.mark.parametrize(
+    ("listed", "first"),
+    [("gpu[03-05,09]", "gpu03"), ("gpu[03,09]", "gpu03"), ("a,b", "a"), ("login1", "login1"), ("a,gpu[03-04]", "a")],
+)
+def test_the_first_of_a_node_list_without_scontrol(environment, listed, first):
+    assert derived(environment, slurm_step(0, 2, 2, 0, 0, "1(x2)", listed))["MASTER_ADDR"] == first
+
+
+def test_a_node_list_that_only_scontrol_can_read(environment, scontrol):
+    assert derived(environment, slurm_step(3, 4, 4, 3, 0, "1(x4)", "rack[1-2]n[7-8]"))["MASTER_ADDR"] == "rack1n7"
+
+
+def test_a_host_whose_name_does_not_resolve_is_reached_by_its_nodes_address(environment, scontrol, names):
+    names -= {"gpu03"}
+    names |= {"10.1.2.3"}
+    assert derived(environment, slurm_step(0, 4, 4, 0, 0, "1(x4)", "gpu[03-05,09]"))["MASTER_ADDR"] == "10.1.2.3"
+
+
+@pytest.mark.parametrize("asked", ["scontrol", "no scontrol"])
+def test_a_host_without_any_address_is_refused_with_what_to_set(environment, request, names, asked):
+    if asked == "scontrol":
+        request.getfixturevalue("scontrol")
+    names.clear()
+    step = slurm_step(0, 4, 4, 0, 0, "1(x4)", "gpu[03-05,09]")
+    with pytest.raises(UsageError) as caught:
+        derived(environment, step)
+    assert str(caught.value) == (
+        "the first node, gpu03, has no address that resolves; set MASTER_ADDR to one that every node can reach"
+    )
+    environment.clear()
+    assert derived(environment, {**step, "MASTER_ADDR": "10.0.0.1"})["MASTER_ADDR"] == "10.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("listed", "counts"),
+    [("2(x3),1", [2, 2, 2, 1]), ("4", [4]), ("1(x2)", [1, 1]), ("1,3(x2),2", [1, 3, 3, 2]), ("16(x2)", [16, 16])],
+)
+def test_tasks_per_node_are_run_lengths(environment, listed, counts):
+    for node, count in enumerate(counts):
+        step = slurm_step(0, sum(counts), len(counts), node, 0, listed, "a,b")
+        assert derived(environment, step)["LOCAL_WORLD_SIZE"] == str(count)
+
+
+def test_jobs_and_steps_have_ports_of_their_own_and_a_given_one_is_kept(environment):
+    step, ports = slurm_step(0, 2, 1, 0, 0, "2", "a"), set()
+    for job in (4711, 4712, 9_999_999):
+        for number in (0, 1, 2):
+            more = {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(number)}
+            ports.add(derived(environment, {**step, **more})["MASTER_PORT"])
+    assert len(ports) == 9
+    assert all(int(port) in launchers.PORTS for port in ports)
+    given = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "12345"}
+    assert given.items() <= derived(environment, {**step, **given}).items()
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"SLURM_JOB_ID": "4711", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"},  # a batch script
+        slurm_step(0, 1, 1, 0, 0, "1", "gpu03"),
+        {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"},
+    ],
+    ids=["no launcher", "batch script", "srun -n 1", "mpirun -n 1"],
+)
+def test_what_is_alone_is_a_world_of_one(environment, variables):
+    assert derived(environment, variables) == {}
+    environment.update(variables)
+    assert launchers.world_size() == 1
+    assert launchers.name(environment) == "python"
+
+
+def test_what_torchrun_and_deepspeed_set_is_left_alone_inside_a_step(environment):
+    given = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    assert derived(environment, {**slurm_step(1, 2, 2, 1, 0, "1(x2)", "a,b"), **given}) == given
+
+
+# --- mpirun -----------------------------------------------------------------------------------------------------------------
+
+
+def mpi(rank: int, size: int, local: int, local_size: int) -> dict[str, str]:
+    """The variables of a process that Open MPI's mpirun started."""
+    return {
+        "OMPI_COMM_WORLD_RANK": str(rank),
+        "OMPI_COMM_WORLD_SIZE": str(size),
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(local),
+        "OMPI_COMM_WORLD_LOCAL_SIZE": str(local_size),
+    }
+
+
+def test_mpirun_on_one_machine(environment):
+    found = [derived(environment, mpi(rank, 3, rank, 3)) for rank in range(3)]
+    for rank, place in enumerate(found):
+        assert [place[name] for name in DERIVED[:5]] == [str(rank), "3", str(rank), "3", "127.0.0.1"]
+    assert len({place["MASTER_PORT"] for place in found}) == 1
+    assert int(found[0]["MASTER_PORT"]) in launchers.PORTS
+
+
+@pytest.mark.parametrize("given", [{}, {"MASTER_ADDR": "10.0.0.1"}, {"MASTER_PORT": "29500"}])
+def test_mpirun_on_several_machines_is_refused_without_an_address_and_a_port(environment, given):
+    with pytest.raises(UsageError, match=r"MASTER_ADDR and MASTER_PORT.*mpirun -x MASTER_ADDR=") as caught:
+        derived(environment, {**mpi(2, 4, 0, 2), **given})
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_mpirun_on_several_machines_with_an_address_and_a_port(environment):
+    given = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    found = derived(environment, {**mpi(2, 4, 0, 2), **given})
+    assert found == {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", **given}
+
+
+def test_mpirun_in_a_job_of_several_nodes_counts_ranks_not_its_own_daemons(environment):
+    """There it starts its daemons with srun, a task on each node, whose variables its ranks inherit."""
+    given = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    daemon = slurm_step(1, 2, 2, 1, 0, "1(x2)", "a,b")
+    places = [derived(environment, {**daemon, **mpi(2 + local, 4, local, 2), **given}) for local in (0, 1)]
+    assert [(place["RANK"], place["WORLD_SIZE"], place["LOCAL_RANK"]) for place in places] == [("2", "4", "0"), ("3", "4", "1")]
+
+
+@pytest.mark.parametrize("local_rank", ["0", "1"])
+def test_the_program_refuses_it_in_one_line_from_one_rank_of_each_machine(local_rank, tmp_path):
+    variables = {**mpi(2, 4, int(local_rank), 2), "OMPI_COMM_WORLD_RANK": str(2 + int(local_rank))}
+    command = [sys.executable, "cifar10_deepspeed.py", "--dataset", "synthetic", "--output-dir", str(tmp_path / "run")]
+    process = run(command, **variables)
+    assert (process.returncode, process.stdout) == (2, "")
+    if local_rank == "1":
+        assert process.stderr == ""
+    else:
+        assert re.fullmatch(r"error: mpirun over several machines needs MASTER_ADDR and MASTER_PORT, .*\n", process.stderr)
+    assert not (tmp_path / "run").exists()
+
+
+# --- who it was ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variables", "due"),
+    [
+        ({}, "python"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "python"),
+        ({"RANK": "0", "TORCHELASTIC_RUN_ID": "none"}, "torchrun"),
+        ({"RANK": "0", "CROSS_SIZE": "1", "LOCAL_SIZE": "2"}, "deepspeed"),
+        (slurm_step(0, 2, 1, 0, 0, "2", "a"), "srun"),
+        (mpi(0, 2, 0, 2), "mpirun"),
+        ({**slurm_step(0, 2, 1, 0, 0, "2", "a"), "RANK": "0", "TORCHELASTIC_RUN_ID": "none"}, "torchrun"),
+    ],
+)
+def test_the_launcher_by_name(environment, variables, due):
+    environment.update(variables)
+    launchers.world_size()
+    assert launchers.name(environment) == due

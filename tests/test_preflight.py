@@ -1,0 +1,227 @@
+"""cifar10/preflight.py and device.py: which precision is taken, and what else is settled before anything starts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from cifar10 import UsageError, device, preflight, recipe
+from cifar10.preflight import Plan, check
+from cifar10.recipe import Experiment, Recipe, without_launcher_flags
+from cifar10_deepspeed import build_model
+from tests.launching import run
+
+SGD = {"type": "SGD", "params": {"lr": 0.1}}
+
+
+def plan(*argv: str, world_size: int = 1) -> Plan:
+    return check(["--dataset", "synthetic", *argv], world_size, "a test")
+
+
+def precision_of(made: Plan) -> str:
+    """What the JSON that DeepSpeed will see asks for."""
+    autocast = made.ds_config.get("torch_autocast", {})
+    assert not any(made.ds_config.get(section, {}).get("enabled") for section in ("fp16", "bf16"))
+    return {"bfloat16": "bf16", "float16": "fp16"}[autocast["dtype"]] if autocast.get("enabled") else "fp32"
+
+
+def about_precision(made: Plan) -> list[str]:
+    return [note for note in made.notes if note.startswith("precision:")]
+
+
+@pytest.fixture
+def native(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine that computes in fp32 and bf16; `native.setattr(device, "native_precisions", ...)` makes another of it."""
+    monkeypatch.setattr(device, "native_precisions", lambda: ("fp32", "bf16"))
+    monkeypatch.setattr(device, "name", lambda: "GPU")
+    return monkeypatch
+
+
+@pytest.fixture
+def json_file(tmp_path: Path) -> Path:
+    """A DeepSpeed JSON that asks for bf16."""
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"train_batch_size": 32, "optimizer": SGD, "bf16": {"enabled": True}}))
+    return path
+
+
+# --- which precision ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wanted", "taken", "line"),
+    [
+        ((), None, []),
+        (("fp32",), "fp32", []),
+        (("fp16",), "fp16", []),  # one alone is taken as it is, native or not
+        (("bf16", "fp16", "fp32"), "bf16", ["precision: bf16 of bf16, fp16, fp32 (the first choice)"]),
+        (("fp16", "bf16"), "bf16", ["precision: bf16 of fp16, bf16 (this GPU does not compute in fp16)"]),
+        (("fp16", "fp32", "bf16"), "fp32", ["precision: fp32 of fp16, fp32, bf16 (this GPU does not compute in fp16)"]),
+    ],
+)
+def test_of_several_precisions_the_first_that_is_native_is_taken(native, wanted, taken, line):
+    assert preflight.choose_precision(wanted) == (taken, line)
+
+
+def test_all_that_was_passed_over_is_named(native):
+    native.setattr(device, "native_precisions", lambda: ("fp32",))
+    _, (line,) = preflight.choose_precision(("bf16", "fp16", "fp32"))
+    assert line == "precision: fp32 of bf16, fp16, fp32 (this GPU does not compute in bf16, fp16)"
+
+
+def test_where_none_is_native_the_list_is_refused_with_what_to_add(native):
+    native.setattr(device, "native_precisions", lambda: ("fp32",))
+    message = r"^--precision bf16 fp16: this GPU computes in none of them; add fp32 at the end$"
+    with pytest.raises(UsageError, match=message):
+        plan("--precision", "bf16", "fp16")
+    assert precision_of(plan("--precision", "bf16", "fp16", "fp32")) == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("argv", "due"),
+    [
+        ("", "fp32"),
+        ("--precision bf16", "bf16"),
+        ("--precision fp16", "fp16"),
+        ("--precision fp32", "fp32"),
+        ("--precision fp16 bf16 fp32", "bf16"),
+        ("--no-amp", "fp32"),
+        ("--precision bf16 --no-amp", "fp32"),
+        ("--deepspeed_config JSON", "bf16"),
+        ("--deepspeed_config JSON --no-amp", "fp32"),
+        ("--deepspeed_config JSON --precision fp16", "fp16"),
+    ],
+)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_command_line_beats_the_json(native, json_file, argv, due, world_size):
+    made = plan(*argv.replace("JSON", str(json_file)).split(), world_size=world_size)
+    assert precision_of(made) == due
+    assert len(about_precision(made)) == ("fp16 bf16 fp32" in argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "due", "said"),
+    [
+        ("", "bf16", 1),
+        ("--precision fp32", "fp32", 0),
+        ("--no-amp", "fp32", 0),
+        ("--deepspeed_config JSON", "bf16", 0),
+        ("--deepspeed-config=FP32", "fp32", 0),  # the recipe's preference goes with the recipe's own JSON
+        ("--deepspeed_config FP32 --precision fp16 bf16", "bf16", 1),
+    ],
+)
+def test_a_recipes_preference_goes_with_its_own_json(native, json_file, tmp_path, argv, due, said):
+    (tmp_path / "fp32.json").write_text(json.dumps({"train_batch_size": 32, "optimizer": SGD}))
+    small = Recipe(epochs=1, warmup_epochs=0, val_images=0)
+    native.setattr(recipe, "load", lambda name: Experiment(small, precision=("fp16", "bf16", "fp32")))
+    made = plan(*argv.replace("JSON", str(json_file)).replace("FP32", str(tmp_path / "fp32.json")).split())
+    assert precision_of(made) == due
+    assert len(about_precision(made)) == said
+
+
+@pytest.mark.parametrize("argv", ["--precision fp64", "--precision bf16 fp8", "--precision="])
+def test_a_precision_that_there_is_not_is_refused(argv):
+    with pytest.raises(UsageError, match="--precision"):
+        plan(*argv.split())
+
+
+def test_no_amp_is_a_word_for_fp32_in_any_place():
+    assert without_launcher_flags(["--no-amp", "--seed", "1"]) == ["--precision", "fp32", "--seed", "1"]
+    assert without_launcher_flags(["--local_rank=0", "--seed", "1", "--no-amp"]) == ["--seed", "1", "--precision", "fp32"]
+
+
+# --- what this machine computes in ----------------------------------------------------------------------------------------
+
+CPUS = {
+    "x86, plain": ("processor\t: 0\nflags\t\t: fpu sse2 avx2 avx512f avx512_vnni\n", ("fp32",)),
+    "x86, bf16": ("processor\t: 0\nflags\t\t: fpu avx512f avx512_bf16\nflags\t\t: fpu\n", ("fp32", "bf16")),
+    "x86, both": ("flags : fpu amx_bf16 avx512_fp16\n", ("fp32", "bf16", "fp16")),
+    "arm": ("processor\t: 0\nFeatures\t: fp asimd fphp asimdhp bf16\n", ("fp32", "bf16", "fp16")),
+    "no flags": ("processor\t: 0\nmodel name\t: bf16 asimdhp\n", ("fp32",)),
+    "empty": ("", ("fp32",)),
+    "absent": (None, ("fp32",)),
+}
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_a_cpus_precisions_are_read_from_its_flags(cpu, tmp_path, monkeypatch):
+    text, due = CPUS[cpu]
+    cpuinfo = tmp_path / "cpuinfo"
+    if text is not None:
+        cpuinfo.write_text(text)
+    monkeypatch.setattr(device, "Path", lambda path: cpuinfo if path == "/proc/cpuinfo" else Path(path))
+    monkeypatch.setattr(device, "count_gpus", lambda: 0)
+    assert device.native_precisions.__wrapped__() == due  # the answer is kept for the process: here without
+    assert device.name() == "CPU"
+
+
+@pytest.mark.parametrize(("capability", "due"), [((7, 5), ("fp32", "fp16")), ((8, 0), ("fp32", "fp16", "bf16")), ((9, 0), 3)])
+def test_a_gpus_precisions_are_those_of_its_generation(capability, due, monkeypatch):
+    monkeypatch.setattr(device, "count_gpus", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    found = device.native_precisions.__wrapped__()
+    assert found == due if due != 3 else len(found) == 3
+    assert device.name() == "GPU"
+
+
+# --- BatchNorm over all ranks ---------------------------------------------------------------------------------------------
+
+
+def test_sync_bn_on_a_cpu_is_refused_in_one_line(tmp_path):
+    folder = tmp_path / "run"
+    flags = ["--dataset", "synthetic", "--sync-bn", "--output-dir", str(folder)]
+    process = run([sys.executable, "cifar10_deepspeed.py", *flags])
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr == (
+        "error: --sync-bn needs GPUs: PyTorch shares statistics between ranks on GPUs only; leave it out\n"
+    )
+    assert not folder.exists()
+
+
+def test_sync_bn_on_gpus_is_allowed(monkeypatch):
+    monkeypatch.setattr(device, "count_gpus", lambda: 2)
+    assert plan("--sync-bn", world_size=2).recipe.sync_bn
+
+
+def test_a_model_with_sync_bn_has_the_names_and_values_of_the_one_without():
+    """So a checkpoint of the one is read by the other."""
+    plain, converted = build_model("bn_cnn", 0), nn.SyncBatchNorm.convert_sync_batchnorm(build_model("bn_cnn", 0))
+    assert sum(isinstance(module, nn.SyncBatchNorm) for module in converted.modules()) == 2
+    assert list(converted.state_dict()) == list(plain.state_dict())
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in converted.state_dict().items())
+
+
+# --- the learning rate and the batch --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("reference", "images", "due"), [(0, 256, 1), (128, 128, 1), (128, 256, 2), (256, 32, 0.125)])
+def test_the_linear_scaling_rule(reference, images, due):
+    assert Recipe(epochs=1, warmup_epochs=0, val_images=0, lr_reference_batch=reference).lr_scale(images) == due
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_linear_scaling_rule_is_said_where_it_is_used(world_size):
+    """It goes by the global batch, which does not depend on the number of ranks; the JSON's own rate stays in the settings."""
+    scaled = plan("--lr-reference-batch", "128", "--global-batch-size", "256", "--lr", "0.1", world_size=world_size)
+    (note,) = (note for note in scaled.notes if note.startswith("learning rate"))
+    assert note == "learning rate: the JSON's x global batch 256 / 128"
+    assert scaled.ds_config["optimizer"]["params"]["lr"] == 0.1
+    assert not any(note.startswith("learning rate") for note in plan("--global-batch-size", "256").notes)
+
+
+# --- how often --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("steps_per_print", "argv", "due"),
+    [(None, "", 100), (7, "", 7), (7, "--log-every-steps 3", 3), (None, "--log-every-steps 3", 3)],
+)
+def test_steps_per_print_is_the_log_interval_unless_a_flag_says_another(json_file, steps_per_print, argv, due):
+    said = {} if steps_per_print is None else {"steps_per_print": steps_per_print}
+    json_file.write_text(json.dumps({"train_batch_size": 32, "optimizer": SGD, **said}))
+    assert plan("--deepspeed_config", str(json_file), *argv.split()).options.log_every_steps == due
