@@ -262,10 +262,13 @@ def train_one_epoch(run: Run, state: RunState) -> bool:
 # --- the whole run ------------------------------------------------------------------------------------------------------
 
 
-def save_portable(run: Run, name: str, module: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write checkpoints/<name> on rank 0: weights with all that is needed to use them."""
-    if run.here.is_main:
-        checkpoint.save_portable(run.folder / "checkpoints" / name, module, {**run.plan.about_the_model, **facts})
+def save_portable(run: Run, name: str, module: dict[str, Tensor], facts: dict[str, Any]) -> bool:
+    """Write checkpoints/<name> on rank 0: weights with all that is needed to use them. False if the disk would not take it."""
+    folder, facts = run.folder / "checkpoints" / name, {**run.plan.about_the_model, **facts}
+    why_not = run.here.from_main(lambda: checkpoint.save_portable(folder, module, facts))
+    if why_not:
+        run.metrics.event(why_not)
+    return not why_not
 
 
 def validate(run: Run, state: RunState) -> SplitResult | None:
@@ -275,9 +278,9 @@ def validate(run: Run, state: RunState) -> SplitResult | None:
     weights = run.engine.portable_state()
     run.model.load_state_dict(weights)
     result = evaluate(run.model, run.val, run.here)
-    if result.accuracy > state.best_accuracy:
+    facts = {"step": state.step, "val_accuracy": result.accuracy}
+    if result.accuracy > state.best_accuracy and save_portable(run, "best_model", weights, facts):
         state.best_accuracy, state.best_step = result.accuracy, state.step
-        save_portable(run, "best_model", weights, {"step": state.step, "val_accuracy": result.accuracy})
     return result
 
 
@@ -301,19 +304,14 @@ def summarise(run: Run, state: RunState, status: str, **results: Any) -> dict[st
     who = {"status": status, "recipe": run.plan.options.recipe, "seed": run.plan.recipe.seed, "world_size": run.here.size}
     content = {**who, **report.summary(state, run.train.steps_per_epoch), **results}
     if run.here.is_main:
-        run_folder.write_json(run.folder / "summary.json", content)
+        run_folder.write_summary(run.folder, content)
     return content
-
-
-def is_due(every_epochs: int, state: RunState) -> bool:
-    """Whether `state` stands at the end of an epoch in which something that happens every so many epochs happens."""
-    return bool(every_epochs) and state.epoch_step == 0 and state.epoch % every_epochs == 0
 
 
 def save(run: Run, state: RunState, status: str) -> bool:
     """A resumable checkpoint, and a summary beside it; False, and the reason on the console, if the disk would not take it."""
     pointers = ["best"] if state.step == state.best_step else []
-    if is_due(run.plan.options.save_frequency, state):
+    if state.ends_epoch_of(run.plan.options.save_frequency):
         pointers.append(f"epoch_{state.epoch:03d}")
     folder, keep = run.folder / "checkpoints", run.plan.options.keep_checkpoints
     why_not = checkpoint.save(folder, run.engine, state, run.here, run.plan.settings, keep=keep, pointers=pointers)
@@ -331,7 +329,7 @@ def train(run: Run, state: RunState) -> str:
             return "stop" if save(run, state, "stopped") else "stop, not saved"
         finish_epoch(run, state)
         at_end = state.step == run.last_step or patience.is_over(run.plan.recipe, state)
-        if at_end or is_due(options.save_every_epochs, state) or is_due(options.save_frequency, state):
+        if at_end or state.ends_epoch_of(options.save_every_epochs) or state.ends_epoch_of(options.save_frequency):
             save(run, state, "running")
     if patience.is_over(run.plan.recipe, state):
         return "early_stopping"
@@ -356,10 +354,14 @@ def finish(run: Run, state: RunState, ended_by: str) -> None:
     if len(run.val) and state.best_step < 0:  # resumed at its end, before any epoch's validation
         validate(run, state)
     weights = run.engine.portable_state()
-    save_portable(run, "final", weights, {"step": state.step})
+    written = save_portable(run, "final", weights, {"step": state.step})
     if not len(run.val):
         state.best_step = state.step
-        save_portable(run, "best_model", weights, {"step": state.step, "val_accuracy": None})
+        written = save_portable(run, "best_model", weights, {"step": state.step, "val_accuracy": None}) and written
+    if not written or state.best_step < 0:
+        raise OSError(
+            "the trained weights could not be written; make room, and the same command goes on from its last checkpoint"
+        )
     test = measure_best_model(run, state)
     results = {**report.tested(test, run.plan.dataset), "weights_sha256": weights_sha256(weights), "ended_by": ended_by}
     summary = summarise(run, state, "finished", **results)
@@ -379,6 +381,7 @@ def start_run(plan: Plan, here: World, folder: Path, model: nn.Module) -> tuple[
     if recipe.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     deepspeed_engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=plan.ds_config)
+    world.limit_waiting(options.timeout_minutes)
     engine = Engine(deepspeed_engine, here, recipe.seed)
     start_from = None if options.resume in ("auto", "never") else run_folder.find_checkpoint(options.resume)
     state = checkpoint.resume(folder / "checkpoints", start_from, engine, here, plan.settings)
@@ -389,7 +392,7 @@ def start_run(plan: Plan, here: World, folder: Path, model: nn.Module) -> tuple[
         steps, says_steps = train_loader.steps_per_epoch, "steps_per_print" in plan.ds_config
         console = ConsoleSink(last_step, steps, state.step, plan.batch.global_images, says_steps=says_steps)
         metrics = Metrics([console, CsvSink(folder, step=state.step, epoch=state.epoch)])
-    tape, stop = Tape(options.log_every_steps, here.device), StopRequest(here)
+    tape, stop = Tape(options.log_every_steps, here.device), StopRequest(here, folder, options.max_minutes)
     lr_scale = recipe.lr_scale(plan.batch.global_images)
     parts = engine, train_loader, val_loader, plain, tape, metrics, stop
     return Run(plan, here, *parts, folder, lr_scale, num_steps, last_step), state
@@ -416,7 +419,9 @@ def train_and_finish(plan: Plan, here: World, folder: Path, model: nn.Module, ho
         else:
             finish(run, state, ended_by)
     except Exception as error:
-        summarise(run, state, "failed", reason=f"{type(error).__name__}: {error}")
+        words = report.last_words(error, here.rank, state.step, plan.batch.micro_images)
+        print(f"error: {words}", file=sys.stderr)
+        summarise(run, state, "failed", reason=words)
         raise
     finally:
         run.metrics.close()
@@ -436,7 +441,8 @@ def open_folder(plan: Plan, here: World, argv: list[str]) -> Path | None:
 def run(argv: list[str]) -> None:
     """Train as the command line says. Raises UsageError for one that cannot be carried out."""
     plan = preflight.check(argv, launchers.world_size(), "cifar10_deepspeed.py", __doc__)
-    here = world.join(plan.options.threads, deterministic=plan.options.deterministic)
+    options = plan.options
+    here = world.join(options.threads, deterministic=options.deterministic, timeout_minutes=options.timeout_minutes)
     model, notes = initial_model(plan)
     plan = replace(plan, notes=[*plan.notes, *notes])
     folder = open_folder(plan, here, argv)

@@ -8,6 +8,7 @@
 --num-gpus N is the number of ranks on this machine (default: the GPUs found; without any, one rank on all CPU cores).
 With --num-nodes, type the same on each machine but for --node-rank; --master-addr is the first machine's address,
 --master-port (default 29500) a free port of it, and --output-dir a folder that all of them see.
+--max-restarts N starts a run that has failed again, up to N times, from its newest checkpoint.
 Exit codes: 0 the run has finished; 75 it was stopped, and the same command with --output-dir goes on with it;
 2 the command cannot be carried out, and nothing was started; anything else is the code of what failed.
 """
@@ -39,20 +40,21 @@ SECONDS_TO_SAVE = 60  # from a signal until what is left is killed; DeepSpeed's 
 
 @dataclass(frozen=True)
 class Machines:
-    """main.py's own flags: how many ranks on each machine, and which of how many machines this is."""
+    """main.py's own flags: how many ranks on each machine, which of how many machines this is, and what to do if it fails."""
 
     num_gpus: int | None = None
     num_nodes: int = 1
     node_rank: int = 0
     master_addr: str = ""
     master_port: int = 29_500
+    max_restarts: int = 0
 
 
 def _value(flag: str, given: str) -> int | str:
     """The value of one of main.py's own flags. Raises UsageError."""
     if flag == "master_addr":
         return given
-    least = 0 if flag == "node_rank" else 1
+    least = 0 if flag in ("node_rank", "max_restarts") else 1
     if not given.isdecimal() or int(given) < least:
         dashed = "--" + flag.replace("_", "-")
         raise UsageError(f"{dashed} {given!r} is impossible; type a whole number from {least} up, as in {dashed} {least}")
@@ -217,6 +219,18 @@ def launch_and_wait(machines: Machines, ranks: int, flags: list[str]) -> tuple[i
         return launch.wait(), launch.signalled
 
 
+def once(machines: Machines, ranks: int, flags: list[str], folder: Path) -> int:
+    """Launch, and mind it to its last process; returns the exit code."""
+    before = run_folder.read_json(folder / "summary.json")
+    code, signalled = launch_and_wait(machines, ranks, flags)
+    after = run_folder.read_json(folder / "summary.json")
+    first = machines.node_rank == 0  # of several machines one speaks for the run
+    if first and after and after != before and after["status"] == "running" and not signalled:  # no rank was left to say so
+        after = {**after, "status": "failed", "reason": f"the launcher ended with code {code}"}
+        run_folder.write_json(folder / "summary.json", after)
+    return exit_code(code, signalled, before, after)
+
+
 def main(argv: list[str]) -> int:
     """Check, launch, mind; returns the exit code."""
     try:
@@ -224,17 +238,15 @@ def main(argv: list[str]) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return CANNOT
-    before = run_folder.read_json(folder / "summary.json")
-    if run_folder.is_finished(before, plan.options.max_steps):
+    if run_folder.is_finished(run_folder.read_json(folder / "summary.json"), plan.options.max_steps):
         print(f"{folder} holds a finished run; its results are in its summary.json")
         return FINISHED
-    code, signalled = launch_and_wait(machines, ranks, [*flags, "--output-dir", str(folder)])
-    after = run_folder.read_json(folder / "summary.json")
-    first = machines.node_rank == 0  # of several machines one speaks for the run
-    if first and after and after != before and after["status"] == "running" and not signalled:  # no rank was left to say so
-        after = {**after, "status": "failed", "reason": f"the launcher ended with code {code}"}
-        run_folder.write_json(folder / "summary.json", after)
-    return exit_code(code, signalled, before, after)
+    for restart in range(machines.max_restarts + 1):
+        code = once(machines, ranks, [*flags, "--output-dir", str(folder)], folder)
+        if code in (FINISHED, CANNOT, RESUMABLE) or restart == machines.max_restarts:
+            return code
+        print(f"it failed with code {code}; restart {restart + 1} of {machines.max_restarts}", file=sys.stderr)
+    return FAILED
 
 
 if __name__ == "__main__":

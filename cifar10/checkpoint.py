@@ -108,6 +108,13 @@ def _prune(folder: Path, keep: int) -> None:
             shutil.rmtree(folder / tag, ignore_errors=True)
 
 
+def _why_not(error: OSError | RuntimeError) -> str:
+    """What a disk says that will not take a file: an OSError, or torch.save's RuntimeError about one."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+    return f"{said}{'; make room on the disk' if full else ''}"
+
+
 def _commit(folder: Path, content: dict[str, Any], keep: int, pointers: Sequence[str]) -> str:
     """Write, rename, point, prune. Returns "" or, if the disk will not take it, why; what was saved before is untouched."""
     try:
@@ -116,13 +123,9 @@ def _commit(folder: Path, content: dict[str, Any], keep: int, pointers: Sequence
         _point(folder, ("latest", *pointers), tag)
         _pause("after pointers")
         _prune(folder, keep)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         shutil.rmtree(folder / ".draft", ignore_errors=True)
-        remedy = "; make room on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        return f"not saved at step {content['run_state']['step']}: {error.strerror or error}{remedy}; earlier checkpoints stay"
-    except RuntimeError as error:  # torch.save's word for the same
-        shutil.rmtree(folder / ".draft", ignore_errors=True)
-        return f"not saved at step {content['run_state']['step']}: {error}; earlier checkpoints stay"
+        return f"not saved at step {content['run_state']['step']}: {_why_not(error)}; earlier checkpoints stay"
     return ""
 
 
@@ -249,11 +252,18 @@ def resume(
 # --- the weights alone ------------------------------------------------------------------------------------------------
 
 
-def save_portable(folder: Path, module: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write folder/mp_rank_00_model_states.pt. `facts` are plain values, so torch.load's safe default reads the file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with written_whole(folder / PORTABLE_FILE) as file:
-        torch.save({"module": module, **facts}, file)
+def save_portable(folder: Path, module: dict[str, Tensor], facts: dict[str, Any]) -> str:
+    """Write folder/mp_rank_00_model_states.pt; returns "" or, if the disk will not take it, why.
+
+    `facts` are plain values, so torch.load's safe default reads the file.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with written_whole(folder / PORTABLE_FILE) as file:
+            torch.save({"module": module, **facts}, file)
+    except (OSError, RuntimeError) as error:
+        return f"{folder} is not written: {_why_not(error)}"
+    return ""
 
 
 def load_portable(folder: Path) -> dict[str, Any]:

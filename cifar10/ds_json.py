@@ -200,8 +200,10 @@ def _check_optimizer(optimizer: Any) -> None:
             _check_number(f"optimizer.params.{key}", params[key], 0)
 
 
-def override(config: dict[str, Any], *, lr: float | None, global_batch_size: int | None) -> dict[str, Any]:
-    """A copy of `config` in which the command line's --lr and --global-batch-size have replaced the JSON's."""
+def override(
+    config: dict[str, Any], *, lr: float | None, global_batch_size: int | None, micro_batch_size: int | None = None
+) -> dict[str, Any]:
+    """A copy of `config` in which the command line's --lr and batch sizes have replaced the JSON's."""
     config = copy.deepcopy(config)
     if lr is not None:
         config["optimizer"]["params"]["lr"] = lr
@@ -209,6 +211,10 @@ def override(config: dict[str, Any], *, lr: float | None, global_batch_size: int
         if "train_batch_size" not in config:
             config.pop("gradient_accumulation_steps", None)
         config["train_batch_size"] = global_batch_size
+    if micro_batch_size is not None:
+        config["train_micro_batch_size_per_gpu"] = micro_batch_size
+        if "train_batch_size" in config:
+            config.pop("gradient_accumulation_steps", None)
     return config
 
 

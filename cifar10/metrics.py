@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -67,30 +68,37 @@ class Sink:
 
 
 class Metrics(Sink):
-    """All sinks as one. Ranks other than 0 make it of no sinks, and need not ask which rank they are again."""
+    """All sinks as one. Ranks other than 0 make it of no sinks, and need not ask which rank they are again.
+
+    A sink that fails (a full disk, a closed pipe, a lost connection) is named on stderr and let go; training goes on.
+    """
 
     def __init__(self, sinks: Sequence[Sink] = ()) -> None:
-        self._sinks = sinks
+        self._sinks = list(sinks)
+
+    def _tell(self, method: str, *what: Any) -> None:
+        for sink in list(self._sinks):
+            try:
+                getattr(sink, method)(*what)
+            except Exception as error:
+                self._sinks.remove(sink)
+                with contextlib.suppress(OSError):
+                    print(f"{type(sink).__name__} failed ({error}); training goes on without it", file=sys.stderr)
 
     def step(self, row: StepRow) -> None:
-        for sink in self._sinks:
-            sink.step(row)
+        self._tell("step", row)
 
     def epoch(self, row: EpochRow) -> None:
-        for sink in self._sinks:
-            sink.epoch(row)
+        self._tell("epoch", row)
 
     def test(self, epoch: int, result: SplitResult) -> None:
-        for sink in self._sinks:
-            sink.test(epoch, result)
+        self._tell("test", epoch, result)
 
     def event(self, text: str) -> None:
-        for sink in self._sinks:
-            sink.event(text)
+        self._tell("event", text)
 
     def close(self) -> None:
-        for sink in self._sinks:
-            sink.close()
+        self._tell("close")
 
 
 class CsvSink(Sink):

@@ -81,7 +81,8 @@ def _settle(recipe: Recipe, options: Options, world_size: int) -> tuple[dict[str
     """DeepSpeed's JSON with what the command line and this machine make of it, its batch, and a line for each change."""
     assert options.deepspeed_config is not None  # parse fills it in
     config = ds_json.read(options.deepspeed_config)
-    config = ds_json.override(config, lr=options.lr, global_batch_size=options.global_batch_size)
+    sizes = {"global_batch_size": options.global_batch_size, "micro_batch_size": options.micro_batch_size}
+    config = ds_json.override(config, lr=options.lr, **sizes)
     precision, notes = choose_precision(options.precision)
     if precision is not None:
         config = ds_json.with_precision(config, precision)

@@ -108,6 +108,8 @@ class Options:
     """DeepSpeed's JSON; default: the recipe's own."""
     lr: _Number = None
     """Base learning rate, instead of the JSON's."""
+    micro_batch_size: _Whole = None
+    """Images of one forward pass on one rank, instead of the JSON's; the global batch stays, in more passes."""
     precision: _Precisions = ()
     """Instead of the JSON's. One alone is taken as it is; of several, in order of preference, the first that this machine's
     GPU or CPU computes in natively (default: the recipe's preference, if it has one and its own JSON is used)."""
@@ -122,6 +124,10 @@ class Options:
     one of its checkpoints/latest, best, epoch_005: this run then starts from there."""
     max_steps: _Whole = None
     """End the run in good order after this many steps; the schedule stays that of --epochs."""
+    max_minutes: _Number = None
+    """Save and stop after this many minutes, as on a signal; the same command goes on."""
+    timeout_minutes: float = 10.0
+    """How long a rank waits for the others before it gives up, and the run ends: the others have died, or hang."""
     test_images: _Whole = None
     """How many test images the final test uses (default: all); 0 leaves the test split unopened, as tuning should."""
     threads: _Whole = None
@@ -209,12 +215,15 @@ def check_recipe(recipe: Recipe) -> None:
 
 def check_options(options: Options) -> None:
     """Refuse values that cannot be meant. Raises UsageError, which says what to type."""
-    for name in ("max_steps", "global_batch_size", "threads", "log_every_steps", "keep_checkpoints"):
+    for name in ("max_steps", "global_batch_size", "micro_batch_size", "threads", "log_every_steps", "keep_checkpoints"):
         value = getattr(options, name)
         _check(options, name, value is None or value >= 1, "a whole number from 1 up")
     for name in ("test_images", "save_every_epochs", "save_frequency", "num_workers"):
         value = getattr(options, name)
         _check(options, name, value is None or value >= 0, "a whole number from 0 up")
+    for name in ("max_minutes", "timeout_minutes"):
+        value = getattr(options, name)
+        _check(options, name, value is None or (math.isfinite(value) and value > 0), "a number above 0")
     _check(options, "lr", options.lr is None or (math.isfinite(options.lr) and options.lr > 0), "a number above 0")
 
 

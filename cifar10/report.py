@@ -5,6 +5,7 @@ Accuracies are fractions, and every one of them carries its split.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,21 @@ def closing_lines(summary: dict[str, Any], val_images: int, plan: Plan) -> list[
     if plan.dataset.note:
         lines.append(f"note: {plan.dataset.note}")
     return lines
+
+
+def last_words(error: Exception, rank: int, step: int, micro_images: int) -> str:
+    """Why a run has failed, in one line: which rank, at which step, and what to change where that is known."""
+    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    said = re.sub(r"^\[\S+\] ", "", said).split(" This is typically")[
+        0
+    ]  # gloo begins with its source file, and ends with guesses
+    if isinstance(error, MemoryError) or "out of memory" in said.lower() or "allocate memory" in said.lower():
+        advice = (
+            f"type --micro-batch-size {max(1, micro_images // 2)}, which keeps the global batch, or a ZeRO stage in the JSON"
+        )
+        return f"rank {rank} is out of memory at step {step}; {advice}"
+    if any(sign in said for sign in ("Timed out", "timed out", "Timeout")):
+        return f"rank {rank} has waited in vain for another at step {step}, which has died or hangs: {said}"
+    if any(sign in said for sign in ("closed by peer", "Connection reset", "Broken pipe", "Connection refused")):
+        return f"rank {rank} has lost another at step {step}, which has died: {said}"
+    return f"rank {rank} failed at step {step}: {type(error).__name__}: {said}"

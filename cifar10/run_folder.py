@@ -14,6 +14,7 @@ import os
 import platform
 import shlex
 import subprocess
+import sys
 import time
 from importlib.metadata import version
 from itertools import islice
@@ -77,6 +78,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write strict JSON so that readers see the old file or the new one, never a part."""
     with written_whole(path) as file:
         file.write((json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_summary(folder: Path, content: dict[str, Any]) -> None:
+    """Write summary.json. A disk that will not take it does not end a run: it is told, and the summary before it stays."""
+    try:
+        write_json(folder / "summary.json", content)
+    except OSError as error:
+        print(f"{folder / 'summary.json'} is not written: {error.strerror}", file=sys.stderr)
 
 
 def refuse_other_settings(folder: Path, settings: dict[str, Any], defaults: dict[str, Any]) -> None:

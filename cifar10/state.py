@@ -62,6 +62,10 @@ class RunState:
     best_step: int = -1
     resumed_at_steps: list[int] = field(default_factory=list)
 
+    def ends_epoch_of(self, every_epochs: int) -> bool:
+        """Whether this is the end of an epoch after which something happens that happens every so many epochs; 0 is never."""
+        return bool(every_epochs) and self.epoch_step == 0 and self.epoch % every_epochs == 0
+
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

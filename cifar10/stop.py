@@ -49,13 +49,17 @@ def _launchers_above() -> dict[int, str]:
 
 
 class StopRequest:
-    """Whether this run has been asked to stop: by SIGTERM, SIGINT or SIGUSR1, or by the death of one of its launchers.
+    """Whether this run has been asked to stop: by SIGTERM, SIGINT or SIGUSR1, by a file called STOP in `folder`, by having
+    run for `max_minutes`, or by the death of one of its launchers.
 
     Handlers are installed by the constructor. With several ranks, all of them get the same answer at the same step.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, folder: Path, max_minutes: float | None = None) -> None:
         self._world = world
+        self._file = folder / "STOP"
+        self._max_minutes = max_minutes
+        self._began = time.monotonic()
         self._reason = ""
         self._interrupted = float("inf")  # when Ctrl-C was pressed first
         self._launchers = _launchers_above()
@@ -80,6 +84,17 @@ class StopRequest:
             self._interrupted = min(self._interrupted, now)
         self._reason = self._reason or signal.Signals(number).name
 
+    def _look(self) -> None:
+        """At what no signal tells of. One rank looks for the file and at the clock, since clocks and file systems differ."""
+        self._look_for_launchers()
+        if not self._world.is_main:
+            return
+        if self._file.exists():
+            self._reason = self._reason or "the file STOP"
+            self._file.unlink(missing_ok=True)  # the same command is to go on
+        if self._max_minutes is not None and time.monotonic() - self._began > 60 * self._max_minutes:
+            self._reason = self._reason or f"--max-minutes {self._max_minutes:g}"
+
     def _look_for_launchers(self) -> None:
         for pid, started in self._launchers.items():
             known = _parent_and_start(pid)
@@ -87,14 +102,15 @@ class StopRequest:
                 self._reason = self._reason or f"launcher process {pid} is gone"
 
     def agreed(self) -> bool:
-        """Asked after every step. One rank reads its flag; several agree about once a second, all at the same steps."""
+        """Asked after every step. One rank reads its flag; several agree about once a second, all at the same steps, and at
+        each of the first ones, until it is known how many steps a second has."""
         self._calls += 1
         if self._calls == TIMED_STEPS // 2:
             self._started = time.perf_counter()
         if self._calls == TIMED_STEPS:
             seconds = (time.perf_counter() - self._started) / (TIMED_STEPS - TIMED_STEPS // 2)
             self._every = self._world.from_main(lambda: max(1, min(1_000, round(SECONDS_BETWEEN_AGREEMENTS / seconds))))
-        if self._calls % (self._every or TIMED_STEPS):
+        if self._calls % (self._every or 1):
             return self._world.size == 1 and bool(self._reason)
-        self._look_for_launchers()
+        self._look()
         return self._world.any_rank(bool(self._reason))

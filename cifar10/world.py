@@ -131,12 +131,13 @@ def _device(local_rank: int, local_size: int, launcher: str) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def join(threads: int | None = None, *, deterministic: bool = False) -> World:
+def join(threads: int | None = None, *, deterministic: bool = False, timeout_minutes: float = 10.0) -> World:
     """Take this process's place: threads, device and process groups. The same under every launcher.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which launchers set (see launchers.py); without RANK it
     is a world of one. Threads per rank: `threads`, else the cores of the machine over the ranks on it. `deterministic` asks
-    PyTorch for algorithms that give the same bits each time; a CPU's do anyway.
+    PyTorch for algorithms that give the same bits each time; a CPU's do anyway. A rank that has waited `timeout_minutes` for
+    another gives up.
     """
     alone = "RANK" not in os.environ
     rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -157,9 +158,17 @@ def join(threads: int | None = None, *, deterministic: bool = False) -> World:
     if alone:  # no other process, so no port to agree on
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
-    control = dist.new_group(backend="gloo") if size > 1 else None
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    control = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes)) if size > 1 else None
     return World(rank, local_rank, size, local_size, device, launcher, control)
+
+
+def limit_waiting(timeout_minutes: float) -> None:
+    """Let a rank give up waiting after `timeout_minutes` in every process group there is: DeepSpeed makes its own with torch's
+    half an hour."""
+    groups = dist.distributed_c10d._world.pg_map
+    for group in groups if dist.get_world_size() > 1 else ():
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=timeout_minutes), group)
 
 
 def leave() -> None:

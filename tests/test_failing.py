@@ -1,0 +1,197 @@
+"""Runs that fail: a rank dies or hangs, a disk is full, memory ends, a sink is lost. What was saved stays, and it is said."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from cifar10 import checkpoint, report
+from cifar10.engine import weights_sha256
+from cifar10.metrics import Metrics, Sink, StepRow
+from cifar10.state import RunState
+from cifar10.stop import StopRequest
+from cifar10_deepspeed import build_model
+from tests.helpers import make_engine, one_rank
+from tests.launching import PROJECT, environment, has_trained, run, summary, wait_until
+
+SHORT = "--dataset synthetic --log-every-steps 5 --test-images 200 --threads 1 --epochs 0.2 --save-every-epochs 0".split()
+TWO_RANKS = [sys.executable, "main.py", "--num-gpus", "2", *SHORT]
+
+
+def start(*flags: str) -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*TWO_RANKS, *flags], cwd=PROJECT, env=environment(), **pipes)
+
+
+def rank_process(launcher: subprocess.Popen[str], rank: int) -> psutil.Process:
+    """The process of one rank below a launcher."""
+    ranks = (
+        p for p in psutil.Process(launcher.pid).children(recursive=True) if "cifar10_deepspeed.py" in " ".join(p.cmdline())
+    )
+    return next(p for p in ranks if p.environ().get("RANK") == str(rank))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    process = run([*TWO_RANKS, "--output-dir", str(folder)])
+    assert process.returncode == 0, process.stderr
+    return summary(folder)["weights_sha256"]
+
+
+def test_a_rank_that_hangs_ends_the_run_with_the_rank_the_step_and_the_reason(tmp_path: Path) -> None:
+    launcher = start("--timeout-minutes", "0.1", "--output-dir", str(tmp_path / "run"))
+    wait_until(lambda: has_trained(tmp_path / "run"), "the first steps")
+    everyone = psutil.Process(launcher.pid).children(recursive=True)
+    rank_process(launcher, 1).suspend()
+    _, errors = launcher.communicate(timeout=600)
+    assert launcher.returncode not in (0, 2, 75)
+    assert "error: rank 0 has waited in vain for another at step " in errors
+    results = summary(tmp_path / "run")
+    assert results["status"] == "failed"
+    assert results["reason"].startswith("rank 0 has waited in vain for another at step ")
+    assert not [p for p in everyone if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_killed_rank_ends_the_run_and_a_restart_goes_on_to_the_same_weights(tmp_path: Path, uninterrupted: str) -> None:
+    launcher = start("--max-restarts", "1", "--output-dir", str(tmp_path / "run"))
+    wait_until(lambda: has_trained(tmp_path / "run"), "the first steps")
+    rank_process(launcher, 1).send_signal(signal.SIGKILL)
+    _, errors = launcher.communicate(timeout=600)
+    assert launcher.returncode == 0, errors
+    assert "error: rank 0 has lost another at step " in errors
+    assert "restart 1 of 1" in errors
+    assert summary(tmp_path / "run")["weights_sha256"] == uninterrupted
+
+
+def test_a_run_that_fails_each_time_is_started_so_often_and_no_oftener(tmp_path: Path) -> None:
+    """A learning rate of 1e30 makes every step skip, and 25 in a row end a run."""
+    flags = ["--max-restarts", "1", "--lr", "1e30", "--output-dir", str(tmp_path / "run")]
+    process = run([sys.executable, "main.py", *SHORT, *flags])
+    assert process.returncode == 1
+    assert process.stderr.count("25 steps in a row") == 2
+    assert process.stderr.count("restart 1 of 1") == 1
+
+
+# --- a disk that will not take it ------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_loses_nothing_that_was_saved_and_does_not_stop_training(tmp_path: Path) -> None:
+    """From the second save on, files of more than 1 MiB fail in write(), as they do on a full disk."""
+    engine, before = make_engine(one_rank(), build_model("bn_cnn", 0)), resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert checkpoint.save(tmp_path, engine, RunState(step=1), one_rank(), {}, keep=1) == ""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
+    try:
+        why_not = checkpoint.save(tmp_path, engine, RunState(step=2), one_rank(), {}, keep=1)
+        weights = checkpoint.save_portable(tmp_path / "best_model", engine.portable_state(), {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert why_not.startswith("not saved at step 2: ")
+    assert "\n" not in why_not + weights
+    assert weights.startswith(f"{tmp_path / 'best_model'} is not written: ")
+    assert checkpoint.find(tmp_path) == ("step_00000001", [])
+    assert {path.name for path in tmp_path.iterdir()} == {"step_00000001", "latest", "best_model"}
+    other = make_engine(one_rank(), build_model("bn_cnn", 1))
+    assert checkpoint.resume(tmp_path, None, other, one_rank(), {}).step == 1
+    assert weights_sha256(other.portable_state()) == weights_sha256(engine.portable_state())
+
+
+# --- sinks, words, stops ----------------------------------------------------------------------------------------------------
+
+
+class Full(Sink):
+    def step(self, row: StepRow) -> None:
+        raise OSError("No space left on device")
+
+
+class Kept(Sink):
+    def __init__(self) -> None:
+        self.rows: list[StepRow] = []
+
+    def step(self, row: StepRow) -> None:
+        self.rows.append(row)
+
+
+def test_a_sink_that_fails_is_named_and_let_go_and_the_others_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    kept, row = Kept(), StepRow(1, 1, 2.3, 0.1, 1.0, 0.1, 0)
+    metrics = Metrics([Full(), kept])
+    metrics.step(row)
+    metrics.step(row)
+    metrics.close()
+    assert kept.rows == [row, row]
+    assert capsys.readouterr().err == "Full failed (No space left on device); training goes on without it\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            "out of memory at step 7; type --micro-batch-size 32,",
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+            "out of memory at step 7; type --micro-batch-size 32,",
+        ),
+        (RuntimeError("[/a/b.cc:5] Timed out waiting 10ms for recv"), "has waited in vain for another at step 7"),
+        (
+            RuntimeError("[/a/b.cc:5] Connection closed by peer [::1]:5"),
+            "has lost another at step 7, which has died: Connection",
+        ),
+        (ValueError("no\nmore"), "failed at step 7: ValueError: no"),
+    ],
+)
+def test_the_last_words_say_rank_step_and_remedy(error: Exception, words: str) -> None:
+    said = report.last_words(error, 3, 7, 64)
+    assert said.startswith("rank 3 ")
+    assert words in said
+    assert "\n" not in said
+
+
+def stopping(folder: Path, max_minutes: float | None = None) -> StopRequest:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)}
+    request = StopRequest(one_rank(), folder, max_minutes)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return request
+
+
+def test_a_file_called_stop_stops_a_run_once(tmp_path: Path) -> None:
+    request = stopping(tmp_path)
+    assert not request.agreed()
+    (tmp_path / "STOP").touch()
+    assert request.agreed()
+    assert request.reason == "the file STOP"
+    assert not (tmp_path / "STOP").exists(), "the same command goes on"
+    assert not stopping(tmp_path).agreed()
+
+
+def test_max_minutes_stop_a_run(tmp_path: Path) -> None:
+    request = stopping(tmp_path, max_minutes=0.001)
+    assert not stopping(tmp_path, max_minutes=60).agreed()
+    time.sleep(0.1)
+    assert request.agreed()
+    assert request.reason == "--max-minutes 0.001"
+
+
+def test_a_stop_file_stops_two_ranks_which_then_go_on(tmp_path: Path, uninterrupted: str) -> None:
+    launcher = start("--output-dir", str(tmp_path / "run"))
+    wait_until(lambda: has_trained(tmp_path / "run"), "the first steps")
+    (tmp_path / "run" / "STOP").touch()
+    output, errors = launcher.communicate(timeout=600)
+    assert launcher.returncode == 75, errors
+    assert "(the file STOP); all is saved" in output
+    assert run([*TWO_RANKS, "--output-dir", str(tmp_path / "run")]).returncode == 0
+    assert summary(tmp_path / "run")["weights_sha256"] == uninterrupted
+    assert os.listdir(tmp_path / "run").count("STOP") == 0
