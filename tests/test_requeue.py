@@ -85,7 +85,7 @@ def check_finished(job: dict[str, str], folder: Path, ranks: int, weights: str) 
     assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), log
     results = summary(folder)
     assert (results["status"], results["world_size"], results["weights_sha256"]) == ("finished", ranks, weights)
-    assert len(results["resumed_at_steps"]) == int(job["Restarts"]) > 0
+    assert 0 < len(results["resumed_at_steps"]) <= int(job["Restarts"])
     assert results["resumed_at_steps"] == sorted(set(results["resumed_at_steps"]))
     print({key: results[key] for key in ("status", "steps", "resumed_at_steps", "weights_sha256")})
     return results
@@ -133,8 +133,11 @@ def test_a_node_fails(cluster, weights, tmp_path) -> None:
     folder = tmp_path / "run"
     number = submit(cluster, folder, ONE_RANK, *MINUTE_LONG)
     wait_until((folder / "checkpoints" / "latest").exists, "a checkpoint")
-    # the node comes back by itself, since its daemon answers
+    # the node comes back by itself, since its daemon answers; SLURM then holds the job, whose processes may not have ended
     assert cluster.run("scontrol", "update", "nodename=hostA", "state=down", "reason=test").returncode == 0
+    going_on = ("RUNNING", "1"), ("PENDING", "2")
+    wait_until(lambda: (cluster.job(number)["JobState"], cluster.job(number)["Restarts"]) in going_on, "the node to be back")
+    cluster.run("scontrol", "release", number)
     results = check_finished(follow(cluster, number), folder, 1, weights(1, *MINUTE_LONG))
     assert results["resumed_at_steps"] == [175]
 
