@@ -138,6 +138,7 @@ def test_a_node_fails(cluster, weights, tmp_path) -> None:
     going_on = ("RUNNING", "1"), ("PENDING", "2")
     wait_until(lambda: (cluster.job(number)["JobState"], cluster.job(number)["Restarts"]) in going_on, "the node to be back")
     cluster.run("scontrol", "release", number)
+    cluster.run("scontrol", "update", "nodename=hostA", "state=resume")  # refused if it is back
     results = check_finished(follow(cluster, number), folder, 1, weights(1, *MINUTE_LONG))
     assert results["resumed_at_steps"] == [175]
 
