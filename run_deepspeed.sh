@@ -3,6 +3,7 @@
 #
 #     sbatch run_deepspeed.sh --epochs 10                         the program's flags come last
 #     sbatch --gres=gpu:4 --nodes=2 run_deepspeed.sh              sbatch's flags come first, and beat the requests below
+#     sbatch --array=0-2 run_deepspeed.sh --seed %a               several jobs; %a is the number of each in the array
 #     OUTPUT_DIR=runs/mine sbatch run_deepspeed.sh                goes on with a run that was stopped
 #
 # One rank for each GPU of each node. About two minutes before the time limit, or when the job is to make room for another,
@@ -28,9 +29,9 @@
 #SBATCH --signal=B:USR1@120
 
 STOPPED=75 # main.py: stopped, and the same command goes on
-KILLED=138 # by SIGUSR1: main.py had not come so far yet as to expect it
+KILLED=" 138 143 " # by SIGUSR1, SIGTERM: main.py had not come so far yet as to expect it
 
-step='' warned='' interrupted=''
+step='' warned='' preempted='' timeout='' interrupted=''
 # srun hands the warning to every process of the run. On scancel, SLURM itself sends SIGTERM to all; here it only ends a wait.
 trap 'warned=yes interrupted=yes; [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null' USR1
 trap 'interrupted=yes' TERM CONT
@@ -63,6 +64,12 @@ python=$(command -v python || command -v python3) || die "no python on $(hostnam
 
 # --- the command of each node ---------------------------------------------------------------------------------------
 
+job=$SLURM_JOB_ID
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then # one of its tasks has the number of the whole array
+    job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    set -- "${@//%a/$SLURM_ARRAY_TASK_ID}"
+    OUTPUT_DIR=${OUTPUT_DIR//%a/$SLURM_ARRAY_TASK_ID}
+fi
 OUTPUT_DIR=${OUTPUT_DIR:-runs/$SLURM_JOB_NAME-$SLURM_JOB_ID} # the same when the job is queued again
 for ((i = 1; i <= $#; i++)); do
     next=$((i + 1))
@@ -72,7 +79,9 @@ for ((i = 1; i <= $#; i++)); do
     esac
 done
 
-export CIFAR10_STARTED_BY="sbatch run_deepspeed.sh" # what a stopped run says to type
+# What a stopped run says to type, with the requests that its number of ranks follows from.
+requests="--partition=$SLURM_JOB_PARTITION --nodes=$SLURM_JOB_NUM_NODES --gres=gpu:${SLURM_GPUS_ON_NODE:-0}"
+export CIFAR10_STARTED_BY="sbatch $requests run_deepspeed.sh"
 run=("$python" main.py --num-gpus "${SLURM_GPUS_ON_NODE:-1}" --output-dir "$OUTPUT_DIR")
 if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
     master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -104,13 +113,20 @@ do :; done
 
 # --- once more? -----------------------------------------------------------------------------------------------------
 
-[ "$code" -eq "$KILLED" ] && [ -n "$warned" ] && code=$STOPPED
+known=$(scontrol show job "$job")
+# A job that is to make room for another may have some time of grace, with SIGTERM to srun's processes and no warning to this
+# script; if it ends by itself in that time, SLURM does not queue it again. Nor does it after the time limit.
+[[ $known == *PreemptTime=[0-9]* ]] && preempted=yes warned=yes
+[[ $known == *Reason=TimeLimit* ]] && timeout=yes warned=yes
+[[ $KILLED == *" $code "* ]] && [ -n "$warned" ] && code=$STOPPED
 after=$(newest_checkpoint)
-if [ "$code" -eq "$STOPPED" ] && [ -n "$warned" ]; then
-    if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "$after" = "$before" ]; then
+if [[ $known =~ JobState=(COMPLETING|CANCELLED) ]] && [ -z "$timeout" ]; then
+    : # by scancel or scontrol, warned or not: SLURM does what it was told, and `requeue` would bring a cancelled job back
+elif [ "$code" -eq "$STOPPED" ] && [ -n "$warned" ]; then
+    if [ -z "$preempted" ] && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "$after" = "$before" ]; then
         echo "stopped again, and without a new checkpoint, so not queued again; try a longer sbatch --time" >&2
-    elif scontrol requeue "$SLURM_JOB_ID"; then # ends the processes of this job, so that little can be done below
-        echo "queued again: job $SLURM_JOB_ID goes on in $OUTPUT_DIR from ${after:-its start}"
+    elif scontrol requeue "$job"; then # ends the processes of this job, so that little can be done below
+        echo "queued again: job $job goes on in $OUTPUT_DIR from ${after:-its start}"
         exit "$code"
     fi
 fi

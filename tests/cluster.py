@@ -241,16 +241,27 @@ GresTypes=gpu
 """
 NODE = "NodeName={name} NodeAddr={address} CPUs={cpus} CoresPerSocket={cpus} RealMemory={megabytes} Gres=gpu:{gpus}\n"
 PARTITION = "PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n"
+PREEMPTING = """
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
+"""  # a job in `high` pushes one in `low` out, after SIGTERM and a minute of grace
+WITH_USER_SIGNAL = "SlurmctldParameters=preempt_send_user_signal  # what sbatch --signal asks for, instead of SIGTERM\n"
 # Of all plugins for control groups, this one starts without any: no limits are put on jobs here.
 CGROUP_CONF = "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n"
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 
 
 class Slurm:
-    """SLURM on hosts: the controller on the first, a node on each, a partition `gpu`, two GPUs a node (which are not real)."""
+    """SLURM on hosts: the controller on the first, a node on each, two GPUs a node (which are not real).
 
-    def __init__(self, folder: Path, hosts: Hosts) -> None:
+    `partitions` ends slurm.conf: a partition `gpu`, or PREEMPTING.
+    """
+
+    def __init__(self, folder: Path, hosts: Hosts, partitions: str = PARTITION) -> None:
         self._hosts = hosts
+        self._partitions = partitions
         self._folder = folder / "slurm"
         self._logs = self._folder / "logs"
         self._daemons: list[subprocess.Popen[bytes]] = []
@@ -286,7 +297,7 @@ class Slurm:
         size = {"cpus": CPUS, "megabytes": MEGABYTES, "gpus": GPUS}
         conf = SLURM_CONF.format(controller=names[0], address=addresses[names[0]], logs=self._logs)
         nodes = [NODE.format(name=name, address=addresses[name], **size) for name in names]
-        (etc / "slurm.conf").write_text(conf + "".join(nodes) + PARTITION)
+        (etc / "slurm.conf").write_text(conf + "".join(nodes) + self._partitions)
         (etc / "cgroup.conf").write_text(CGROUP_CONF)
         for number in range(GPUS):  # a device file each: for regular files, SLURM would not set CUDA_VISIBLE_DEVICES
             (self._folder / f"gpu{number}").symlink_to("/dev/null")
