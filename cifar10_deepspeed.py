@@ -392,7 +392,8 @@ def start_run(plan: Plan, here: World, folder: Path, model: nn.Module) -> tuple[
         steps, says_steps = train_loader.steps_per_epoch, "steps_per_print" in plan.ds_config
         console = ConsoleSink(last_step, steps, state.step, plan.batch.global_images, says_steps=says_steps)
         metrics = Metrics([console, CsvSink(folder, step=state.step, epoch=state.epoch)])
-    tape, stop = Tape(options.log_every_steps, here.device), StopRequest(here, folder, options.max_minutes)
+    tape = Tape(options.log_every_steps, here.device)
+    stop = StopRequest(here, folder, options.max_minutes, options.stop_at)
     lr_scale = recipe.lr_scale(plan.batch.global_images)
     parts = engine, train_loader, val_loader, plain, tape, metrics, stop
     return Run(plan, here, *parts, folder, lr_scale, num_steps, last_step), state

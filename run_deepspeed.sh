@@ -31,7 +31,7 @@
 STOPPED=75 # main.py: stopped, and the same command goes on
 KILLED=" 138 143 " # by SIGUSR1, SIGTERM: main.py had not come so far yet as to expect it
 
-step='' warned='' preempted='' timeout='' interrupted=''
+step='' stop_at='' warned='' preempted='' timeout='' interrupted=''
 # srun hands the warning to every process of the run. On scancel, SLURM itself sends SIGTERM to all; here it only ends a wait.
 trap 'warned=yes interrupted=yes; [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null' USR1
 trap 'interrupted=yes' TERM CONT
@@ -98,10 +98,18 @@ fi
 
 newest_checkpoint() { cat "$OUTPUT_DIR/checkpoints/latest" 2>/dev/null; }
 
+# SLURM's warning may come half a minute early, and does not come again to a job that was queued again; so the run looks at
+# the clock as well. Of a short limit a third is kept for saving, of others two minutes.
+end=$(date -d "$(scontrol show job "$job" | sed -n 's/.*EndTime=\([^ ]*\).*/\1/p' | head -n 1)" +%s 2>/dev/null)
+if [ -n "$end" ]; then
+    third=$(((end - $(date +%s)) / 3))
+    stop_at=$((end - (third < 120 ? third : 120)))
+fi
+
 before=$(newest_checkpoint)
 # Of the job's cores, a step gets those that it asks for (since SLURM 22.05).
 srun --export=ALL --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
-    ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=1 "${run[@]}" "$@" &
+    ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=1 "${run[@]}" "$@" ${stop_at:+--stop-at "$stop_at"} &
 step=$!
 [ -z "$warned" ] || kill -USR1 "$step" # it came before srun was started
 while # traps run only between commands and in `wait`, and end it
@@ -118,6 +126,7 @@ known=$(scontrol show job "$job")
 # script; if it ends by itself in that time, SLURM does not queue it again. Nor does it after the time limit.
 [[ $known == *PreemptTime=[0-9]* ]] && preempted=yes warned=yes
 [[ $known == *Reason=TimeLimit* ]] && timeout=yes warned=yes
+[ -n "$stop_at" ] && [ "$(date +%s)" -ge "$stop_at" ] && warned=yes
 [[ $KILLED == *" $code "* ]] && [ -n "$warned" ] && code=$STOPPED
 after=$(newest_checkpoint)
 if [[ $known =~ JobState=(COMPLETING|CANCELLED) ]] && [ -z "$timeout" ]; then

@@ -126,6 +126,8 @@ class Options:
     """End the run in good order after this many steps; the schedule stays that of --epochs."""
     max_minutes: _Number = None
     """Save and stop after this many minutes, as on a signal; the same command goes on."""
+    stop_at: _Number = None
+    """The same at a point in time, in seconds since 1970: shortly before a job's time limit, as run_deepspeed.sh knows it."""
     timeout_minutes: float = 10.0
     """How long a rank waits for the others before it gives up, and the run ends: the others have died, or hang."""
     test_images: _Whole = None
@@ -221,7 +223,7 @@ def check_options(options: Options) -> None:
     for name in ("test_images", "save_every_epochs", "save_frequency", "num_workers"):
         value = getattr(options, name)
         _check(options, name, value is None or value >= 0, "a whole number from 0 up")
-    for name in ("max_minutes", "timeout_minutes"):
+    for name in ("max_minutes", "stop_at", "timeout_minutes"):
         value = getattr(options, name)
         _check(options, name, value is None or (math.isfinite(value) and value > 0), "a number above 0")
     _check(options, "lr", options.lr is None or (math.isfinite(options.lr) and options.lr > 0), "a number above 0")

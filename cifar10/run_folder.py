@@ -211,9 +211,9 @@ def command_to_continue(start: str, argv: list[str], folder: Path) -> str:
         start = f"uv run {start}"
     words, rest = [], iter(argv)
     for word in rest:
-        flag, equals, _ = word.partition("=")
-        pair = [word] if equals or flag not in ("--output-dir", "--output_dir", "--resume") else [word, *islice(rest, 1)]
+        flag, equals, _ = word.replace("_", "-").partition("=")
+        pair = [word] if equals or flag not in ("--output-dir", "--resume", "--stop-at") else [word, *islice(rest, 1)]
         never = flag == "--resume" and pair[-1].removeprefix("--resume=") == "never"  # the folder is not empty any more
-        if flag not in ("--output-dir", "--output_dir") and not never:
+        if flag not in ("--output-dir", "--stop-at") and not never:
             words += pair
     return f"{start} {shlex.join([*words, '--output-dir', str(folder)])}"

@@ -50,15 +50,16 @@ def _launchers_above() -> dict[int, str]:
 
 class StopRequest:
     """Whether this run has been asked to stop: by SIGTERM, SIGINT or SIGUSR1, by a file called STOP in `folder`, by having
-    run for `max_minutes`, or by the death of one of its launchers.
+    run for `max_minutes`, by the time `stop_at` (seconds since 1970), or by the death of one of its launchers.
 
     Handlers are installed by the constructor. With several ranks, all of them get the same answer at the same step.
     """
 
-    def __init__(self, world: World, folder: Path, max_minutes: float | None = None) -> None:
+    def __init__(self, world: World, folder: Path, max_minutes: float | None = None, stop_at: float | None = None) -> None:
         self._world = world
         self._file = folder / "STOP"
         self._max_minutes = max_minutes
+        self._stop_at = stop_at
         self._began = time.monotonic()
         self._reason = ""
         self._interrupted = float("inf")  # when Ctrl-C was pressed first
@@ -94,6 +95,8 @@ class StopRequest:
             self._file.unlink(missing_ok=True)  # the same command is to go on
         if self._max_minutes is not None and time.monotonic() - self._began > 60 * self._max_minutes:
             self._reason = self._reason or f"--max-minutes {self._max_minutes:g}"
+        if self._stop_at is not None and time.time() > self._stop_at:
+            self._reason = self._reason or "--stop-at"
 
     def _look_for_launchers(self) -> None:
         for pid, started in self._launchers.items():
