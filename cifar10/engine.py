@@ -56,11 +56,12 @@ class Engine:
     def __init__(self, deepspeed_engine: Any, world: World, seed: int = 0) -> None:
         self.deepspeed = deepspeed_engine
         self.module: nn.Module = deepspeed_engine.module
-        self.optimizer = deepspeed_engine.basic_optimizer
-        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self._world = world
         self._stage = deepspeed_engine.zero_optimization_stage()
         self._zero = self._stage > 0
+        # ZeRO makes a new Adagrad in place of the one that was asked for, which stays behind as basic_optimizer
+        self.optimizer = deepspeed_engine.optimizer.optimizer if self._zero else deepspeed_engine.basic_optimizer
+        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self._accumulation = deepspeed_engine.gradient_accumulation_steps()
         self._micro_batch = 0  # of the step under way
         self._seed = seed
