@@ -17,9 +17,11 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -163,7 +165,7 @@ def fault_of(tag: Path) -> str:
         return "" if STATE_FILE in manifest else f"{MANIFEST_FILE} does not list {STATE_FILE}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         return f"{MANIFEST_FILE} cannot be read ({type(error).__name__})"
 
 
@@ -183,10 +185,11 @@ def find(folder: Path, pointer: str = "latest") -> tuple[str | None, list[str]]:
     """
     passed_over = []
     for tag in _candidates(folder, pointer):
-        fault = fault_of(folder / tag) if Path(tag).name == tag else "the pointer names no tag of this folder"
+        is_tag = re.fullmatch(r"step_[0-9_]{1,40}", tag)  # a pointer may hold anything, lines and control characters too
+        fault = fault_of(folder / tag) if is_tag else "it names no tag"
         if not fault:
             return tag, [*passed_over, *([f"going on from {tag}"] if passed_over else [])]
-        passed_over.append(f"checkpoint {folder / tag} is damaged: {fault}")
+        passed_over.append(f"checkpoint {folder / (tag if is_tag else pointer)} is damaged: {fault}")
     if passed_over:
         raise UsageError(f"{passed_over[0]}; no sound one is left there; restore one, or name another --output-dir")
     return None, []
@@ -195,8 +198,12 @@ def find(folder: Path, pointer: str = "latest") -> tuple[str | None, list[str]]:
 def load(tag: Path) -> dict[str, Any]:
     """What a tag holds. Nothing in it is executed. Raises UsageError if it is no checkpoint of this program."""
     try:
-        content = torch.load(tag / STATE_FILE, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it is about to refuse
+            content = torch.load(tag / STATE_FILE, map_location="cpu", weights_only=True)
         state = RunState.from_dict(content["run_state"])
+        if not isinstance(content["settings"], dict) or not isinstance(content["engine"], dict):
+            raise TypeError("no settings, or no state of an engine")
     except Exception as error:  # whatever bytes that are no such file make of a reader
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no more is known"
         raise UsageError(f"{tag / STATE_FILE} is not a checkpoint of this program ({type(error).__name__}: {reason})") from None

@@ -28,9 +28,11 @@ from cifar10 import UsageError
 from cifar10.loss_scale import LossScale
 from cifar10.world import World
 
-COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")  # DeepSpeed's own
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # DeepSpeed's own
 
 SCALE = ("scale", "_growth_tracker")  # a loss scale's state
+
+STATE = frozenset("parameters optimizer optimizer_name buffers loss_scale scheduler scheduler_name groups counters".split())
 
 
 def prepare() -> Any:
@@ -54,11 +56,12 @@ class Engine:
     def __init__(self, deepspeed_engine: Any, world: World, seed: int = 0) -> None:
         self.deepspeed = deepspeed_engine
         self.module: nn.Module = deepspeed_engine.module
-        self.optimizer = deepspeed_engine.basic_optimizer
-        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self._world = world
         self._stage = deepspeed_engine.zero_optimization_stage()
         self._zero = self._stage > 0
+        # ZeRO makes a new Adagrad in place of the one that was asked for, which stays behind as basic_optimizer
+        self.optimizer = deepspeed_engine.optimizer.optimizer if self._zero else deepspeed_engine.basic_optimizer
+        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self._accumulation = deepspeed_engine.gradient_accumulation_steps()
         self._micro_batch = 0  # of the step under way
         self._seed = seed
@@ -240,6 +243,7 @@ class Engine:
             "buffers": self._world.gather({name: buffer.cpu().clone() for name, buffer in self.module.named_buffers()}),
             "loss_scale": {k: scaler.state_dict()[k] for k in SCALE} if scaler is not None else None,
             "scheduler": scheduler.state_dict() if scheduler is not None else None,
+            "scheduler_name": type(scheduler).__name__ if scheduler is not None else None,
             "groups": [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups],
             "counters": {name: getattr(engine, name) for name in COUNTERS},
         }
@@ -265,8 +269,11 @@ class Engine:
                 group.update(settings)  # the scheduler has moved them; without one they are the JSON's, as recorded
         for name in COUNTERS:
             setattr(self.deepspeed, name, saved["counters"][name])
+        self.deepspeed.micro_steps = self.deepspeed.global_steps * self._accumulation  # DeepSpeed finds a step's last by it
 
     def _refuse_others(self, saved: dict[str, Any]) -> None:
+        if not isinstance(saved, dict) or not saved.keys() >= STATE:
+            raise UsageError("the checkpoint is another program's, or another version's")
         shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.module.named_parameters()}
         theirs = {name: tuple(value.shape) for name, value in saved["parameters"].items()}
         if shapes != theirs:
@@ -275,6 +282,10 @@ class Engine:
         if saved["optimizer_name"] != type(self.optimizer).__name__:
             ours = type(self.optimizer).__name__
             raise UsageError(f"the checkpoint's optimizer is {saved['optimizer_name']}, and this run's is {ours}")
+        scheduler = self.deepspeed.lr_scheduler
+        if scheduler is not None and saved["scheduler_name"] not in (None, type(scheduler).__name__):
+            ours = type(scheduler).__name__
+            raise UsageError(f"the checkpoint's scheduler is {saved['scheduler_name']}, and this run's is {ours}")
 
     def _loss_scaler(self) -> Any:
         """What keeps fp16's loss scale, at whichever ZeRO stage; None in other precisions."""
@@ -292,12 +303,21 @@ class Engine:
 
     def _set(self, parameter: nn.Parameter, value: Tensor) -> None:
         from deepspeed.runtime.zero import GatheredParameters
-        from deepspeed.utils import safe_set_full_fp32_param
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         with GatheredParameters([parameter], modifier_rank=0, enabled=self._stage == 3), torch.no_grad():
             parameter.copy_(value)
-        if self._zero:
+        if self._stage == 3:
+            safe_set_local_fp32_param(parameter, self._own_part(parameter, value))
+        elif self._zero:
             safe_set_full_fp32_param(parameter, value)
+
+    def _own_part(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """What this rank keeps of a whole tensor at stage 3; the last part is padded, which DeepSpeed's own setter forgets."""
+        size = parameter.ds_tensor.numel()
+        padded = value.new_zeros(size * self._world.size)
+        padded[: value.numel()] = value.flatten()
+        return padded[size * self._world.rank : size * (self._world.rank + 1)]
 
     def _flat_partitions(self) -> list[Tensor]:
         """Under ZeRO, the flat tensors that the optimizer has in place of parameters."""
@@ -333,19 +353,22 @@ class Engine:
                 for name, value in values.items():
                     self.optimizer.state[named[name]][key] = self._placed(value)
             return
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         for key, values in saved.items():
             one = next(iter(values.values()))
             for flat in self._flat_partitions():
                 self.optimizer.state[flat][key] = self._placed(one).clone() if one.dim() == 0 else torch.zeros_like(flat)
-        if self._stage < 3:  # its setters know the optimizer's state only once this has been done
+        if saved and self._stage < 3:  # its setters know the optimizer's state only once this has been done
             self.deepspeed.optimizer._hp_optimizer_states_linked = False
             self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
         for key, values in saved.items():
             for name, value in values.items():
-                if value.dim():
-                    safe_set_full_optimizer_state(named[name], value.to(self._world.device), key)
+                parameter, value = named[name], value.to(self._world.device)
+                if value.dim() and self._stage == 3:
+                    safe_set_local_optimizer_state(parameter, self._own_part(parameter, value), key)
+                elif value.dim():
+                    safe_set_full_optimizer_state(parameter, value, key)
 
     def _placed(self, value: Tensor) -> Tensor:
         """A copy of a state where the optimizer keeps it: PyTorch's fused ones count steps on the device, others on the CPU."""

@@ -47,7 +47,12 @@ class LossScale:
             self.cur_scale /= 2
 
     def state_dict(self) -> dict[str, float]:
-        """Where the scale stands, in the words of PyTorch's GradScaler, which keeps the same rule without ZeRO."""
+        """Where the scale stands, in the words of PyTorch's GradScaler, which keeps the same rule without ZeRO.
+
+        It doubles at once, where this one waits for the next backward, and would never double after a full window.
+        """
+        if self.good_steps >= self.window:
+            return {"scale": self.cur_scale * 2, "_growth_tracker": 0}
         return {"scale": self.cur_scale, "_growth_tracker": self.good_steps}
 
     def load_state_dict(self, saved: dict[str, float]) -> None:

@@ -3,9 +3,10 @@
     python tests/workers/small_runs.py STARTS.json
 
 STARTS.json lists the starts, carried out one after another: {"ranks": 2, "flags": ["--epochs", "2"], "keep_summary":
-"PATH"}, and optionally "stop_after": N, which sends SIGTERM to a rank after the N-th step that it trains. Each rank of each
-start is a process of its own, forked when the slow imports are done and before anything else is; afterwards the run's
-summary.json is copied to keep_summary. No rank may leave before rank 0 has written there how the run has ended.
+"PATH"}, and optionally "stop_after": N, which sends SIGTERM to a rank after the N-th step that it trains, "code": the exit code
+that is due in place of 0, and "stderr": a file for what the ranks say there. Each rank of each start is a process of its own,
+forked when the slow imports are done and before anything else is; afterwards the run's summary.json is copied to keep_summary.
+No rank may leave before rank 0 has written there how the run has ended.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 
 import cifar10_deepspeed as story
+from cifar10 import stop
 from cifar10.datasets import DATASETS
 from cifar10.engine import prepare
 
@@ -34,7 +36,8 @@ ENDS = ("finished", "stopped")
 
 
 def stop_after(steps: int) -> None:
-    """Let the story's training step send the signal when it has been taken so often."""
+    """Let the story's training step send the signal when it has been taken so often; several ranks agree on it at once."""
+    stop.TIMED_STEPS, stop.SECONDS_BETWEEN_AGREEMENTS = 2, 0.0
     train_step, taken = story.train_step, 0
 
     def counted(*args: Any) -> None:
@@ -74,8 +77,12 @@ def run_rank(start: dict[str, Any], rank: int, port: int) -> int:
         stop_after(start["stop_after"])
     if start["ranks"] > 1:
         write_the_end_late()
+    if "stderr" in start:
+        os.dup2(os.open(start["stderr"], os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
     sys.argv[1:] = start["flags"]
     code = story.main()
+    if "code" in start:
+        return int(code != start["code"])
     status = json.loads((run_folder_of(start) / "summary.json").read_text())["status"]
     assert status in ENDS, f"rank {rank} has left while the run is still {status}: its launcher would call that a failure"
     return code
