@@ -139,6 +139,10 @@ IMPOSSIBLE = {  # flag -> values that its type admits and its meaning does not
     "keep_checkpoints": "0 -1",
     "save_frequency": "-1",
     "num_workers": "-1",
+    "micro_batch_size": "0 -1",
+    "max_minutes": "0 -1 nan inf",
+    "stop_at": "0 -1 nan inf",
+    "timeout_minutes": "0 -1 nan inf",
 }
 
 
@@ -198,7 +202,7 @@ def test_an_empty_word_as_an_unset_shell_variable_leaves_it_is_refused(argv):
         ("--recip bn_cnn", "--recipe"),
         ("--max-step 5", "--max-steps"),
         ("--deepspeed_confg x", "--deepspeed-config"),
-        ("--batch-size 3", "--global-batch-size"),
+        ("--global-batch 3", "--global-batch-size"),
         ("--recipe bn_cn", "bn_cnn"),
         ("--recipe bn_cnn_documnet", "bn_cnn_document"),
         ("--model smoth_cnn", "smooth_cnn"),

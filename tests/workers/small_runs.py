@@ -29,10 +29,14 @@ from cifar10 import stop
 from cifar10.datasets import DATASETS
 from cifar10.engine import prepare
 
-for name, dataset in DATASETS.items():
-    if dataset.draw:
-        DATASETS[name] = dataclasses.replace(dataset, train_images=600, test_images=200)
 ENDS = ("finished", "stopped")
+
+
+def shrink_the_data_sets() -> None:
+    """Those that are drawn: for the whole process, so no test may import this and call it."""
+    for name, dataset in DATASETS.items():
+        if dataset.draw:
+            DATASETS[name] = dataclasses.replace(dataset, train_images=600, test_images=200)
 
 
 def stop_after(steps: int) -> None:
@@ -113,6 +117,7 @@ def carry_out(start: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    shrink_the_data_sets()
     prepare()
     torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # for its first optimizer PyTorch imports its compiler
     for one in json.loads(Path(sys.argv[1]).read_text()):
