@@ -7,8 +7,9 @@ checkpoints/best_model/       mp_rank_00_model_states.pt: fp32 weights under "mo
 checkpoints/final/            the same, of the last state
 
 A tag appears whole or not at all: written under another name, with its manifest, brought to the disk, renamed; only then do
-pointers move, by a rename each. So a process may be killed at any moment. All files hold plain tensors and values: reading one
-executes nothing. The manifest detects damage; it does not prove where a file comes from.
+pointers move, by a rename each; a tag knows which are to name it, so that a resume completes what was cut short between them.
+So a process may be killed at any moment. All files hold plain tensors and values: reading one executes nothing. The manifest
+detects damage; it does not prove where a file comes from.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -35,7 +37,8 @@ from cifar10.state import RunState
 from cifar10.world import World
 
 PORTABLE_FILE, STATE_FILE, MANIFEST_FILE = "mp_rank_00_model_states.pt", "state.pt", "manifest.json"
-PAUSES = ("before state", "after state", "after manifest", "after rename", "after pointers")  # of a save, in order
+NAMES = r"best|epoch_\d{3,9}"  # of pointers beside `latest`
+PAUSES = ("before state", "after state", "after manifest", "after rename", "between pointers", "after pointers")  # of a save
 
 
 def _pause(name: str) -> None:
@@ -87,6 +90,7 @@ def _point(folder: Path, names: Sequence[str], tag: str) -> None:
     for name in names:
         with written_whole(folder / name) as pointer:
             pointer.write(tag.encode())
+        _pause("between pointers")
 
 
 def _pointers(folder: Path) -> dict[str, str]:
@@ -140,7 +144,7 @@ def save(
 
     Returns "" if it is saved, else why not, in a line.
     """
-    content = {"run_state": state.as_dict(), "settings": settings, "engine": engine.full_state()}
+    content = {"run_state": state.as_dict(), "settings": settings, "engine": engine.full_state(), "pointers": list(pointers)}
     return world.from_main(lambda: _commit(folder, content, keep, pointers))
 
 
@@ -194,20 +198,40 @@ def load(tag: Path) -> dict[str, Any]:
     try:
         content = torch.load(tag / STATE_FILE, map_location="cpu", weights_only=True)
         state = RunState.from_dict(content["run_state"])
+        pointers = [name for name in content.get("pointers", ()) if re.fullmatch(NAMES, name)]
     except Exception as error:  # whatever bytes that are no such file make of a reader
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no more is known"
-        raise UsageError(f"{tag / STATE_FILE} is not a checkpoint of this program ({type(error).__name__}: {reason})") from None
-    return {**content, "run_state": state}
+        raise _no_checkpoint(tag, error) from None
+    return {**content, "run_state": state, "pointers": pointers}
 
 
-def _take_up(tag: Path, engine: Engine, settings: dict[str, Any] | None) -> RunState:
-    content = load(tag)
-    if settings is not None and (shown := differences(content["settings"], settings)):
-        raise UsageError(f"{tag} is a checkpoint of another experiment ({shown}); name another --output-dir")
-    engine.restore(content["engine"])
+def _no_checkpoint(tag: Path, error: Exception) -> UsageError:
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no more is known"
+    return UsageError(f"{tag / STATE_FILE} is not a checkpoint of this program ({type(error).__name__}: {reason})")
+
+
+def _take_up(tag: Path, content: dict[str, Any], engine: Engine, settings: dict[str, Any] | None) -> RunState:
+    try:
+        if settings is not None and (shown := differences(content["settings"], settings)):
+            raise UsageError(f"{tag} is a checkpoint of another experiment ({shown}); name another --output-dir")
+        engine.restore(content["engine"])
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        IndexError,
+        RuntimeError,
+    ) as error:  # it lacks or mistakes something
+        raise _no_checkpoint(tag, error) from None
     state = content["run_state"]
     state.resumed_at_steps.append(state.step)
     return state
+
+
+def _complete_pointers(folder: Path, tag: str, names: Sequence[str]) -> None:
+    """Let the pointers that were to name `tag` name it, if the process that saved it was killed before they did."""
+    there = _pointers(folder)
+    _point(folder, [name for name in names if there.get(name) != tag], tag)
 
 
 def _take_best_model(source: Path, folder: Path, state: RunState, world: World) -> None:
@@ -240,9 +264,12 @@ def resume(
             print(line, file=sys.stderr)
     if tag is None:
         return RunState()
-    state = _take_up(source / tag, engine, expected)
+    content = load(source / tag)
+    state = _take_up(source / tag, content, engine, expected)
     if source != folder:
         _take_best_model(source, folder, state, world)
+    else:
+        world.from_main(lambda: _complete_pointers(folder, tag, content["pointers"]))
     return state
 
 
