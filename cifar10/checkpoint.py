@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cifar10 import UsageError
 from cifar10.engine import Engine
@@ -37,6 +37,7 @@ from cifar10.state import RunState
 from cifar10.world import World
 
 PORTABLE_FILE, STATE_FILE, MANIFEST_FILE = "mp_rank_00_model_states.pt", "state.pt", "manifest.json"
+LONGEST_TAG = 100  # bytes of a pointer that are read
 NAMES = r"best|epoch_\d{3,9}"  # of pointers beside `latest`
 PAUSES = ("before state", "after state", "after manifest", "after rename", "between pointers", "after pointers")  # of a save
 
@@ -94,9 +95,15 @@ def _point(folder: Path, names: Sequence[str], tag: str) -> None:
 
 
 def _pointers(folder: Path) -> dict[str, str]:
-    """Name -> tag of every pointer in `folder`; one that cannot be read names nothing."""
+    """Name -> tag of every pointer in `folder`; one that holds anything else names nothing that there is."""
     files = (path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    return {path.name: path.read_text(encoding="utf-8", errors="replace").strip() for path in files}
+    return {path.name: _pointed_at(path) for path in files}
+
+
+def _pointed_at(pointer: Path) -> str:
+    with open(pointer, "rb") as file:
+        text = file.read(LONGEST_TAG).decode(errors="replace").strip()
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def _tags(folder: Path) -> list[str]:
@@ -157,6 +164,8 @@ def fault_of(tag: Path) -> str:
         manifest = json.loads((tag / MANIFEST_FILE).read_text(encoding="utf-8"))
         for name, facts in manifest.items():
             file = tag / Path(name).name
+            if not file.is_file():  # a device or a pipe might never end
+                return f"{name} is no file" if file.exists() else f"{name} is missing"
             if file.stat().st_size != facts["bytes"]:
                 return f"{name} has {file.stat().st_size} of {facts['bytes']} bytes"
             if _sha256(file) != facts["sha256"]:
@@ -164,7 +173,7 @@ def fault_of(tag: Path) -> str:
         return "" if STATE_FILE in manifest else f"{MANIFEST_FILE} does not list {STATE_FILE}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         return f"{MANIFEST_FILE} cannot be read ({type(error).__name__})"
 
 
@@ -204,9 +213,16 @@ def load(tag: Path) -> dict[str, Any]:
     return {**content, "run_state": state, "pointers": pointers}
 
 
+def _reason(error: Exception) -> str:
+    """What an error says, in a line."""
+    said = str(error).strip()
+    return f"{type(error).__name__}: {said.splitlines()[0][:200] if said else 'no more is known'}"
+
+
 def _no_checkpoint(tag: Path, error: Exception) -> UsageError:
-    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no more is known"
-    return UsageError(f"{tag / STATE_FILE} is not a checkpoint of this program ({type(error).__name__}: {reason})")
+    return UsageError(
+        f"{tag / STATE_FILE} is not a checkpoint of this program ({_reason(error)}); restore it, or name another --output-dir"
+    )
 
 
 def _take_up(tag: Path, content: dict[str, Any], engine: Engine, settings: dict[str, Any] | None) -> RunState:
@@ -284,5 +300,22 @@ def save_portable(folder: Path, module: dict[str, Tensor], facts: dict[str, Any]
 
 
 def load_portable(folder: Path) -> dict[str, Any]:
-    """What `save_portable` wrote; nothing in the file is executed."""
-    return torch.load(folder / PORTABLE_FILE, map_location="cpu", weights_only=True)
+    """What `save_portable` wrote; nothing in the file is executed. Raises UsageError if it is something else."""
+    try:
+        content = torch.load(folder / PORTABLE_FILE, map_location="cpu", weights_only=True)
+        facts = {"module": dict(content["module"]), "step": int(content["step"])}
+    except Exception as error:  # whatever bytes that are no such file make of a reader
+        raise UsageError(
+            f"{folder / PORTABLE_FILE} is not a model of this program ({_reason(error)}); restore it,"
+            " or name another --output-dir"
+        ) from None
+    return {**content, **facts}
+
+
+def portable_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
+    """The weights that `save_portable` wrote. Raises UsageError if they are not those of such a model."""
+    weights = load_portable(folder)["module"]
+    shapes = [{name: getattr(value, "shape", None) for name, value in state.items()} for state in (weights, model.state_dict())]
+    if shapes[0] != shapes[1]:
+        raise UsageError(f"{folder / PORTABLE_FILE} holds another model's weights; restore it, or name another --output-dir")
+    return weights
