@@ -258,10 +258,11 @@ class Campaign:
 # --- the whole ----------------------------------------------------------------------------------------------------------
 
 
-def moments_for(kills: int) -> list[str]:
-    """Half of the kills at the points of a save, each of them equally often, the others at random."""
+def moments_for(kills: int, worlds: int) -> list[list[str]]:
+    """Half of the kills at the points of a save, each of them equally often, the others at random; dealt to so many worlds."""
     each = max(1, round(kills / 2 / len(PAUSES)))
-    return [*(point for point in PAUSES for _ in range(each)), *[RANDOM] * (kills - each * len(PAUSES))]
+    moments = [*(point for point in PAUSES for _ in range(each)), *[RANDOM] * (kills - each * len(PAUSES))]
+    return [moments[number::worlds] for number in range(worlds)]
 
 
 def table(found: Found) -> list[str]:
@@ -288,9 +289,8 @@ def main() -> int:
     torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # for its first optimizer PyTorch imports its compiler
     found, began, chance = Found(), time.monotonic(), random.Random(options.seed)
     with tempfile.TemporaryDirectory() as base:
-        for number, ranks in enumerate(options.ranks):
-            kills = options.kills * (number + 1) // len(options.ranks) - options.kills * number // len(options.ranks)
-            Campaign(Path(base), ranks, found, chance).carry_out(moments_for(kills))
+        for ranks, moments in zip(options.ranks, moments_for(options.kills, len(options.ranks)), strict=True):
+            Campaign(Path(base), ranks, found, chance).carry_out(moments)
     seconds = time.monotonic() - began
     print("\n".join(["", *table(found), f"{seconds:.0f} seconds"]))
     if options.json:
