@@ -75,7 +75,7 @@ class Start:
     """The ranks of one start of the program in `folder`, each a process; what they say is in `folder`.log."""
 
     def __init__(self, folder: Path, ranks: int, moment: str = RANDOM) -> None:
-        self.began, self.codes = time.monotonic(), dict[int, int]()
+        self.began, self.began_at, self.codes = time.monotonic(), time.time(), dict[int, int]()
         self.paused = folder.with_suffix(".paused")
         self.paused.unlink(missing_ok=True)
         self._log, port = folder.with_suffix(".log"), free_port()
@@ -229,8 +229,8 @@ class Campaign:
             survivor = "ended by itself" if start.wait(SECONDS_ALONE) else "was ended"
             start.kill(start.alive())
         start.wait(DEADLINE_SECONDS)
-        drafts = (folder / "checkpoints").glob(".draft/*") if folder.exists() else ()
-        while_saving = moment != RANDOM or any(drafts)
+        draft = folder / "checkpoints" / ".draft"  # an older one is an earlier kill's
+        while_saving = moment != RANDOM or (draft.exists() and draft.stat().st_mtime > start.began_at)
         saved = saved_step(folder)
         self._found.kills.append(
             Kill(self._found.runs, self._ranks, moment, victim, round(seconds, 3), saved, while_saving, survivor)

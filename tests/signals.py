@@ -126,6 +126,7 @@ def carry_out(cell: Cell, command: list[str], folder: Path) -> Outcome:
     launcher = subprocess.Popen(command, cwd=PROJECT, env=environment(OMP_NUM_THREADS="1"), **options)
     try:
         wait_until(lambda: has_come(cell.moment, folder) or launcher.poll() is not None, f"the moment of {cell}")
+        assert launcher.poll() is None, f"it ended before {cell}: {launcher.returncode}, {launcher.communicate()}"
         send(cell, folder)
         began, at_step = time.monotonic(), trained_step(folder)
         printed, errors = launcher.communicate(timeout=DEADLINE_SECONDS)
