@@ -183,7 +183,7 @@ def main() -> int:
             "| signal to | signal | when | at step | exit code | status | saved | seconds | it said | |\n" + "|---" * 10 + "|"
         )
         for name in options.chains:
-            folder = Path(base) / name.replace(" ", "_")
+            folder = Path(base) / f"chain_{len(found['chains'])}"  # the name of no process
             command = command_for(folder, options.steps)
             for cell in CHAINS[name]:
                 outcome = carry_out(cell, command, folder)
