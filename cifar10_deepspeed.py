@@ -340,8 +340,8 @@ def measure_best_model(run: Run, state: RunState) -> SplitResult | None:
     """Open the test split, once, for the model that validation chose; None with --test-images 0."""
     if run.plan.options.test_images == 0:
         return None
-    best = run.here.from_main(lambda: checkpoint.load_portable(run.folder / "checkpoints" / "best_model")["module"])
-    run.model.load_state_dict(best)
+    folder = run.folder / "checkpoints" / "best_model"
+    run.model.load_state_dict(run.here.from_main(lambda: checkpoint.portable_weights(folder, run.model)))
     images, count = run.plan.images("test"), run.plan.options.test_images
     loader = evaluation_loader(images.pixels[:count], images.labels[:count], run.plan.recipe, run.here)
     result = evaluate(run.model, loader, run.here)

@@ -219,6 +219,13 @@ def launch_and_wait(machines: Machines, ranks: int, flags: list[str]) -> tuple[i
         return launch.wait(), launch.signalled
 
 
+def in_words(code: int) -> str:
+    """` with code 1`; a rank that a signal has ended leaves DeepSpeed's launcher with minus its number, as an unsigned byte."""
+    if code in (247, 137, -9):
+        return ": a rank was killed by SIGKILL; the system does that, too, when memory runs out"
+    return f" with code {code}"
+
+
 def once(machines: Machines, ranks: int, flags: list[str], folder: Path) -> int:
     """Launch, and mind it to its last process; returns the exit code."""
     before = run_folder.read_json(folder / "summary.json")
@@ -226,7 +233,7 @@ def once(machines: Machines, ranks: int, flags: list[str], folder: Path) -> int:
     after = run_folder.read_json(folder / "summary.json")
     first = machines.node_rank == 0  # of several machines one speaks for the run
     if first and after and after != before and after["status"] == "running" and not signalled:  # no rank was left to say so
-        after = {**after, "status": "failed", "reason": f"the launcher ended with code {code}"}
+        after = {**after, "status": "failed", "reason": f"the run ended{in_words(code)}"}
         run_folder.write_json(folder / "summary.json", after)
     return exit_code(code, signalled, before, after)
 
@@ -245,7 +252,7 @@ def main(argv: list[str]) -> int:
         code = once(machines, ranks, [*flags, "--output-dir", str(folder)], folder)
         if code in (FINISHED, CANNOT, RESUMABLE) or restart == machines.max_restarts:
             return code
-        print(f"it failed with code {code}; restart {restart + 1} of {machines.max_restarts}", file=sys.stderr)
+        print(f"it failed{in_words(code)}; restart {restart + 1} of {machines.max_restarts}", file=sys.stderr)
     return FAILED
 
 

@@ -7,8 +7,9 @@ checkpoints/best_model/       mp_rank_00_model_states.pt: fp32 weights under "mo
 checkpoints/final/            the same, of the last state
 
 A tag appears whole or not at all: written under another name, with its manifest, brought to the disk, renamed; only then do
-pointers move, by a rename each. So a process may be killed at any moment. All files hold plain tensors and values: reading one
-executes nothing. The manifest detects damage; it does not prove where a file comes from.
+pointers move, by a rename each; a tag knows which are to name it, so that a resume completes what was cut short between them.
+So a process may be killed at any moment. All files hold plain tensors and values: reading one executes nothing. The manifest
+detects damage; it does not prove where a file comes from.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cifar10 import UsageError
 from cifar10.engine import Engine
@@ -37,7 +38,9 @@ from cifar10.state import RunState
 from cifar10.world import World
 
 PORTABLE_FILE, STATE_FILE, MANIFEST_FILE = "mp_rank_00_model_states.pt", "state.pt", "manifest.json"
-PAUSES = ("before state", "after state", "after manifest", "after rename", "after pointers")  # of a save, in order
+LONGEST_TAG = 100  # bytes of a pointer that are read
+NAMES = r"best|epoch_\d{3,9}"  # of pointers beside `latest`
+PAUSES = ("before state", "after state", "after manifest", "after rename", "between pointers", "after pointers")  # of a save
 
 
 def _pause(name: str) -> None:
@@ -89,12 +92,19 @@ def _point(folder: Path, names: Sequence[str], tag: str) -> None:
     for name in names:
         with written_whole(folder / name) as pointer:
             pointer.write(tag.encode())
+        _pause("between pointers")
 
 
 def _pointers(folder: Path) -> dict[str, str]:
-    """Name -> tag of every pointer in `folder`; one that cannot be read names nothing."""
+    """Name -> tag of every pointer in `folder`; one that holds anything else names nothing that there is."""
     files = (path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    return {path.name: path.read_text(encoding="utf-8", errors="replace").strip() for path in files}
+    return {path.name: _pointed_at(path) for path in files}
+
+
+def _pointed_at(pointer: Path) -> str:
+    with open(pointer, "rb") as file:
+        text = file.read(LONGEST_TAG).decode(errors="replace").strip()
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def _tags(folder: Path) -> list[str]:
@@ -145,7 +155,7 @@ def save(
 
     Returns "" if it is saved, else why not, in a line.
     """
-    content = {"run_state": state.as_dict(), "settings": settings, "engine": engine.full_state()}
+    content = {"run_state": state.as_dict(), "settings": settings, "engine": engine.full_state(), "pointers": list(pointers)}
     return world.from_main(lambda: _commit(folder, content, keep, pointers))
 
 
@@ -158,6 +168,8 @@ def fault_of(tag: Path) -> str:
         manifest = json.loads((tag / MANIFEST_FILE).read_text(encoding="utf-8"))
         for name, facts in manifest.items():
             file = tag / Path(name).name
+            if not file.is_file():  # a device or a pipe might never end
+                return f"{name} is no file" if file.exists() else f"{name} is missing"
             if file.stat().st_size != facts["bytes"]:
                 return f"{name} has {file.stat().st_size} of {facts['bytes']} bytes"
             if _sha256(file) != facts["sha256"]:
@@ -204,20 +216,47 @@ def load(tag: Path) -> dict[str, Any]:
         state = RunState.from_dict(content["run_state"])
         if not isinstance(content["settings"], dict) or not isinstance(content["engine"], dict):
             raise TypeError("no settings, or no state of an engine")
+        pointers = [name for name in content.get("pointers", ()) if re.fullmatch(NAMES, name)]
     except Exception as error:  # whatever bytes that are no such file make of a reader
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no more is known"
-        raise UsageError(f"{tag / STATE_FILE} is not a checkpoint of this program ({type(error).__name__}: {reason})") from None
-    return {**content, "run_state": state}
+        raise _no_checkpoint(tag, error) from None
+    return {**content, "run_state": state, "pointers": pointers}
 
 
-def _take_up(tag: Path, engine: Engine, settings: dict[str, Any] | None) -> RunState:
-    content = load(tag)
-    if settings is not None and (shown := differences(content["settings"], settings)):
-        raise UsageError(f"{tag} is a checkpoint of another experiment ({shown}); name another --output-dir")
-    engine.restore(content["engine"])
+def _reason(error: Exception) -> str:
+    """What an error says, in a line."""
+    said = str(error).strip()
+    return f"{type(error).__name__}: {said.splitlines()[0][:200] if said else 'no more is known'}"
+
+
+def _no_checkpoint(tag: Path, error: Exception) -> UsageError:
+    return UsageError(
+        f"{tag / STATE_FILE} is not a checkpoint of this program ({_reason(error)}); restore it, or name another --output-dir"
+    )
+
+
+def _take_up(tag: Path, content: dict[str, Any], engine: Engine, settings: dict[str, Any] | None) -> RunState:
+    try:
+        if settings is not None and (shown := differences(content["settings"], settings)):
+            raise UsageError(f"{tag} is a checkpoint of another experiment ({shown}); name another --output-dir")
+        engine.restore(content["engine"])
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        IndexError,
+        RuntimeError,
+    ) as error:  # it lacks or mistakes something
+        raise _no_checkpoint(tag, error) from None
     state = content["run_state"]
     state.resumed_at_steps.append(state.step)
     return state
+
+
+def _complete_pointers(folder: Path, tag: str, names: Sequence[str]) -> None:
+    """Let the pointers that were to name `tag` name it, if the process that saved it was killed before they did."""
+    there = _pointers(folder)
+    _point(folder, [name for name in names if there.get(name) != tag], tag)
 
 
 def _take_best_model(source: Path, folder: Path, state: RunState, world: World) -> None:
@@ -250,9 +289,12 @@ def resume(
             print(line, file=sys.stderr)
     if tag is None:
         return RunState()
-    state = _take_up(source / tag, engine, expected)
+    content = load(source / tag)
+    state = _take_up(source / tag, content, engine, expected)
     if source != folder:
         _take_best_model(source, folder, state, world)
+    else:
+        world.from_main(lambda: _complete_pointers(folder, tag, content["pointers"]))
     return state
 
 
@@ -274,5 +316,22 @@ def save_portable(folder: Path, module: dict[str, Tensor], facts: dict[str, Any]
 
 
 def load_portable(folder: Path) -> dict[str, Any]:
-    """What `save_portable` wrote; nothing in the file is executed."""
-    return torch.load(folder / PORTABLE_FILE, map_location="cpu", weights_only=True)
+    """What `save_portable` wrote; nothing in the file is executed. Raises UsageError if it is something else."""
+    try:
+        content = torch.load(folder / PORTABLE_FILE, map_location="cpu", weights_only=True)
+        facts = {"module": dict(content["module"]), "step": int(content["step"])}
+    except Exception as error:  # whatever bytes that are no such file make of a reader
+        raise UsageError(
+            f"{folder / PORTABLE_FILE} is not a model of this program ({_reason(error)}); restore it,"
+            " or name another --output-dir"
+        ) from None
+    return {**content, **facts}
+
+
+def portable_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
+    """The weights that `save_portable` wrote. Raises UsageError if they are not those of such a model."""
+    weights = load_portable(folder)["module"]
+    shapes = [{name: getattr(value, "shape", None) for name, value in state.items()} for state in (weights, model.state_dict())]
+    if shapes[0] != shapes[1]:
+        raise UsageError(f"{folder / PORTABLE_FILE} holds another model's weights; restore it, or name another --output-dir")
+    return weights

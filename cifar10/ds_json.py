@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,9 @@ from typing import Any
 import hjson
 
 from cifar10 import UsageError
+from cifar10.settings import is_deep
 
+LARGEST = 1e300  # a whole number beyond it has no float
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 TOP_LEVEL_KEYS = frozenset(
@@ -109,6 +110,8 @@ def read(path: Path) -> dict[str, Any]:
         raise UsageError(f"--deepspeed_config {path} is not JSON: {str(error).splitlines()[0]}") from None
     if not isinstance(config, dict):
         raise UsageError(f"--deepspeed_config {path} must hold one JSON object: {{...}}")
+    if is_deep(config):
+        raise UsageError(f"--deepspeed_config {path} is nested too deep; DeepSpeed's words need a few levels")
     try:
         check(config)
     except UsageError as error:
@@ -127,7 +130,7 @@ def _check_keys(where: str, given: Any, known: frozenset[str]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def _check_number(where: str, value: Any, least: float, *, whole: bool = False, above: bool = False) -> None:

@@ -286,6 +286,20 @@ class Engine:
         if scheduler is not None and saved["scheduler_name"] not in (None, type(scheduler).__name__):
             ours = type(scheduler).__name__
             raise UsageError(f"the checkpoint's scheduler is {saved['scheduler_name']}, and this run's is {ours}")
+        buffers = {name: tuple(buffer.shape) for name, buffer in self.module.named_buffers()}
+        if any({name: tuple(value.shape) for name, value in one.items()} != buffers for one in saved["buffers"]):
+            raise UsageError("the checkpoint's buffers are another model's")
+        for key, values in saved["optimizer"].items():  # a fused optimizer would read beyond the end of one that is too short
+            if odd := [name for name, value in values.items() if not self._fits(value, shapes.get(name))]:
+                raise UsageError(f"the checkpoint's {key} of {odd[0]} does not fit the model")
+        if any(type(saved["counters"][name]) is not int for name in COUNTERS):
+            raise UsageError("the checkpoint's counters are no numbers")
+
+    def _fits(self, state: Tensor, shape: tuple[int, ...] | None) -> bool:
+        """Whether an optimizer's state is one number, or has its parameter's shape; Adafactor's have shapes of their own."""
+        return shape is not None and (
+            state.dim() == 0 or tuple(state.shape) == shape or type(self.optimizer).__name__ == "Adafactor"
+        )
 
     def _loss_scaler(self) -> Any:
         """What keeps fp16's loss scale, at whichever ZeRO stage; None in other precisions."""

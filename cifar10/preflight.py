@@ -113,7 +113,7 @@ def check(argv: list[str], world_size: int, program: str, description: str | Non
         run_folder.refuse_unwritable(options.output_dir)
         run_folder.refuse_if_never(options.output_dir, options.resume)
         run_folder.refuse_other_settings(options.output_dir, plan.settings, RECIPE_DEFAULTS)
-        run_folder.read_json(options.output_dir / "summary.json")
+        run_folder.refuse_damaged_summary(options.output_dir)
     if plan.dataset.ensure:
         plan.dataset.ensure(options.data_dir, need_test=options.test_images != 0)
     weights.ensure(recipe.weights, recipe.model)

@@ -196,7 +196,8 @@ def model_names() -> list[str]:
 def check_recipe(recipe: Recipe) -> None:
     """Refuse values that cannot be meant. Raises UsageError, which says what to type."""
     positive = "a number above 0"
-    for name in ("epochs", "min_improvement", "plateau_lr_factor"):
+    _check(recipe, "epochs", 0 < recipe.epochs <= 1e6, f"{positive}, and at most a million")
+    for name in ("min_improvement", "plateau_lr_factor"):
         value = getattr(recipe, name)
         _check(recipe, name, math.isfinite(value) and value > 0, positive)
     _check(recipe, "crop_padding", 0 <= recipe.crop_padding <= 32, "a whole number from 0 to 32, the size of an image")
@@ -270,8 +271,9 @@ def _load_json(path: Path) -> Experiment:
         check_recipe(recipe)
     except UsageError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UsageError(f"--recipe {path} is not the recipe.json of a run: {type(error).__name__}: {error}") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise UsageError(f"--recipe {path} is not the recipe.json of a run: {reason}") from None
     return Experiment(recipe, deepspeed_config=str(path.absolute().parent / "ds_config.json"))
 
 

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from cifar10 import UsageError
 from cifar10.files import written_whole
-from cifar10.settings import differences
+from cifar10.settings import differences, is_deep
 
 LOCK = ".lock"
 _held: dict[Path, FileLock] = {}  # a lock is let go when its object goes
@@ -67,11 +67,17 @@ def read_json(path: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is damaged ({type(error).__name__}); move it away, or name another --output-dir") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, type(error).__name__) from None
     if not isinstance(content, dict):
-        raise UsageError(f"{path} is damaged (not an object); move it away, or name another --output-dir")
+        raise _damaged(path, "not an object")
+    if is_deep(content):
+        raise _damaged(path, "nested too deep")
     return content
+
+
+def _damaged(path: Path, how: str) -> UsageError:
+    return UsageError(f"{path} is damaged ({how}); move it away, or name another --output-dir")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -98,7 +104,7 @@ def refuse_other_settings(folder: Path, settings: dict[str, Any], defaults: dict
     if saved_recipe is None or saved_config is None:
         return
     if not isinstance(saved_recipe.get("settings"), dict):
-        raise UsageError(f"{folder / 'recipe.json'} is damaged (no settings); move it away, or name another --output-dir")
+        raise _damaged(folder / "recipe.json", "no settings")
     saved = {"recipe": {**defaults, **saved_recipe["settings"]}, "deepspeed": saved_config}
     if shown := differences(saved, settings):
         raise UsageError(f"--output-dir {folder} holds a run with other settings ({shown}); name another --output-dir")
@@ -129,6 +135,8 @@ def refuse_other_position(source: Path, settings: dict[str, Any]) -> None:
     """--resume PATH: a position counts steps of one global batch through one order of one split, so these must be the same."""
     saved, config = read_json(source / "recipe.json") or {}, read_json(source / "ds_config.json") or {}
     ours = {**settings["recipe"], "train_batch_size": settings["deepspeed"]["train_batch_size"]}
+    if not isinstance(saved.get("settings", {}), dict):
+        raise _damaged(source / "recipe.json", "no settings")
     theirs = {**saved.get("settings", {}), "train_batch_size": config.get("train_batch_size")}
     for key in ("model", "dataset", "val_images", "seed", "split_seed", "train_batch_size"):
         if theirs.get(key) != ours[key]:
@@ -148,6 +156,13 @@ def is_finished(summary: dict[str, Any] | None, max_steps: int | None) -> bool:
     if summary is None or summary.get("status") != "finished":
         return False
     return summary.get("ended_by") != "max_steps" or (max_steps is not None and max_steps <= summary["steps"])
+
+
+def refuse_damaged_summary(folder: Path) -> None:
+    """Raise UsageError if the folder's summary.json does not say how its run stands."""
+    summary = read_json(folder / "summary.json")
+    if summary is not None and summary.get("ended_by") == "max_steps" and type(summary.get("steps")) is not int:
+        raise _damaged(folder / "summary.json", "no steps")
 
 
 def _commit() -> str | None:
@@ -199,6 +214,8 @@ def open_run(folder: Path, recipe_json: str, ds_config: dict[str, Any], resume: 
             write_json(folder / "ds_config.json", ds_config)
             write_json(folder / "recipe.json", json.loads(recipe_json))
         starts = (read_json(folder / "environment.json") or {}).get("starts", [])
+        if not isinstance(starts, list):
+            raise _damaged(folder / "environment.json", "no list of starts")
         write_json(folder / "environment.json", {"starts": [*starts, environment(argv, facts)]})
     except OSError as error:
         raise UsageError(f"--output-dir {folder} cannot be written to ({error.strerror}); name another folder") from None

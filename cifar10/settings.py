@@ -9,6 +9,15 @@ from typing import Any
 FREE = ("deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps", "deepspeed.zero_")
 
 
+LONGEST_VALUE = 60  # characters of a value that are shown
+
+
+def is_deep(value: Any, levels: int = 20) -> bool:
+    """Whether a value from JSON is nested deeper than any of ours: whatever walks through it would come to Python's limit."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return not levels or any(is_deep(one, levels - 1) for one in inner)
+
+
 def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}, so that a difference can be named."""
     flat: dict[str, Any] = {}
@@ -22,4 +31,10 @@ def differences(saved: dict[str, Any], ours: dict[str, Any]) -> str:
     flat_saved, flat_ours = _flat(saved), _flat(ours)
     keys = (key for key in flat_saved.keys() | flat_ours.keys() if not key.startswith(FREE))
     differing = sorted(key for key in keys if flat_saved.get(key) != flat_ours.get(key))
-    return "; ".join(f"{key.split('.', 1)[1]} {flat_saved.get(key)} there, {flat_ours.get(key)} here" for key in differing[:4])
+    shown = ((key.partition(".")[2] or key, _short(flat_saved.get(key)), _short(flat_ours.get(key))) for key in differing[:4])
+    return "; ".join(f"{_short(key)} {there} there, {here} here" for key, there, here in shown)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+LARGEST_COUNT = 2**53
 
 
 @dataclass
@@ -40,6 +44,17 @@ class Sums:
         return self.grad_norm / self.steps if self.steps else float("nan")
 
 
+def _plain(record: T) -> T:
+    """The record, if its counts are whole numbers that can be meant, and its other numbers floats."""
+    for field_ in dataclasses.fields(record):
+        value, kind = getattr(record, field_.name), field_.type
+        if kind == "int" and not (type(value) is int and -1 <= value < LARGEST_COUNT):
+            raise ValueError(f"{field_.name} is {value!r}")
+        if kind == "float" and type(value) not in (float, int):
+            raise TypeError(f"{field_.name} is {value!r}")
+    return record
+
+
 @dataclass
 class RunState:
     """Where a run stands. Order and augmentation follow from `epoch` and `epoch_step`, so this is all that a resume needs."""
@@ -71,5 +86,9 @@ class RunState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunState:
-        sums = {key: Sums(**values[key]) for key in ("epoch_sums", "interval_sums", "last_epoch_sums")}
-        return cls(**{**values, **sums})
+        """The state that `as_dict` wrote. Raises TypeError, KeyError or ValueError for one that it cannot have written."""
+        sums = {key: _plain(Sums(**values[key])) for key in ("epoch_sums", "interval_sums", "last_epoch_sums")}
+        state = _plain(cls(**{**values, **sums}))
+        if not math.isfinite(state.lr_factor) or not isinstance(state.resumed_at_steps, list):
+            raise ValueError(f"lr_factor is {state.lr_factor!r}, resumed_at_steps {state.resumed_at_steps!r}")
+        return state

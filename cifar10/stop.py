@@ -23,12 +23,13 @@ LAUNCHERS = {
 
 
 def _parent_and_start(pid: int) -> tuple[int, str] | None:
-    """A process's parent and start time (which tells it from a later one of the same number), where /proc tells."""
+    """A process's parent and start time (which tells it from a later one of the same number), where /proc tells; None for one
+    that is dead, also if nobody has waited for it yet."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, IndexError):
         return None
-    return int(after_name[1]), after_name[19]
+    return None if after_name[0] in "ZX" else (int(after_name[1]), after_name[19])
 
 
 def _launchers_above() -> dict[int, str]:
@@ -108,11 +109,11 @@ class StopRequest:
         """Asked after every step. One rank reads its flag; several agree about once a second, all at the same steps, and at
         each of the first ones, until it is known how many steps a second has."""
         self._calls += 1
-        if self._calls == TIMED_STEPS // 2:
-            self._started = time.perf_counter()
-        if self._calls == TIMED_STEPS:
+        if self._calls in (TIMED_STEPS // 2, TIMED_STEPS):
             seconds = (time.perf_counter() - self._started) / (TIMED_STEPS - TIMED_STEPS // 2)
-            self._every = self._world.from_main(lambda: max(1, min(1_000, round(SECONDS_BETWEEN_AGREEMENTS / seconds))))
+            self._started = time.perf_counter()
+            if self._calls == TIMED_STEPS:
+                self._every = self._world.from_main(lambda: max(1, min(1_000, round(SECONDS_BETWEEN_AGREEMENTS / seconds))))
         if self._calls % (self._every or 1):
             return self._world.size == 1 and bool(self._reason)
         self._look()

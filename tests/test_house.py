@@ -22,7 +22,7 @@ PARTS: dict[str, set[str]] = {
     "state": set(),
     "metrics": {"files"},
     "recipe": set(),
-    "ds_json": set(),
+    "ds_json": {"settings"},
     "device": set(),
     "launchers": set(),
     "loss_scale": set(),

@@ -1,0 +1,22 @@
+"""A chain of cells of tests/signals.py, those that test_launchers.py has not: signals to main.py in training are there."""
+
+from __future__ import annotations
+
+from tests.signals import AT_ONCE, Cell, carry_out, command_for, fault_of, undisturbed, weights_of
+
+CHAIN = [
+    Cell("main.py", "SIGUSR1", AT_ONCE),
+    Cell("launch.py", "SIGTERM"),
+    Cell("rank 0", "SIGKILL"),
+    Cell("runner", "SIGKILL"),
+    Cell("rank 1", "SIGUSR1"),
+]
+STEPS = 1_000
+
+
+def test_a_signal_to_any_process_leaves_none_and_a_folder_that_the_same_command_finishes(tmp_path) -> None:
+    command = command_for(tmp_path / "run", STEPS)
+    for cell in CHAIN:
+        outcome = carry_out(cell, command, tmp_path / "run")
+        assert fault_of(cell, outcome) == "", (cell, outcome)
+    assert weights_of(command, tmp_path / "run") == undisturbed(tmp_path, STEPS)

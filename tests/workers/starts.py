@@ -1,0 +1,69 @@
+"""The program itself, started as often as is asked for: a start costs about a second, since the slow imports are done once.
+
+Each line on stdin asks for a start: {"flags": [...], "folder": where it runs, "environment": {...}, "cifar10": {"files": the
+known md5 and size of each file, "archive_md5": ...}}; a line on stdout answers: {"code": ..., "stdout": ..., "stderr": ...}.
+A start is one rank, forked; its images are those of small_runs.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import small_runs  # makes the synthetic data sets small
+
+from cifar10 import data
+from cifar10.engine import prepare
+
+DEADLINE_SECONDS = 120  # a start that takes longer hangs: SIGALRM ends it
+
+
+def be_the_program(asked: dict[str, Any], out: Path, err: Path) -> int:
+    """In the forked process: from its surroundings to its exit code."""
+    signal.alarm(DEADLINE_SECONDS)
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(asked["folder"])
+    os.environ.update(asked.get("environment", {}))
+    if "cifar10" in asked:
+        data.FILES = {name: tuple(facts) for name, facts in asked["cifar10"]["files"].items()}
+        data.ARCHIVE_MD5 = asked["cifar10"]["archive_md5"]
+    sys.argv = [str(Path(small_runs.story.__file__)), *asked["flags"]]
+    try:
+        return small_runs.story.main()
+    except BaseException:
+        traceback.print_exc()
+        return 1
+
+
+def carry_out(asked: dict[str, Any]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as scratch:
+        out, err = Path(scratch) / "out", Path(scratch) / "err"
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                code = be_the_program(asked, out, err)
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        said = {"stdout": out, "stderr": err}
+        return {"code": code, **{name: path.read_text(errors="replace") for name, path in said.items()}}
+
+
+if __name__ == "__main__":
+    prepare()
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # for its first optimizer PyTorch imports its compiler
+    for line in sys.stdin:
+        print(json.dumps(carry_out(json.loads(line))), flush=True)
