@@ -421,7 +421,7 @@ def train_and_finish(plan: Plan, here: World, folder: Path, model: nn.Module, ho
             finish(run, state, ended_by)
     except Exception as error:
         words = report.last_words(error, here.rank, state.step, plan.batch.micro_images)
-        if not isinstance(error, TooManySkippedSteps):  # which main() says, once
+        if not isinstance(error, (UsageError, TooManySkippedSteps)):  # which main() says, once
             print(f"error: {words}", file=sys.stderr)
         summarise(run, state, "failed", reason=words)
         raise
