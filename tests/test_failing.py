@@ -40,12 +40,37 @@ def rank_process(launcher: subprocess.Popen[str], rank: int) -> psutil.Process:
     return next(p for p in ranks if p.environ().get("RANK") == str(rank))
 
 
+SECRET = "a-key-that-nobody-may-see"
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> str:
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run that nothing happens to: its folder, and what it printed."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    process = run([*TWO_RANKS, "--output-dir", str(folder)])
+    before = os.umask(0o077)
+    try:
+        process = run([*TWO_RANKS, "--output-dir", str(folder)], WANDB_API_KEY=SECRET)
+    finally:
+        os.umask(before)
     assert process.returncode == 0, process.stderr
-    return summary(folder)["weights_sha256"]
+    return folder, process.stdout + process.stderr
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(whole_run: tuple[Path, str]) -> str:
+    return summary(whole_run[0])["weights_sha256"]
+
+
+def test_a_run_folder_is_open_to_those_whom_the_umask_lets_in(whole_run: tuple[Path, str]) -> None:
+    modes = {str(path): path.stat().st_mode & 0o077 for path in (whole_run[0], *whole_run[0].rglob("*"))}
+    assert len(modes) > 10
+    assert set(modes.values()) == {0}, modes
+
+
+def test_no_key_of_the_environment_is_written_or_said(whole_run: tuple[Path, str]) -> None:
+    folder, printed = whole_run
+    assert SECRET not in printed
+    assert not [path for path in folder.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
 
 
 def test_a_rank_that_hangs_ends_the_run_with_the_rank_the_step_and_the_reason(tmp_path: Path) -> None:
