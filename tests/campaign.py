@@ -32,7 +32,7 @@ import cifar10_deepspeed as story
 from cifar10 import checkpoint
 from cifar10.checkpoint import PAUSES
 from cifar10.engine import prepare, weights_sha256
-from tests.workers.small_runs import free_port
+from tests.workers.small_runs import free_port, shrink_the_data_sets
 
 SMALL = "--dataset synthetic --val-images 100 --test-images 100 --global-batch-size 50 --lr 0.05 --threads 1 --epochs 5"
 FLAGS = [*SMALL.split(), *"--log-every-steps 4 --save-every-epochs 1 --save-frequency 2 --keep-checkpoints 2".split()]
@@ -312,4 +312,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    shrink_the_data_sets()
     sys.exit(main())

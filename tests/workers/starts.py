@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import small_runs  # makes the synthetic data sets small
+import small_runs
 
 from cifar10 import data
 from cifar10.engine import prepare
@@ -63,6 +63,7 @@ def carry_out(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    small_runs.shrink_the_data_sets()
     prepare()
     torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # for its first optimizer PyTorch imports its compiler
     for line in sys.stdin:
