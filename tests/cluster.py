@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import signal
 import subprocess
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -178,6 +179,10 @@ class Hosts:
         for name, address in self.addresses.items():
             self.run(name, ["ip", "address", "add", f"{address}/24", "dev", "eth0"]).check_returncode()
             self.run(name, ["ip", "link", "set", "eth0", "up"]).check_returncode()
+
+    def kill(self, name: str) -> None:
+        """Let a host die: all its processes at once."""
+        os.kill(self._process_1[name], signal.SIGKILL)
 
     def popen(self, name: str, command: list[str], more: dict[str, str] | None = None, **options: Any) -> subprocess.Popen:
         """Start a command in the project's folder on a host, with this process's environment and `more`.

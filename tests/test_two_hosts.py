@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import ADDRESSES, Hosts, need_cluster
-from tests.launching import BIN, SHORT, free_port, run, summary
+from tests.launching import BIN, DEADLINE_SECONDS, SHORT, free_port, has_trained, run, summary, wait_until
 
 DEEPSPEED = str(BIN / "deepspeed")
 FIRST, SECOND = ADDRESSES
+LONG = ("--dataset", "synthetic", "--log-every-steps", "5", "--test-images", "200", "--threads", "1", "--epochs", "1")
 MASTER = ["--master_addr", ADDRESSES[FIRST]]
 
 
@@ -105,3 +107,42 @@ def test_main_on_each_host(hosts, tmp_path, two_ranks_here) -> None:
     where = ["--num-gpus=1", "--num-nodes=2", "--node-rank=RANK", f"--master-addr={FIRST}", f"--master-port={free_port()}"]
     type_on_each_host(hosts, tmp_path / "run", [sys.executable, "main.py", *where])
     check_is_the_run_of_one_machine(tmp_path / "run", two_ranks_here)
+
+
+def lose_host_b(hosts: Hosts) -> None:
+    hosts.kill(SECOND)
+
+
+def cut_the_wire(hosts: Hosts) -> None:
+    hosts.run(SECOND, ["ip", "link", "set", "eth0", "down"]).check_returncode()
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (lose_host_b, "error: rank 0 has lost another at step "),
+        (cut_the_wire, "error: rank 0 has waited in vain for another at step "),
+    ],
+)
+def test_what_happens_to_one_host_ends_the_run_on_the_other(tmp_path, fault, words) -> None:
+    """By what the program waits at most (--timeout-minutes), not by the half an hour or more of sockets and of torch."""
+    need_cluster()
+    folder, flags = tmp_path / "run", [*LONG, "--timeout-minutes", "0.2", "--output-dir", str(tmp_path / "run")]
+    where = ["--num-gpus=1", "--num-nodes=2", f"--master-addr={FIRST}", f"--master-port={free_port()}"]
+    with Hosts(tmp_path, 2) as hosts:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        mains = [
+            hosts.popen(name, [sys.executable, "main.py", *where, f"--node-rank={rank}", *flags], **pipes)
+            for rank, name in enumerate(hosts.names)
+        ]
+        try:
+            wait_until(lambda: has_trained(folder), "the first steps")
+            fault(hosts)
+            _, errors = mains[0].communicate(timeout=DEADLINE_SECONDS)
+        finally:
+            for main in mains:
+                main.kill()
+    assert mains[0].returncode not in (0, 2, 75)
+    assert words in errors
+    assert summary(folder)["status"] == "failed"
+    assert summary(folder)["reason"].startswith(words.removeprefix("error: "))
