@@ -6,10 +6,11 @@ import sys
 
 import tyro
 
-from cifar10 import UsageError, bench
+from cifar10 import UsageError, bench, catalogue
 
 COMMANDS = {
     "bench": bench.run,
+    "recipes": catalogue.run,
 }
 
 
