@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from statistics import mean, stdev
 
@@ -9,29 +10,29 @@ from cifar10.recipe import PROJECT, load, recipe_names
 
 
 def _measured(name: str) -> str:
-    """`82.30 ± 0.36% of the test images (n = 3, 50 epochs)`, of the finished runs of a recipe in records/."""
-    summaries = [
-        json.loads(path.read_text(encoding="utf-8")) for path in sorted((PROJECT / "records").glob("*_cpu/seed_*/summary.json"))
-    ]
+    """`82.30 ± 0.36% of cifar10's test images (n = 3, 50 epochs)`, of the finished runs of a recipe in records/."""
+    files = sorted((PROJECT / "records").glob("*_cpu/seed_*/summary.json"))
+    summaries = (json.loads(path.read_text(encoding="utf-8")) for path in files)
     runs = [run for run in summaries if run["recipe"] == name and run["status"] == "finished"]
     if not runs:
         return "not measured"
-    accuracies = [100 * run["test_accuracy"] for run in runs]
+    accuracies, recipe = [100 * run["test_accuracy"] for run in runs], load(name).recipe
     spread = f" ± {stdev(accuracies):.2f}" if len(runs) > 1 else ""
-    epochs, whole = runs[0]["epochs"], load(name).recipe.epochs
-    cut = "" if epochs == whole else f" of {whole:g}"
-    return f"{mean(accuracies):.2f}{spread}% of the test images (n = {len(runs)}, {epochs:g}{cut} epochs)"
+    cut = "" if runs[0]["epochs"] == recipe.epochs else f" of its {recipe.epochs:g}"
+    how = f"n = {len(runs)}, {runs[0]['epochs']:g}{cut} epochs"
+    return f"{mean(accuracies):.2f}{spread}% of {recipe.dataset}'s test images ({how})"
 
 
 def table() -> str:
     """Markdown: a row for each file in recipes/."""
     from cifar10_deepspeed import build_model
 
-    rows = ["| `--recipe` | network | parameters | measured on two CPU cores |", "|---|---|---:|---|"]
+    rows = ["| flag | what it is | parameters | measured on two CPU cores |", "|---|---|---:|---|"]
     for name in recipe_names():
-        model = load(name).recipe.model
-        parameters = sum(parameter.numel() for parameter in build_model(model, 0).parameters())
-        rows.append(f"| `{name}` | {model} | {parameters:,} | {_measured(name)} |")
+        what = importlib.import_module(f"recipes.{name}").__doc__.splitlines()[0].rstrip(".")
+        model = build_model(load(name).recipe.model, seed=0)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        rows.append(f"| `--recipe {name}` | {what} | {parameters:,} | {_measured(name)} |")
     return "\n".join(rows)
 
 

@@ -7,6 +7,8 @@ from statistics import mean, stdev
 
 import pytest
 
+from cifar10 import catalogue
+
 PROJECT = Path(__file__).resolve().parent.parent
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 CAMPAIGNS = sorted(folder for folder in (PROJECT / "records").iterdir() if list(folder.glob("seed_*/summary.json")))
@@ -53,3 +55,8 @@ def test_the_benchmark_in_the_readme_is_the_one_that_was_run() -> None:
         assert f"| {name} | {row['median']:,.0f} |" in README
     for ratio in measured["ratios"]:
         assert re.search(rf"{ratio['of']}.{{0,80}}{ratio['ratio']:.2f}", README, re.S), ratio
+
+
+def test_the_readmes_recipes_are_what_the_command_prints() -> None:
+    """python -m cifar10 recipes"""
+    assert catalogue.table() in README
