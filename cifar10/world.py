@@ -166,9 +166,9 @@ def join(threads: int | None = None, *, deterministic: bool = False, timeout_min
 def limit_waiting(timeout_minutes: float) -> None:
     """Let a rank give up waiting after `timeout_minutes` in every process group there is: DeepSpeed makes its own with torch's
     half an hour."""
-    groups = dist.distributed_c10d._world.pg_map
-    for group in groups if dist.get_world_size() > 1 else ():
-        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=timeout_minutes), group)
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # its name before torch 2.15
+    for group in dist.distributed_c10d._world.pg_map if dist.get_world_size() > 1 else ():
+        set_timeout(timedelta(minutes=timeout_minutes), group)
 
 
 def leave() -> None:
