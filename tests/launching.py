@@ -33,9 +33,8 @@ COMMANDS = {
 
 def environment(**more: str) -> dict[str, str]:
     """This process's environment without what would change where and how a run goes."""
-    kept = {
-        k: v for k, v in os.environ.items() if k not in ("CIFAR10_STARTED_BY", "CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE")
-    }
+    ours = ("CIFAR10_STARTED_BY", "CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "LOCAL_RANK")  # the last by a world of one
+    kept = {k: v for k, v in os.environ.items() if k not in ours}
     return {**kept, "DS_ACCELERATOR": "cpu", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", **more}
 
 

@@ -122,7 +122,8 @@ def test_a_run_on_two_machines_is_stopped_and_goes_on(tmp_path) -> None:
     assert summary(folder)["status"] == "stopped"
     stopped_at = summary(folder)["steps"]
     assert 0 < stopped_at < 120
-    assert "to continue: python main.py --num-gpus 1 --num-nodes 2 --master-addr 127.0.0.1" in printed[0]
+    (how,) = (line for line in printed[0].splitlines() if line.startswith("to continue: "))
+    assert "python main.py --num-gpus 1 --num-nodes 2 --master-addr 127.0.0.1" in how  # after `uv run`, where that was typed
 
     codes, _, errors = ended(start_on_two_machines(flags, folder))
     assert codes == [0, 0], errors
