@@ -264,8 +264,8 @@ def train_one_epoch(run: Run, state: RunState) -> bool:
 
 def save_portable(run: Run, name: str, module: dict[str, Tensor], facts: dict[str, Any]) -> bool:
     """Write checkpoints/<name> on rank 0: weights with all that is needed to use them. False if the disk would not take it."""
-    folder, facts = run.folder / "checkpoints" / name, {**run.plan.about_the_model, **facts}
-    why_not = run.here.from_main(lambda: checkpoint.save_portable(folder, module, facts))
+    folder, all_facts = run.folder / "checkpoints" / name, {**run.plan.about_the_model, **facts}
+    why_not = run.here.from_main(lambda: checkpoint.save_portable(folder, module, all_facts))
     if why_not:
         run.metrics.event(why_not)
     return not why_not
@@ -331,9 +331,8 @@ def train(run: Run, state: RunState) -> str:
         at_end = state.step == run.last_step or patience.is_over(run.plan.recipe, state)
         if at_end or state.ends_epoch_of(options.save_every_epochs) or state.ends_epoch_of(options.save_frequency):
             save(run, state, "running")
-    if patience.is_over(run.plan.recipe, state):
-        return "early_stopping"
-    return "epochs" if state.step == run.total_steps else "max_steps"
+    at_end = "epochs" if state.step == run.total_steps else "max_steps"
+    return "early_stopping" if patience.is_over(run.plan.recipe, state) else at_end
 
 
 def measure_best_model(run: Run, state: RunState) -> SplitResult | None:
@@ -392,11 +391,9 @@ def start_run(plan: Plan, here: World, folder: Path, model: nn.Module) -> tuple[
         steps, says_steps = train_loader.steps_per_epoch, "steps_per_print" in plan.ds_config
         console = ConsoleSink(last_step, steps, state.step, plan.batch.global_images, says_steps=says_steps)
         metrics = Metrics([console, CsvSink(folder, step=state.step, epoch=state.epoch)])
-    tape = Tape(options.log_every_steps, here.device)
-    stop = StopRequest(here, folder, options.max_minutes, options.stop_at)
-    lr_scale = recipe.lr_scale(plan.batch.global_images)
-    parts = engine, train_loader, val_loader, plain, tape, metrics, stop
-    return Run(plan, here, *parts, folder, lr_scale, num_steps, last_step), state
+    tape, stop = Tape(options.log_every_steps, here.device), StopRequest(here, folder, options.max_minutes, options.stop_at)
+    parts = engine, train_loader, val_loader, plain, tape, metrics, stop, folder
+    return Run(plan, here, *parts, recipe.lr_scale(plan.batch.global_images), num_steps, last_step), state
 
 
 def describe(run: Run, state: RunState) -> None:
@@ -443,8 +440,7 @@ def open_folder(plan: Plan, here: World, argv: list[str]) -> Path | None:
 def run(argv: list[str]) -> None:
     """Train as the command line says. Raises UsageError for one that cannot be carried out."""
     plan = preflight.check(argv, launchers.world_size(), "cifar10_deepspeed.py", __doc__)
-    options = plan.options
-    here = world.join(options.threads, deterministic=options.deterministic, timeout_minutes=options.timeout_minutes)
+    here = world.join(plan.options.threads, plan.options.timeout_minutes, deterministic=plan.options.deterministic)
     model, notes = initial_model(plan)
     plan = replace(plan, notes=[*plan.notes, *notes])
     folder = open_folder(plan, here, argv)

@@ -131,7 +131,7 @@ def _device(local_rank: int, local_size: int, launcher: str) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def join(threads: int | None = None, *, deterministic: bool = False, timeout_minutes: float = 10.0) -> World:
+def join(threads: int | None = None, timeout_minutes: float = 10.0, *, deterministic: bool = False) -> World:
     """Take this process's place: threads, device and process groups. The same under every launcher.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which launchers set (see launchers.py); without RANK it
