@@ -27,9 +27,11 @@ from torch import Tensor, nn
 from cifar10 import UsageError, augment, checkpoint, data, launchers, patience, preflight, report, run_folder, world
 from cifar10.engine import Engine, prepare, weights_sha256
 from cifar10.loader import EvaluationLoader, MicroBatch, TrainLoader
-from cifar10.metrics import ConsoleSink, CsvSink, EpochRow, Metrics, SplitResult, StepRow
+from cifar10.metrics import EpochRow, Metrics, SplitResult, StepRow
+from cifar10.predictions import TEST_FILE, save_predictions
 from cifar10.preflight import Plan
 from cifar10.recipe import Recipe, as_json, without_launcher_flags
+from cifar10.sinks import open_sinks
 from cifar10.state import RunState, Sums
 from cifar10.stop import StopRequest
 from cifar10.tape import Tape, TooManySkippedSteps, count_steps
@@ -177,8 +179,8 @@ def calculate_accuracy(outputs: Tensor, targets: Tensor) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: EvaluationLoader, here: World) -> SplitResult:
-    """Mean loss and accuracy of a plain fp32 `model` over a split, each image counted once; the same on every rank."""
+def evaluate(model: nn.Module, loader: EvaluationLoader, here: World, keep: list[Tensor] | None = None) -> SplitResult:
+    """Mean loss and accuracy of a plain fp32 `model` over a split, the same on every rank; its own logits go into `keep`."""
     started = time.perf_counter()
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=here.device)  # loss, correct
@@ -186,6 +188,8 @@ def evaluate(model: nn.Module, loader: EvaluationLoader, here: World) -> SplitRe
         logits = model(images)
         sums[0] += F.cross_entropy(logits, labels, reduction="sum")
         sums[1] += (logits.argmax(dim=1) == labels).sum()
+        if keep is not None:
+            keep.append(logits.cpu())
     loss, correct = here.total(sums).tolist()
     return SplitResult(loss / len(loader), correct / len(loader), len(loader), time.perf_counter() - started)
 
@@ -343,7 +347,11 @@ def measure_best_model(run: Run, state: RunState) -> SplitResult | None:
     run.model.load_state_dict(run.here.from_main(lambda: checkpoint.portable_weights(folder, run.model)))
     images, count = run.plan.images("test"), run.plan.options.test_images
     loader = evaluation_loader(images.pixels[:count], images.labels[:count], run.plan.recipe, run.here)
-    result = evaluate(run.model, loader, run.here)
+    logits = [torch.empty(0, len(run.plan.dataset.classes))]
+    result = evaluate(run.model, loader, run.here, keep=logits)
+    all_logits = run.here.gather(torch.cat(logits).numpy())
+    if run.here.is_main:
+        save_predictions(run.folder / TEST_FILE, all_logits, images.labels[:count])
     run.metrics.test(math.ceil(state.step / run.train.steps_per_epoch), result)
     return result
 
@@ -366,6 +374,7 @@ def finish(run: Run, state: RunState, ended_by: str) -> None:
     summary = summarise(run, state, "finished", **results)
     for line in (*report.closing_lines(summary, len(run.val), run.plan), f"written to {run.folder}"):
         run.metrics.event(line)
+    run.metrics.finished(summary)
 
 
 # --- starting and ending --------------------------------------------------------------------------------------------------
@@ -386,11 +395,7 @@ def start_run(plan: Plan, here: World, folder: Path, model: nn.Module) -> tuple[
     state = checkpoint.resume(folder / "checkpoints", start_from, engine, here, plan.settings)
     num_steps = total_steps(recipe, train_loader.steps_per_epoch)
     last_step = min(num_steps, options.max_steps or num_steps)
-    metrics = Metrics()
-    if here.is_main:
-        steps, says_steps = train_loader.steps_per_epoch, "steps_per_print" in plan.ds_config
-        console = ConsoleSink(last_step, steps, state.step, plan.batch.global_images, says_steps=says_steps)
-        metrics = Metrics([console, CsvSink(folder, step=state.step, epoch=state.epoch)])
+    metrics = open_sinks(plan, folder, state, last_step, train_loader.steps_per_epoch) if here.is_main else Metrics()
     tape, stop = Tape(options.log_every_steps, here.device), StopRequest(here, folder, options.max_minutes, options.stop_at)
     parts = engine, train_loader, val_loader, plain, tape, metrics, stop, folder
     return Run(plan, here, *parts, recipe.lr_scale(plan.batch.global_images), num_steps, last_step), state
@@ -426,27 +431,19 @@ def train_and_finish(plan: Plan, here: World, folder: Path, model: nn.Module, ho
         run.metrics.close()
 
 
-def open_folder(plan: Plan, here: World, argv: list[str]) -> Path | None:
-    """The run's folder, chosen by rank 0 for all, and what this start adds to it; None if its run has finished."""
-    options = plan.options
-    folder = here.from_main(lambda: run_folder.choose(options.output_dir, options.recipe))
-    if here.from_main(lambda: run_folder.is_finished(run_folder.read_json(folder / "summary.json"), options.max_steps)):
-        return None
-    command, settings = [sys.argv[0], *argv], as_json(plan.recipe, options.recipe)
-    here.from_main(lambda: run_folder.open_run(folder, settings, plan.ds_config, options.resume, command, **here.facts))
-    return folder
-
-
 def run(argv: list[str]) -> None:
     """Train as the command line says. Raises UsageError for one that cannot be carried out."""
     plan = preflight.check(argv, launchers.world_size(), "cifar10_deepspeed.py", __doc__)
     here = world.join(plan.options.threads, plan.options.timeout_minutes, deterministic=plan.options.deterministic)
     model, notes = initial_model(plan)
     plan = replace(plan, notes=[*plan.notes, *notes])
-    folder = open_folder(plan, here, argv)
-    if folder is None:
+    settings, command = as_json(plan.recipe, plan.options.recipe), [sys.argv[0], *argv]
+    folder, has_finished = here.from_main(
+        lambda: run_folder.claim(plan.options, settings, plan.ds_config, command, **here.facts)
+    )
+    if has_finished:
         if here.is_main:
-            print(f"{plan.options.output_dir} holds a finished run; its results are in its summary.json")
+            print(f"{folder} holds a finished run; its results are in its summary.json")
         return
     start = f"{here.start_command} {shlex.quote(sys.argv[0])}"
     train_and_finish(plan, here, folder, model, run_folder.command_to_continue(start, without_launcher_flags(argv), folder))

@@ -64,6 +64,7 @@ class Sink:
     def epoch(self, row: EpochRow) -> None: ...
     def test(self, epoch: int, result: SplitResult) -> None: ...
     def event(self, text: str) -> None: ...
+    def finished(self, summary: dict[str, Any]) -> None: ...
     def close(self) -> None: ...
 
 
@@ -96,6 +97,9 @@ class Metrics(Sink):
 
     def event(self, text: str) -> None:
         self._tell("event", text)
+
+    def finished(self, summary: dict[str, Any]) -> None:
+        self._tell("finished", summary)
 
     def close(self) -> None:
         self._tell("close")

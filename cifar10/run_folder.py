@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 
 from cifar10 import UsageError
 from cifar10.files import written_whole
+from cifar10.recipe import Options
 from cifar10.settings import differences, is_deep
 
 LOCK = ".lock"
@@ -219,6 +220,15 @@ def open_run(folder: Path, recipe_json: str, ds_config: dict[str, Any], resume: 
         write_json(folder / "environment.json", {"starts": [*starts, environment(argv, facts)]})
     except OSError as error:
         raise UsageError(f"--output-dir {folder} cannot be written to ({error.strerror}); name another folder") from None
+
+
+def claim(options: Options, recipe_json: str, ds_config: dict[str, Any], argv: list[str], **facts: Any) -> tuple[Path, bool]:
+    """The folder of this command's run, held for this process, and whether that run has finished already; on rank 0."""
+    folder = choose(options.output_dir, options.recipe)
+    if is_finished(read_json(folder / "summary.json"), options.max_steps):
+        return folder, True
+    open_run(folder, recipe_json, ds_config, options.resume, argv, **facts)
+    return folder, False
 
 
 def command_to_continue(start: str, argv: list[str], folder: Path) -> str:
