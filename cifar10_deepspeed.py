@@ -35,7 +35,7 @@ from cifar10.sinks import open_sinks
 from cifar10.state import RunState, Sums
 from cifar10.stop import StopRequest
 from cifar10.tape import Tape, TooManySkippedSteps, count_steps
-from cifar10.weights import load, refuse_other_images
+from cifar10.weights import load, refuse_not_finite, refuse_other_images
 from cifar10.world import World
 
 # --- the network ------------------------------------------------------------------------------------------------------
@@ -93,6 +93,7 @@ def initial_model(plan: Plan) -> tuple[nn.Module, list[str]]:
     recipe = plan.recipe
     model = build_model(recipe.model, recipe.seed)
     notes = load(model, recipe.model, recipe.weights)
+    refuse_not_finite(model, recipe.model)
     refuse_other_images(model, recipe.model, plan.image_shape, len(plan.dataset.classes))
     return model, notes
 
@@ -290,17 +291,18 @@ def validate(run: Run, state: RunState) -> SplitResult | None:
 
 def finish_epoch(run: Run, state: RunState) -> None:
     """Validate, report and count the epoch. A run that ends inside an epoch is measured too, but there is none to judge by."""
-    sums = state.epoch_sums
+    epoch, sums, told = state.epoch + 1, state.epoch_sums, []
     train = SplitResult(sums.mean_loss, sums.accuracy, sums.images, state.train_seconds - state.seconds_before_epoch)
     val = validate(run, state)
-    run.metrics.epoch(EpochRow(state.epoch + 1, train, val, sums.mean_grad_norm, run.engine.lr, sums.skipped))
-    state.last_epoch_sums = sums
+    state.remember_epoch(sums, val.accuracy if val else None)
     if state.epoch_step == run.train.steps_per_epoch:
         state.epoch, state.epoch_step = state.epoch + 1, 0
         state.epoch_sums, state.seconds_before_epoch = Sums(), state.train_seconds
         which, loss = ("validation", val.loss) if val else ("training", train.loss)
-        for line in patience.watch(run.plan.recipe, state, loss, which):
-            run.metrics.event(line)
+        told = patience.watch(run.plan.recipe, state, loss, which)
+    best = state.best_loss, state.best_accuracy if val else state.best_train_accuracy, state.epochs_without_improvement
+    run.metrics.epoch(EpochRow(epoch, train, val, sums.mean_grad_norm, run.engine.lr, sums.skipped, *best))
+    run.metrics.say(told)
 
 
 def summarise(run: Run, state: RunState, status: str, **results: Any) -> dict[str, Any]:
@@ -372,8 +374,7 @@ def finish(run: Run, state: RunState, ended_by: str) -> None:
     test = measure_best_model(run, state)
     results = {**report.tested(test, run.plan.dataset), "weights_sha256": weights_sha256(weights), "ended_by": ended_by}
     summary = summarise(run, state, "finished", **results)
-    for line in (*report.closing_lines(summary, len(run.val), run.plan), f"written to {run.folder}"):
-        run.metrics.event(line)
+    run.metrics.say([*report.closing_lines(summary, len(run.val), run.plan), f"written to {run.folder}"])
     run.metrics.finished(summary)
 
 
@@ -404,8 +405,8 @@ def start_run(plan: Plan, here: World, folder: Path, model: nn.Module) -> tuple[
 def describe(run: Run, state: RunState) -> None:
     """Say what is about to be trained, on what, and what was settled in DeepSpeed's JSON."""
     images, steps = (len(run.train.labels), len(run.val)), (state.step, run.last_step, run.total_steps)
-    for line in report.opening_lines(run.plan, run.folder, run.here.in_words, run.model, images, steps):
-        run.metrics.event(line)
+    run.metrics.say(report.opening_lines(run.plan, run.folder, run.here.in_words, run.model, images, steps))
+    run.metrics.say(run.metrics.notes)
 
 
 def train_and_finish(plan: Plan, here: World, folder: Path, model: nn.Module, how_to_continue: str) -> None:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import csv
 import math
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TextIO
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from cifar10.files import written_whole
 
@@ -47,7 +52,10 @@ class StepRow:
 
 @dataclass(frozen=True)
 class EpochRow:
-    """An epoch's end: training over the epoch (augmented images, moving weights), validation after it."""
+    """An epoch's end: training over the epoch (augmented images, moving weights), validation after it, and how it stands now.
+
+    The watched loss is validation's, and the best accuracy too; where nothing is held out, both are training's.
+    """
 
     epoch: int  # from 1
     train: SplitResult
@@ -55,6 +63,30 @@ class EpochRow:
     grad_norm: float
     lr: float
     skipped: int
+    best_loss: float = math.nan  # the lowest of the watched loss so far
+    best_accuracy: float = math.nan
+    waited: int = 0  # epochs since the watched loss improved
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How a run's epochs lie on the axis of its steps."""
+
+    per_epoch: int
+    last: int  # where the run ends, if it does not stop early
+
+    def at_end_of(self, epoch: int) -> int:
+        """The step at which the rows of an epoch (from 1) are written: its last one, or the run's."""
+        return min(epoch * self.per_epoch, self.last)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of what is said about a run: a table in a terminal, lines that begin with the title elsewhere."""
+
+    title: str
+    rows: Sequence[tuple[str, ...]]
+    header: tuple[str, ...] = ()  # for the terminal
 
 
 class Sink:
@@ -63,7 +95,7 @@ class Sink:
     def step(self, row: StepRow) -> None: ...
     def epoch(self, row: EpochRow) -> None: ...
     def test(self, epoch: int, result: SplitResult) -> None: ...
-    def event(self, text: str) -> None: ...
+    def event(self, what: str | Section) -> None: ...
     def finished(self, summary: dict[str, Any]) -> None: ...
     def close(self) -> None: ...
 
@@ -72,10 +104,12 @@ class Metrics(Sink):
     """All sinks as one. Ranks other than 0 make it of no sinks, and need not ask which rank they are again.
 
     A sink that fails (a full disk, a closed pipe, a lost connection) is named on stderr and let go; training goes on.
+    `notes` say where the rows go, if that is not plain.
     """
 
-    def __init__(self, sinks: Sequence[Sink] = ()) -> None:
+    def __init__(self, sinks: Sequence[Sink] = (), notes: Sequence[str] = ()) -> None:
         self._sinks = list(sinks)
+        self.notes = tuple(notes)
 
     def _tell(self, method: str, *what: Any) -> None:
         for sink in list(self._sinks):
@@ -85,6 +119,9 @@ class Metrics(Sink):
                 self._sinks.remove(sink)
                 with contextlib.suppress(OSError):
                     print(f"{type(sink).__name__} failed ({error}); training goes on without it", file=sys.stderr)
+                if method != "close":
+                    with contextlib.suppress(Exception):
+                        sink.close()
 
     def step(self, row: StepRow) -> None:
         self._tell("step", row)
@@ -95,8 +132,13 @@ class Metrics(Sink):
     def test(self, epoch: int, result: SplitResult) -> None:
         self._tell("test", epoch, result)
 
-    def event(self, text: str) -> None:
-        self._tell("event", text)
+    def event(self, what: str | Section) -> None:
+        self._tell("event", what)
+
+    def say(self, lines: Iterable[str | Section]) -> None:
+        """An event for each of `lines`, which are not even made where nobody listens."""
+        for line in lines if self._sinks else ():
+            self.event(line)
 
     def finished(self, summary: dict[str, Any]) -> None:
         self._tell("finished", summary)
@@ -148,6 +190,25 @@ class CsvSink(Sink):
     def close(self) -> None:
         self._metrics_file.close()
         self._steps_file.close()
+
+
+def plain_lines(section: Section) -> list[str]:
+    """A section without a terminal: each row begins with the title and has its cells in columns."""
+    widths = [max(map(len, column)) for column in zip_longest(*section.rows, fillvalue="")]
+    cells = (map(str.ljust, row, widths) for row in section.rows)
+    return [f"{section.title}: {'  '.join(row)}".rstrip() for row in cells]
+
+
+def _table(section: Section) -> Table:
+    """A section in a terminal: words to the left, numbers to the right."""
+    table = Table(title=section.title, title_justify="left", box=box.ROUNDED, show_header=bool(section.header))
+    for number, column in enumerate(zip_longest(*section.rows, fillvalue="")):
+        are_numbers = all(re.fullmatch(r"[\d,]*", cell) for cell in column)
+        header = section.header[number] if section.header else ""
+        table.add_column(header, justify="right" if are_numbers else "left", style="bold" if number == 0 else "")
+    for row in section.rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
 class ConsoleSink(Sink):
@@ -206,8 +267,14 @@ class ConsoleSink(Sink):
             f"  lr {row.lr:.6f}  grad norm {row.grad_norm:.3f}  {row.train.throughput:,.0f} images/s{skipped}"
         )
 
-    def event(self, text: str) -> None:
-        self.line(text)
+    def event(self, what: str | Section) -> None:
+        if isinstance(what, str):
+            self.line(what)
+        elif self._console.is_terminal:
+            self._console.print(_table(what), soft_wrap=False)
+        else:
+            for line in plain_lines(what):
+                self.line(line)
 
     def close(self) -> None:
         if self._progress is not None:

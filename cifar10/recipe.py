@@ -34,6 +34,7 @@ _Channels = Annotated[tuple[float, ...], tyro.conf.arg(metavar="X")]
 _File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 Precisions = tuple[Literal["fp32", "bf16", "fp16"], ...]
 _Precisions = Annotated[Precisions, tyro.conf.arg(metavar="P [P ...]", help_behavior_hint="")]
+_Words = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
 _Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
 
 
@@ -148,6 +149,15 @@ class Options:
     """How many resumable checkpoints are kept, beside the best and those of --save-frequency."""
     save_frequency: int = 0
     """Epochs between two resumable checkpoints that are kept for good, as checkpoints/epoch_005; 0 keeps none."""
+    tensorboard: bool = True
+    """Write the run's metrics for TensorBoard as well, to tensorboard/ in its folder."""
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """Weights & Biases: online, or offline for `wandb sync` later; auto does what $WANDB_MODE says, and without it is online
+    where there is a key ($WANDB_API_KEY, or that of `wandb login`), else off."""
+    wandb_project: _Words = None
+    """Its project (default: $WANDB_PROJECT, else deepspeed-cifar10)."""
+    wandb_name: _Words = None
+    """The run's name there (default: $WANDB_NAME, else that of the run's folder)."""
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ Accuracies are fractions, and every one of them carries its split.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cifar10 import overview
 from cifar10.datasets import DataSet
-from cifar10.metrics import SplitResult
+from cifar10.metrics import Section, SplitResult
 from cifar10.preflight import Plan
 from cifar10.state import RunState
 
@@ -26,22 +28,24 @@ def quality_tier(test_accuracy: float, least: tuple[float, float, float] | None)
 
 def opening_lines(
     plan: Plan, folder: Path, place: str, model: Any, images: tuple[int, int], steps: tuple[int, int, int]
-) -> list[str]:
+) -> Iterator[str | Section]:
     """What is about to be trained: `images` are those of train and val, `steps` the first, the last and the schedule's."""
     (train, val), (first_step, last_step, total_steps) = images, steps
     parameters = sum(p.numel() for p in model.parameters())
-    lines = [
-        f"recipe {plan.options.recipe}: {plan.recipe.model}, {parameters:,} parameters; run folder {folder}",
+    yield f"recipe {plan.options.recipe}: {plan.recipe.model}, {parameters:,} parameters; run folder {folder}"
+    yield (
         f"{train:,} train and {val:,} val images of {plan.recipe.dataset};"
-        f" {total_steps:,} steps of {plan.batch.global_images} images = {plan.recipe.epochs:g} epochs",
-        place,
-        *(f"note: {note}" for note in plan.notes),
-    ]
+        f" {total_steps:,} steps of {plan.batch.global_images} images = {plan.recipe.epochs:g} epochs"
+    )
+    yield place
+    yield overview.data_section(plan)
+    yield overview.model_section(model, plan.image_shape)
+    yield overview.training_section(plan)
+    yield from (f"note: {note}" for note in plan.notes)
     if first_step:
-        lines.append(f"resumed at step {first_step}")
+        yield f"resumed at step {first_step}"
     if last_step < total_steps:
-        lines.append(f"ends at step {last_step} (--max-steps); the schedule stays that of {total_steps:,} steps")
-    return lines
+        yield f"ends at step {last_step} (--max-steps); the schedule stays that of {total_steps:,} steps"
 
 
 def tested(test: SplitResult | None, dataset: DataSet) -> dict[str, Any]:
@@ -53,13 +57,18 @@ def tested(test: SplitResult | None, dataset: DataSet) -> dict[str, Any]:
 
 
 def summary(state: RunState, steps_per_epoch: int) -> dict[str, Any]:
-    """How a run stands, for summary.json: train accuracy of the last epoch, val accuracy of best_model."""
-    train = state.last_epoch_sums
+    """How a run stands, for summary.json: train accuracy and loss of the last epoch, val accuracy of best_model."""
+    first, train = state.first_epoch_sums, state.last_epoch_sums
     return {
         "epochs": state.step / steps_per_epoch,
         "steps": state.step,
         "skipped_steps": state.skipped_steps,
         "train_accuracy": train.accuracy if train.images else None,
+        "train_loss": train.mean_loss if train.steps else None,
+        "first_train_accuracy": first.accuracy if first.images else None,
+        "first_train_loss": first.mean_loss if first.steps else None,
+        "first_val_accuracy": state.first_val_accuracy if state.first_val_accuracy >= 0 else None,
+        "best_train_accuracy": state.best_train_accuracy if state.best_train_accuracy >= 0 else None,
         "val_accuracy": state.best_accuracy if state.best_accuracy >= 0 else None,
         "best_step": state.best_step if state.best_step >= 0 else None,
         "train_seconds": state.train_seconds,
@@ -68,18 +77,32 @@ def summary(state: RunState, steps_per_epoch: int) -> dict[str, Any]:
     }
 
 
+def _since_first(summary: dict[str, Any], split: str) -> str:
+    """How far an accuracy has come since the first epoch, in points: percent of the images."""
+    first, now = summary.get(f"first_{split}_accuracy"), summary[f"{split}_accuracy"]
+    if first is None or summary["epochs"] <= 1:
+        return ""
+    best = f", best {summary['best_train_accuracy']:.2%}" if split == "train" else ""
+    return f"; first epoch {first:.2%}, gain {100 * (now - first):+.2f} points{best}"
+
+
 def closing_lines(summary: dict[str, Any], val_images: int, plan: Plan) -> list[str]:
     """The end of a finished run, a line for each split that was measured."""
     lines = [
         f"finished ({summary['ended_by']}): {summary['epochs']:.4g} epochs, {summary['steps']:,} steps,"
         f" {summary['train_seconds'] / 60:.1f} minutes of training, {summary['images_per_second'] or 0:,.0f} images/s"
     ]
+    since = _since_first(summary, "train") if summary["train_accuracy"] is not None else ""
     if summary["train_accuracy"] is not None:
         images = "augmented images, " if plan.augments else ""
-        lines.append(f"train accuracy {summary['train_accuracy']:.2%}  (last epoch: {images}weights still moving)")
+        lines.append(f"train accuracy {summary['train_accuracy']:.2%}  (last epoch: {images}weights still moving{since})")
+    if summary.get("train_loss") is not None:
+        first = f"; first epoch {summary['first_train_loss']:.4f}" if since else ""
+        lines.append(f"train loss     {summary['train_loss']:.4f}  (last epoch{first})")
     if summary["val_accuracy"] is not None:
         lines.append(
-            f"val accuracy   {summary['val_accuracy']:.2%}  (best_model, step {summary['best_step']}; {val_images:,} images)"
+            f"val accuracy   {summary['val_accuracy']:.2%}  (best_model, step {summary['best_step']}; {val_images:,} images"
+            f"{_since_first(summary, 'val')})"
         )
     if summary["test_accuracy"] is not None:
         used, there = summary["test_images"], plan.dataset.test_images

@@ -64,7 +64,10 @@ class RunState:
     epoch_step: int = 0  # steps into the epoch under way
     epoch_sums: Sums = field(default_factory=Sums)
     interval_sums: Sums = field(default_factory=Sums)  # since the last row of steps.csv
+    first_epoch_sums: Sums = field(default_factory=Sums)
     last_epoch_sums: Sums = field(default_factory=Sums)
+    first_val_accuracy: float = -1.0  # after the first epoch
+    best_train_accuracy: float = -1.0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     trained_images: int = 0
@@ -81,13 +84,22 @@ class RunState:
         """Whether this is the end of an epoch after which something happens that happens every so many epochs; 0 is never."""
         return bool(every_epochs) and self.epoch_step == 0 and self.epoch % every_epochs == 0
 
+    def remember_epoch(self, sums: Sums, val_accuracy: float | None) -> None:
+        """Keep of an epoch that has ended what a summary compares: the first, the last and the best one."""
+        if self.epoch == 0:
+            self.first_epoch_sums, self.first_val_accuracy = sums, -1.0 if val_accuracy is None else val_accuracy
+        self.last_epoch_sums = sums
+        self.best_train_accuracy = max(self.best_train_accuracy, sums.accuracy)
+
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunState:
         """The state that `as_dict` wrote. Raises TypeError, KeyError or ValueError for one that it cannot have written."""
-        sums = {key: _plain(Sums(**values[key])) for key in ("epoch_sums", "interval_sums", "last_epoch_sums")}
+        values = {"first_epoch_sums": {}, **values}  # which older checkpoints do not know
+        keys = ("epoch_sums", "interval_sums", "first_epoch_sums", "last_epoch_sums")
+        sums = {key: _plain(Sums(**values[key])) for key in keys}
         state = _plain(cls(**{**values, **sums}))
         if not math.isfinite(state.lr_factor) or not isinstance(state.resumed_at_steps, list):
             raise ValueError(f"lr_factor is {state.lr_factor!r}, resumed_at_steps {state.resumed_at_steps!r}")

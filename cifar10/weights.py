@@ -166,6 +166,12 @@ def load(model: nn.Module, model_name: str, weights: str) -> list[str]:
 # --- the network and the images ------------------------------------------------------------------------------------------
 
 
+def refuse_not_finite(model: nn.Module, model_name: str) -> None:
+    """Raise UsageError if training would start from a weight that is not finite. (What a file holds, `load` has checked.)"""
+    if bad := next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None):
+        raise UsageError(f"--model {model_name} starts with values in {bad} that are not finite; mend its initialisation")
+
+
 def refuse_other_images(model: nn.Module, model_name: str, shape: tuple[int, int, int], num_classes: int) -> None:
     """Raise UsageError if `model` cannot sort images of `shape` [C, S, S] into `num_classes`: it is tried on a black one."""
     import torch

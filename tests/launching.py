@@ -34,8 +34,8 @@ COMMANDS = {
 def environment(**more: str) -> dict[str, str]:
     """This process's environment without what would change where and how a run goes."""
     ours = ("CIFAR10_STARTED_BY", "CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "LOCAL_RANK")  # the last by a world of one
-    kept = {k: v for k, v in os.environ.items() if k not in ours}
-    return {**kept, "DS_ACCELERATOR": "cpu", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", **more}
+    kept = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("WANDB_")}
+    return {**kept, "DS_ACCELERATOR": "cpu", "WANDB_MODE": "disabled", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", **more}
 
 
 def run(command: list[str], **more: str) -> subprocess.CompletedProcess[str]:

@@ -148,6 +148,7 @@ def test_the_run_folder_says_what_was_run(runs) -> None:
         "environment.json",
         "metrics.csv",
         "steps.csv",
+        "tensorboard",
         "summary.json",
         "checkpoints",
         ".lock",

@@ -1,0 +1,161 @@
+"""What a run is about to train, told in sections: the data set, the network layer by layer, how it is trained."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from cifar10.metrics import Section
+from cifar10.preflight import Plan
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MOST_LAYERS = 12  # that are listed one by one
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One module that an image passes, or several that are told as one."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]  # of what comes out for one image
+    parameters: int
+
+
+def layers(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Layer]:
+    """The layers of `model` in the order in which an image passes them, the parameters of each counted once.
+
+    One black image is sent through the model as it evaluates, so that nothing in it changes and nothing random is drawn.
+    """
+    import torch
+
+    found: list[Layer] = []
+    counted: set[int] = set()
+
+    def count(parameters: Any) -> int:
+        fresh = [p for p in parameters if id(p) not in counted]
+        counted.update(map(id, fresh))
+        return sum(p.numel() for p in fresh)
+
+    def hook(name: str) -> Any:
+        def passed(module: nn.Module, _inputs: Any, output: Any) -> None:
+            shape = tuple(output.shape[1:]) if isinstance(output, torch.Tensor) else ()
+            found.append(Layer(name, type(module).__name__, shape, count(module.parameters())))
+
+        return passed
+
+    leaves = [(name, module) for name, module in model.named_modules() if name and not any(module.children())]
+    hooks = [module.register_forward_hook(hook(name)) for name, module in leaves]
+    training = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *image_shape, device=next(model.parameters()).device))
+    finally:
+        for handle in hooks:
+            handle.remove()
+        for module, was_training in training.items():
+            module.training = was_training
+    if others := count(model.parameters()):
+        found.append(Layer("", "outside of layers", (), others))
+    return found
+
+
+def shortened(found: list[Layer]) -> list[Layer]:
+    """The layers, or where there are too many of them, those of each block of the network as one."""
+    if len(found) <= MOST_LAYERS:
+        return found
+    blocks: list[list[Layer]] = []
+    for layer in found:
+        if not blocks or blocks[-1][0].name.split(".")[0] != layer.name.split(".")[0]:
+            blocks.append([])
+        blocks[-1].append(layer)
+    return [_as_one(block) for block in blocks]
+
+
+def _as_one(block: list[Layer]) -> Layer:
+    if len(block) == 1:
+        return block[0]
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(layer.kind for layer in block).items())
+    name = block[0].name.split(".")[0]
+    return replace(block[-1], name=name, kind=kinds, parameters=sum(layer.parameters for layer in block))
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def model_section(model: nn.Module, image_shape: tuple[int, int, int]) -> Section:
+    """The network's layers that have parameters, and what comes out of each; `model` is the plain one, in fp32."""
+    found = layers(model, image_shape)
+    told = shortened([layer for layer in found if layer.parameters])
+    rows = [(layer.name, layer.kind, _times(layer.shape), f"{layer.parameters:,}") for layer in told]
+    total = sum(layer.parameters for layer in found)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    which = "all of them trained" if trained == total else f"{trained:,} of them trained"
+    rows.append(("total", which, f"{_times(image_shape)} -> {_times(found[-1].shape)}", f"{total:,}"))
+    digits = max(len(row[-1]) for row in rows)
+    return Section("model", [(*row[:-1], row[-1].rjust(digits)) for row in rows], ("layer", "kind", "output", "parameters"))
+
+
+def data_section(plan: Plan) -> Section:
+    """The images as they are on disk, and what training makes of them."""
+    recipe, dataset = plan.recipe, plan.dataset
+    kind = "grey" if dataset.channels == 1 else "colour"
+    crop = [f"crop {plan.image_shape[1]}x{plan.image_shape[2]} of {recipe.crop_padding} pixels of padding on each side"]
+    resized = [f"resized to {recipe.resize}x{recipe.resize}"] if recipe.resize else []
+    is_cropped = recipe.crop_padding > 0 or plan.image_shape[1] < (recipe.resize or dataset.size)
+    changes = [*resized, *(crop if is_cropped else []), *(["mirrored at random"] if recipe.flip else [])]
+    tested = dataset.test_images if plan.options.test_images is None else plan.options.test_images
+    test = f"{tested:,} test images are opened once, at the end" if tested else "the test images stay unopened"
+    rows = [
+        ("images", f"{dataset.size}x{dataset.size}, {kind}, {len(dataset.classes)} classes; {test}"),
+        ("classes", ", ".join(dataset.classes)),
+        ("augmentation", ", ".join(changes) or "none"),
+    ]
+    return Section("data set", rows)
+
+
+def _precision(config: dict[str, Any]) -> str:
+    autocast = config.get("torch_autocast", {})
+    if autocast.get("enabled"):
+        return f"torch_autocast {autocast.get('dtype', 'bfloat16')}, weights in fp32"
+    return next((name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled")), "fp32")
+
+
+def _learning_rate(plan: Plan) -> str:
+    recipe = plan.recipe
+    if scheduler := plan.ds_config.get("scheduler"):
+        return f"moved by the JSON's {scheduler.get('type')}"
+    warmup = min(recipe.warmup_epochs, recipe.epochs / 10)
+    rises = f"a linear warmup of {warmup:g} epochs, then " if warmup else ""
+    return f"{rises}a cosine to 0, moving {recipe.lr_moves.replace('-', ' ')}"
+
+
+def training_section(plan: Plan) -> Section:
+    """Batch, optimizer, learning rate, precision and the end, in the words of DeepSpeed's JSON and the recipe."""
+    recipe, config, batch = plan.recipe, plan.ds_config, plan.batch
+    optimizer = config.get("optimizer", {})
+    settings = {"lr": None, **optimizer.get("params", {})}
+    scale = recipe.lr_scale(batch.global_images)
+    if settings["lr"] is not None and scale != 1:
+        settings["lr"] = f"{settings['lr'] * scale:g}"
+    told = {name: value for name, value in settings.items() if value not in (None, True, False)}
+    words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in told.items())
+    passes = f" x {batch.accumulation} micro-batches" if batch.accumulation > 1 else ""
+    ranks = "1 rank" if batch.world_size == 1 else f"{batch.world_size} ranks"
+    clipping, stage = config.get("gradient_clipping", 0), config.get("zero_optimization", {}).get("stage", 0)
+    clipped = f"gradients clipped to norm {clipping:g}" if clipping else "gradients as they are"
+    watched = "validation" if recipe.val_images else "training"
+    waits = f"after {recipe.patience} epochs in which the {watched} loss has not fallen by {recipe.min_improvement:g}"
+    smoothing = f", label smoothing {recipe.label_smoothing:g}" if recipe.label_smoothing else ""
+    rows = [
+        ("batch", f"{batch.global_images} images a step: {ranks}{passes} x {batch.micro_images}; cross-entropy{smoothing}"),
+        ("optimizer", f"{optimizer.get('type', 'the JSON has none')}: {words}" if words else str(optimizer.get("type"))),
+        ("learning rate", _learning_rate(plan)),
+        ("precision", f"{_precision(config)}; ZeRO stage {stage}; {clipped}"),
+        ("stops early", waits if recipe.patience else "never"),
+    ]
+    return Section("training", rows)
