@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from cifar10.metrics import Section
@@ -63,24 +64,20 @@ def layers(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Layer]:
     return found
 
 
-def shortened(found: list[Layer]) -> list[Layer]:
-    """The layers, or where there are too many of them, those of each block of the network as one."""
-    if len(found) <= MOST_LAYERS:
-        return found
-    blocks: list[list[Layer]] = []
-    for layer in found:
-        if not blocks or blocks[-1][0].name.split(".")[0] != layer.name.split(".")[0]:
-            blocks.append([])
-        blocks[-1].append(layer)
-    return [_as_one(block) for block in blocks]
+def with_parameters(found: list[Layer]) -> list[Layer]:
+    """The layers that have any; where they are too many, each block of the network as one."""
+    told = [layer for layer in found if layer.parameters]
+    if len(told) <= MOST_LAYERS:
+        return told
+    blocks = [list(block) for _, block in groupby(found, key=lambda layer: layer.name.split(".")[0])]
+    return [block for block in map(_as_one, blocks) if block.parameters]
 
 
 def _as_one(block: list[Layer]) -> Layer:
-    if len(block) == 1:
-        return block[0]
-    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(layer.kind for layer in block).items())
-    name = block[0].name.split(".")[0]
-    return replace(block[-1], name=name, kind=kinds, parameters=sum(layer.parameters for layer in block))
+    kinds = Counter(layer.kind for layer in block if layer.parameters)
+    kind = ", ".join(f"{count} {name}" for name, count in kinds.items())
+    parameters = sum(layer.parameters for layer in block)
+    return Layer(block[0].name.split(".")[0], kind, block[-1].shape, parameters)
 
 
 def _times(shape: tuple[int, ...]) -> str:
@@ -90,8 +87,7 @@ def _times(shape: tuple[int, ...]) -> str:
 def model_section(model: nn.Module, image_shape: tuple[int, int, int]) -> Section:
     """The network's layers that have parameters, and what comes out of each; `model` is the plain one, in fp32."""
     found = layers(model, image_shape)
-    told = shortened([layer for layer in found if layer.parameters])
-    rows = [(layer.name, layer.kind, _times(layer.shape), f"{layer.parameters:,}") for layer in told]
+    rows = [(layer.name, layer.kind, _times(layer.shape), f"{layer.parameters:,}") for layer in with_parameters(found)]
     total = sum(layer.parameters for layer in found)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     which = "all of them trained" if trained == total else f"{trained:,} of them trained"
@@ -104,7 +100,8 @@ def data_section(plan: Plan) -> Section:
     """The images as they are on disk, and what training makes of them."""
     recipe, dataset = plan.recipe, plan.dataset
     kind = "grey" if dataset.channels == 1 else "colour"
-    crop = [f"crop {plan.image_shape[1]}x{plan.image_shape[2]} of {recipe.crop_padding} pixels of padding on each side"]
+    padding = f" after {recipe.crop_padding} black pixels on each side" if recipe.crop_padding else ""
+    crop = [f"a random crop of {_times(plan.image_shape[1:])}{padding}"]
     resized = [f"resized to {recipe.resize}x{recipe.resize}"] if recipe.resize else []
     is_cropped = recipe.crop_padding > 0 or plan.image_shape[1] < (recipe.resize or dataset.size)
     changes = [*resized, *(crop if is_cropped else []), *(["mirrored at random"] if recipe.flip else [])]
@@ -130,7 +127,7 @@ def _learning_rate(plan: Plan) -> str:
     if scheduler := plan.ds_config.get("scheduler"):
         return f"moved by the JSON's {scheduler.get('type')}"
     warmup = min(recipe.warmup_epochs, recipe.epochs / 10)
-    rises = f"a linear warmup of {warmup:g} epochs, then " if warmup else ""
+    rises = f"a linear warmup over {warmup:g} epoch{'' if warmup == 1 else 's'}, then " if warmup else ""
     return f"{rises}a cosine to 0, moving {recipe.lr_moves.replace('-', ' ')}"
 
 

@@ -16,11 +16,14 @@ ever asked for a key, and nothing waits for a network for longer than the second
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import netrc
 import os
 import secrets
+import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -33,6 +36,7 @@ from cifar10.metrics import EpochRow, Sink, SplitResult, StepRow, Steps
 Mode = Literal["online", "offline", "off"]
 PROJECT = "deepspeed-cifar10"
 INIT_SECONDS, FINISH_SECONDS = 20.0, 30.0  # $WANDB_INIT_TIMEOUT and $WANDB_FINISH_TIMEOUT change them
+IDLE = "30s"  # after which wandb's own process leaves when the run has died without a word
 NOT_FINISHED = 75  # the exit code that W&B keeps of a run that has not come to its end: it can go on
 
 
@@ -82,6 +86,44 @@ class _Place:
         os.replace(temporary, self._file)  # without waiting for the disk: a row too many or too few is all that is at stake
 
 
+# --- wandb's own process ------------------------------------------------------------------------------------------------
+
+
+class _Service:
+    """The process that takes the rows and writes or uploads them, started as the child of nobody.
+
+    Launchers that end a run send SIGTERM to all children of its ranks. As one of them it would die before the last rows.
+    """
+
+    def __init__(self) -> None:
+        start = [sys.executable, "-m", "wandb", "beta", "core", "start", "--idle-timeout", IDLE]
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self._starting = None if "WANDB_SERVICE" in os.environ else subprocess.Popen(start, **pipes, text=True)
+
+    def connect(self) -> None:
+        """Let wandb use it. Where it could not be started, wandb starts one of its own."""
+        if self._starting is None:
+            return
+        try:
+            address = self._starting.communicate(timeout=INIT_SECONDS)[0].strip()
+        except subprocess.TimeoutExpired:
+            self._starting.kill()
+            address = ""
+        if address:
+            os.environ["WANDB_SERVICE"] = address
+
+    def end(self, wandb: Any) -> None:
+        wandb.teardown()
+        if self._starting is not None and "WANDB_SERVICE" in os.environ:
+            from wandb.cli import beta_core
+
+            try:
+                with contextlib.redirect_stderr(io.StringIO()):
+                    beta_core.stop()
+            finally:
+                os.environ.pop("WANDB_SERVICE", None)
+
+
 # --- the sink -----------------------------------------------------------------------------------------------------------
 
 
@@ -91,8 +133,11 @@ class WandbSink(Sink):
     def __init__(self, folder: Path, steps: Steps, mode: Mode, project: str, name: str, config: dict[str, Any]) -> None:
         if mode == "online" and not has_login(os.environ):
             raise RuntimeError("there is no key: `wandb login` or WANDB_API_KEY gives one, --wandb offline needs none")
+        os.environ.setdefault("WANDB_SILENT", "true")
+        self._service = _Service()
         import wandb  # 0.7 s, which a run without it does not spend
 
+        self._service.connect()
         self._wandb, self._steps, self._report = wandb, steps, folder / "report"
         self._place, self._has_finished = _Place(folder, os.environ), False
         place = {"dir": str(folder), "project": project, "name": name, "id": self._place.id, "resume": "allow"}
@@ -107,7 +152,7 @@ class WandbSink(Sink):
             self._run = wandb.init(**place, mode=mode, config=config, settings=settings, allow_val_change=True)
             self._place.keep(-1)
         except BaseException:
-            wandb.teardown()
+            self._service.end(wandb)
             raise
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -156,8 +201,10 @@ class WandbSink(Sink):
 
     def close(self) -> None:
         """Hand over what is left, within FINISH_SECONDS, and end wandb's own process."""
-        self._run.finish(exit_code=0 if self._has_finished else NOT_FINISHED)
-        self._wandb.teardown()
+        try:
+            self._run.finish(exit_code=0 if self._has_finished else NOT_FINISHED)
+        finally:
+            self._service.end(self._wandb)
 
 
 def _by_split(split: str, result: SplitResult) -> dict[str, float]:
