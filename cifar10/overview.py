@@ -91,7 +91,8 @@ def model_section(model: nn.Module, image_shape: tuple[int, int, int]) -> Sectio
     total = sum(layer.parameters for layer in found)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     which = "all of them trained" if trained == total else f"{trained:,} of them trained"
-    rows.append(("total", which, f"{_times(image_shape)} -> {_times(found[-1].shape)}", f"{total:,}"))
+    answer = next(layer.shape for layer in reversed(found) if layer.shape)
+    rows.append(("total", which, f"{_times(image_shape)} -> {_times(answer)}", f"{total:,}"))
     digits = max(len(row[-1]) for row in rows)
     return Section("model", [(*row[:-1], row[-1].rjust(digits)) for row in rows], ("layer", "kind", "output", "parameters"))
 

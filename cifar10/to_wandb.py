@@ -156,9 +156,8 @@ class WandbSink(Sink):
             raise
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-        self.note = (
-            f"W&B: {self._run.url}" if mode == "online" else f"W&B: `wandb sync {self._run.settings.sync_dir}` uploads it"
-        )
+        sync = f"`wandb sync {folder}/wandb/offline-run-*` uploads it"
+        self.note = f"W&B: {self._run.url if mode == 'online' else sync}"
 
     def _is_there(self, step: int) -> bool:
         """Whether an earlier start has handed over the row of this step."""

@@ -329,6 +329,29 @@ def test_every_accuracy_of_the_closing_lines_carries_its_split():
     assert "minutes" in lines[0]
 
 
+def test_the_closing_lines_say_how_far_the_run_has_come():
+    state = RunState(step=150, best_accuracy=0.75, best_step=80)
+    for epoch, (correct, loss) in enumerate(((96, 22.5), (256, 5.0), (240, 7.5))):
+        state.epoch = epoch
+        state.remember_epoch(Sums(steps=10, images=320, loss=loss, correct=correct), val_accuracy=0.25 + epoch / 10)
+    summary = {**finished_summary(), **report.summary(state, steps_per_epoch=50)}
+    assert (summary["first_train_accuracy"], summary["train_accuracy"], summary["best_train_accuracy"]) == (0.3, 0.75, 0.8)
+    _, train, loss, val, _ = report.closing_lines(summary, val_images=5_000, plan=on("cifar10"))
+    assert "first epoch 30.00%, gain +45.00 points, best 80.00%" in train
+    assert loss == "train loss     0.7500  (last epoch; first epoch 2.2500)"
+    assert "first epoch 25.00%, gain +50.00 points" in val
+    one_epoch = {**summary, "epochs": 1.0}
+    assert not any("gain" in line for line in report.closing_lines(one_epoch, val_images=5_000, plan=on("cifar10")))
+
+
+def test_a_checkpoint_from_before_the_first_epoch_was_kept_goes_on():
+    older = RunState(step=30, epoch=2).as_dict()
+    for name in ("first_epoch_sums", "first_val_accuracy", "best_train_accuracy"):
+        del older[name]
+    state = RunState.from_dict(older)
+    assert (state.step, report.summary(state, steps_per_epoch=15)["first_train_accuracy"]) == (30, None)
+
+
 def test_a_part_of_the_test_split_is_named_as_one():
     lines = report.closing_lines(finished_summary(test_images=500), val_images=5_000, plan=on("cifar10"))
     assert "first 500 of 10,000 images" in lines[-1]

@@ -345,10 +345,8 @@ print("loaded", *sorted({"wandb", "torch.utils.tensorboard"} & set(sys.modules))
 
 def opened(folder: Path, *flags: str, **variables: str) -> tuple[list[str], str]:
     """Open and close the sinks of a run in a process of its own; returns what it says on stdout and on stderr."""
-    command = [sys.executable, "-c", OPENS, str(folder), "--dataset", "synthetic", *flags]
-    process = run(
-        command, PYTHONPATH=str(PROJECT), **{"HOME": str(folder), "NETRC": str(folder / "none"), "WANDB_MODE": "", **variables}
-    )
+    command = ["env", "-u", "WANDB_MODE", sys.executable, "-c", OPENS, str(folder), "--dataset", "synthetic", *flags]
+    process = run(command, PYTHONPATH=str(PROJECT), **{"HOME": str(folder), "NETRC": str(folder / "none"), **variables})
     assert process.returncode == 0, process.stderr
     return process.stdout.splitlines(), process.stderr
 

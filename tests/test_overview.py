@@ -1,0 +1,164 @@
+"""cifar10/overview.py: true shapes and parameter counts, told in few lines, and nothing about the model changed by telling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import cifar10_deepspeed as story
+from cifar10 import UsageError, overview, preflight, report, weights
+from cifar10.metrics import ConsoleSink, Section, plain_lines
+from cifar10.recipe import model_names, recipe_names
+
+IMAGES = {"mnist_cnn": (1, 28, 28), "vgg19": (3, 64, 64)}
+
+
+def plan(*flags: str) -> preflight.Plan:
+    """Of a command line on images that need no disk."""
+    return preflight.check([*flags, "--dataset", "synthetic"], 1, "x")
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_every_parameter_is_in_one_layer_and_in_the_total(name) -> None:
+    model = story.build_model(name, 0)
+    total = sum(p.numel() for p in model.parameters())
+    section = overview.model_section(model, IMAGES.get(name, (3, 32, 32)))
+    *layers, last = [int(row[-1].replace(",", "")) for row in section.rows]
+    assert sum(layers) == last == total
+    assert len(layers) <= overview.MOST_LAYERS
+
+
+def test_the_documents_network_in_its_true_numbers() -> None:
+    section = overview.model_section(story.build_model("bn_cnn", 0), (3, 32, 32))
+    assert [(row[0], row[1], row[2], row[3].strip()) for row in section.rows] == [
+        ("conv1", "Conv2d", "16x32x32", "448"),
+        ("bn1", "BatchNorm2d", "16x32x32", "32"),
+        ("conv2", "Conv2d", "32x16x16", "4,640"),
+        ("bn2", "BatchNorm2d", "32x16x16", "64"),
+        ("fc1", "Linear", "128", "262,272"),
+        ("fc2", "Linear", "10", "1,290"),
+        ("total", "all of them trained", "3x32x32 -> 10", "268,746"),
+    ]
+
+
+def test_looking_at_a_model_changes_nothing_and_draws_nothing() -> None:
+    model = story.build_model("smooth_cnn", 0)
+    model.train()
+    next(model.children()).eval()  # modes of its own
+    modes = [module.training for module in model.modules()]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    overview.layers(model, (3, 32, 32))
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+class Unusual(nn.Module):
+    """One layer used twice, a frozen one, and a parameter outside of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice = nn.Conv2d(3, 3, 1)
+        self.scale = nn.Parameter(torch.ones(7))
+        self.head = nn.Linear(3, 10)
+        self.twice.requires_grad_(False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.twice(self.twice(images)).mean(dim=(2, 3))) * self.scale.sum()
+
+
+def test_a_layer_counts_once_and_what_lies_outside_of_layers_too() -> None:
+    found = overview.layers(Unusual(), (3, 8, 8))
+    assert [(layer.name, layer.shape, layer.parameters) for layer in found] == [
+        ("twice", (3, 8, 8), 12),
+        ("twice", (3, 8, 8), 0),
+        ("head", (10,), 40),
+        ("", (), 7),
+    ]
+    *_, total = overview.model_section(Unusual(), (3, 8, 8)).rows
+    assert total == ("total", "47 of them trained", "3x8x8 -> 10", "59")
+
+
+def test_many_layers_are_told_as_their_blocks() -> None:
+    section = overview.model_section(story.build_model("vgg19", 0), (3, 64, 64))
+    assert [row[:2] for row in section.rows] == [
+        ("features", "16 Conv2d"),
+        ("classifier", "3 Linear"),
+        ("total", "all of them trained"),
+    ]
+    assert section.rows[0][2] == "512x2x2"
+    assert section.rows[2][3] == "139,611,210"
+
+
+@pytest.mark.parametrize("recipe", sorted(set(recipe_names()) - {"mnist_synthetic", "vgg19"}))
+def test_what_a_run_says_before_it_trains_fits_a_screen(recipe) -> None:
+    made = plan("--recipe", recipe)
+    model = story.build_model(made.recipe.model, 0)
+    said = list(report.opening_lines(made, Path("runs/x"), "1 rank", model, (45_000, 5_000), (0, 10, 10)))
+    lines = [line for one in said for line in (plain_lines(one) if isinstance(one, Section) else [one])]
+    assert 12 <= len([line for line in lines if not line.startswith("note: ")]) <= 20
+    assert max(map(len, lines)) <= 150
+
+
+def test_the_sections_say_what_the_settings_are() -> None:
+    made = plan("--lr", "0.05", "--global-batch-size", "96", "--micro-batch-size", "24", "--epochs", "20", "--patience", "7")
+    training = "\n".join(plain_lines(overview.training_section(made)))
+    for words in (
+        "96 images a step: 1 rank x 4 micro-batches x 24",
+        "lr 0.05",
+        "momentum 0.9",
+        "over 2 epochs",
+        "after 7 epochs",
+    ):
+        assert words in training, words
+    assert "fp32; ZeRO stage 0; gradients clipped to norm 1" in training
+    assert "never" in "\n".join(plain_lines(overview.training_section(plan("--patience", "0"))))
+    assert "torch_autocast bfloat16" in "\n".join(plain_lines(overview.training_section(plan("--precision", "bf16"))))
+    assert "the JSON's WarmupLR" in "\n".join(plain_lines(overview.training_section(plan("--recipe", "lenet"))))
+    data = "\n".join(plain_lines(overview.data_section(plan("--no-flip", "--crop-padding", "0"))))
+    assert "augmentation  none" in data
+    assert "10,000 test images" in data
+    assert "unopened" in "\n".join(plain_lines(overview.data_section(plan("--test-images", "0"))))
+
+
+SECTION = Section("model", [("a", "[bold]", "1"), ("long", "", "1,234")], ("layer", "kind", "parameters"))
+
+
+def test_a_section_without_a_terminal_has_its_title_in_each_line(capsys) -> None:
+    ConsoleSink(10, 10, 0, 32).event(SECTION)
+    assert capsys.readouterr().out == "model: a     [bold]  1\nmodel: long          1,234\n"
+
+
+def test_a_section_in_a_terminal_is_a_table(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    sink = ConsoleSink(10, 10, 0, 32)
+    sink.event(SECTION)
+    sink.close()
+    printed = capsys.readouterr().out
+    for words in ("parameters", "[bold]", "1,234", "╭", "╰"):
+        assert words in printed, words
+
+
+def test_weights_that_are_not_finite_are_refused_by_name() -> None:
+    model = story.build_model("bn_cnn", 0)
+    weights.refuse_not_finite(model, "bn_cnn")
+    model.fc1.weight.data[3, 4] = float("nan")
+    with pytest.raises(UsageError, match=r"fc1\.weight that are not finite"):
+        weights.refuse_not_finite(model, "bn_cnn")
+
+
+def test_a_run_is_refused_whose_weights_are_not_finite(monkeypatch) -> None:
+    class Broken(story.CIFAR10CNNEnhanced):
+        def _initialise(self) -> None:
+            super()._initialise()
+            self.conv2.bias.data.fill_(float("inf"))
+
+    monkeypatch.setattr(story, "CIFAR10CNNEnhanced", Broken)
+    with pytest.raises(UsageError, match=r"conv2\.bias"):
+        story.initial_model(plan())
