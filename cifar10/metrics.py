@@ -203,7 +203,7 @@ def _table(section: Section) -> Table:
     """A section in a terminal: words to the left, numbers to the right."""
     table = Table(title=section.title, title_justify="left", box=box.ROUNDED, show_header=bool(section.header))
     for number, column in enumerate(zip_longest(*section.rows, fillvalue="")):
-        are_numbers = all(re.fullmatch(r"[\d,]*", cell) for cell in column)
+        are_numbers = all(re.fullmatch(r"[\d, ]*", cell) for cell in column)
         header = section.header[number] if section.header else ""
         table.add_column(header, justify="right" if are_numbers else "left", style="bold" if number == 0 else "")
     for row in section.rows:

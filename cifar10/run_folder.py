@@ -2,7 +2,8 @@
 
 recipe.json  ds_config.json     the settings; `--recipe <run>/recipe.json` runs them again
 environment.json                versions, commit, hardware, command of each start
-metrics.csv  steps.csv          what was measured
+metrics.csv  steps.csv          what was measured; tensorboard/ and wandb/ hold the same for their viewers
+wandb_run.json                  the run's id at Weights & Biases
 summary.json                    how it stands: running, stopped, failed or finished, and the results
 checkpoints/                    see checkpoint.py
 """
