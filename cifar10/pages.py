@@ -24,7 +24,7 @@ from cifar10.record import Record, by_experiment, differing, open_record
 from cifar10.settings import flattened
 
 PAGE, PICTURES = "report.html", "report"  # in a run's folder
-LEFT_OUT = ("processor", "commit", "command", "time", "python", "torch", "torchvision", "deepspeed", "numpy")
+FIRST_FACTS = ("processor", "commit", "command", "time", "python", "torch", "torchvision", "deepspeed", "numpy")
 
 
 def percent(value: float | None) -> str:
@@ -117,12 +117,11 @@ def _tiles(record: Record) -> list[dict[str, str]]:
             }
         )
     if (val := record.number("val_accuracy")) is not None:
-        held = record.settings.get("val_images")
-        tiles.append(
-            {"what": "val accuracy", "value": percent(val), "how": f"best model so far, {short(held)} held-out images"}
-        )
+        held, which = record.settings.get("val_images"), "best model" if record.is_finished else "best model so far"
+        how = f"{which}, {held:,} held-out images" if isinstance(held, int) else which
+        tiles.append({"what": "val accuracy", "value": percent(val), "how": how})
     if (train := record.number("train_accuracy")) is not None:
-        tiles.append({"what": "train accuracy", "value": percent(train), "how": "last epoch, on the way"})
+        tiles.append({"what": "train accuracy", "value": percent(train), "how": f"last epoch: {_train_means(record)}"})
     seconds, speed = record.number("train_seconds"), record.number("images_per_second")
     if seconds:
         how = f"of training, at {speed:,.0f} images/s" if speed else "of training"
@@ -160,7 +159,7 @@ def _augmentation(record: Record) -> str:
     elif settings.get("image_size"):
         words.append(f"cropped at random to {short(settings['image_size'])} pixels")
     if settings.get("flip"):
-        words.append("every other one mirrored")
+        words.append("mirrored at random")
     return ", ".join(words) or "as they are"
 
 
@@ -180,8 +179,8 @@ def _environment(record: Record) -> list[tuple[str, str]]:
     if not record.starts:
         return []
     last = record.starts[-1]
-    names = [name for name in LEFT_OUT if name in last and name != "command"]
-    return [(name, short(last[name])) for name in [*names, *(name for name in last if name not in LEFT_OUT)]]
+    names = [name for name in FIRST_FACTS if name in last and name != "command"]
+    return [(name, short(last[name])) for name in [*names, *(name for name in last if name not in FIRST_FACTS)]]
 
 
 def _answers(record: Record, draw: Any) -> tuple[dict[str, Any], list[str]]:
@@ -287,7 +286,7 @@ def group_labels(groups: list[list[Record]]) -> list[str]:
     names, keys = [group[0].recipe for group in groups], [key for key in differing(groups) if key != "recipe"]
     labels = []
     for group, name in zip(groups, names, strict=True):
-        same_name = [other[0].experiment for other in groups if other[0].recipe == name]
+        same_name = [other[0].experiment for other, its_name in zip(groups, names, strict=True) if its_name == name]
         telling = [key for key in keys if len({repr(experiment.get(key)) for experiment in same_name}) > 1]
         words = [f"{key.split('.')[-1]} {short(group[0].experiment.get(key), 20)}" for key in telling[:3]]
         labels.append(", ".join([name, *words]))
@@ -312,7 +311,10 @@ def make_comparison(folders: Sequence[Path], output: Path) -> Path:
 
     groups = by_experiment(open_record(folder) for folder in folders)
     labels = group_labels(groups)
-    drawn = [pictures.Group(f"{label} (n = {len(group)})", group) for label, group in zip(labels, groups, strict=True)]
+    drawn = [
+        pictures.Group(f"{label} ({len(group)} run{'s' * (len(group) > 1)})", group)
+        for label, group in zip(labels, groups, strict=True)
+    ]
     rows, runs = [], []
     for label, group in zip(labels, groups, strict=True):
         done = [record for record in group if record.is_finished]

@@ -30,13 +30,13 @@ SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#00
 WIDTH, DPI = 6.4, 150  # inches, and pixels of each
 FEWEST = 10  # images of a bin whose accuracy is shown: that of fewer says nothing
 STYLE = {
-    "font.size": 10.5,
+    "font.size": 11.5,
     "font.family": "DejaVu Sans",  # which matplotlib brings along
     "text.color": INK,
     "text.parse_math": False,  # a class may be called $x$
     "axes.edgecolor": PALE,
     "axes.labelcolor": INK,
-    "axes.titlesize": 11.5,
+    "axes.titlesize": 12.5,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.spines.top": False,
@@ -142,7 +142,7 @@ def _short(name: str, letters: int = 14) -> str:
 
 
 def confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> Figure:
-    """True classes down, answers across. Right answers are blue; the darker the orange, the more frequent the mistake."""
+    """True classes down, answers across. Right answers are blue; the stronger the orange, the more frequent the mistake."""
     size = len(classes)
     figure = Figure(figsize=(WIDTH, WIDTH * 0.95), layout="constrained")
     axes = figure.subplots()
@@ -153,7 +153,7 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> Figure:
         for row, column in np.ndindex(counts.shape):
             if counts[row, column]:
                 weight = "bold" if row == column else "normal"
-                axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=9, weight=weight)
+                axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=9.5, weight=weight)
     names = [_short(name) for name in classes]
     axes.set_xticks(range(size), names, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(size), names)
@@ -176,12 +176,12 @@ def class_accuracy(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     axes.errorbar(share[order], places, xerr=bars, fmt="o", color=SERIES[0], markersize=7, elinewidth=2, capsize=4)
     for place, index in enumerate(order):
         axes.annotate(
-            f"{share[index]:.1%}", (high[index], place), (8, 0), textcoords="offset points", va="center", fontsize=9.5
+            f"{share[index]:.1%}", (high[index], place), (8, 0), textcoords="offset points", va="center", fontsize=10.5
         )
     mean = right.sum() / max(1, total.sum())
     axes.axvline(mean, color=PALE, linestyle="--", linewidth=1.3)
     above = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "center"}
-    axes.annotate(f"all classes {mean:.1%}", (mean, 1.0), (0, 4), color=PALE, fontsize=9.5, **above)
+    axes.annotate(f"all classes {mean:.1%}", (mean, 1.0), (0, 4), color=PALE, fontsize=10.5, **above)
     axes.set_yticks(places, [_short(classes[index]) for index in order])
     axes.set_ylim(-0.7, len(classes) - 0.3)
     axes.set_xlim(max(0, low.min() - 0.03), min(1.08, high.max() + 0.08))

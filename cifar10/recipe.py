@@ -148,6 +148,8 @@ class Options:
     """How many resumable checkpoints are kept, beside the best and those of --save-frequency."""
     save_frequency: int = 0
     """Epochs between two resumable checkpoints that are kept for good, as checkpoints/epoch_005; 0 keeps none."""
+    report: bool = True
+    """Make report.html and its pictures when the run has finished (default: yes, unless $CIFAR10_REPORT is 0)."""
 
 
 @dataclass(frozen=True)
@@ -358,6 +360,7 @@ def parse(argv: list[str], program: str = "cifar10_deepspeed.py", description: s
         data_dir=Path(os.environ.get("CIFAR10_DIR") or "data"),
         deepspeed_config=PROJECT / experiment.deepspeed_config,  # an absolute path stays as it is
         precision=() if names_a_json else experiment.precision,
+        report=os.environ.get("CIFAR10_REPORT") != "0",
     )
     printed = io.StringIO()
     try:

@@ -99,14 +99,15 @@ def _numbers(path: Path, wanted: Iterable[str]) -> list[dict[str, str]]:
     """The rows of a CSV file of ours: none if there is no file. A last row that is being written is left out."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            rows, header = list(reader), reader.fieldnames or []
     except FileNotFoundError:
         return []
     except (OSError, ValueError, csv.Error) as error:
         raise UsageError(f"{path} is damaged ({type(error).__name__})") from None
     if rows and (None in rows[-1] or None in rows[-1].values()):
         rows.pop()
-    if rows and not set(wanted) <= rows[0].keys():
+    if header and not set(wanted) <= set(header):
         raise UsageError(f"{path} is damaged (its columns are not {', '.join(wanted)})")
     return rows
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cifar10.metrics import ConsoleSink, CsvSink, Metrics
+from cifar10.pages import ReportSink
 from cifar10.preflight import Plan
 from cifar10.state import RunState
 
@@ -13,4 +14,5 @@ def open_sinks(plan: Plan, folder: Path, state: RunState, last_step: int, steps_
     """All sinks of a run that stands at `state` and ends at `last_step`."""
     says_steps = "steps_per_print" in plan.ds_config
     console = ConsoleSink(last_step, steps_per_epoch, state.step, plan.batch.global_images, says_steps=says_steps)
-    return Metrics([console, CsvSink(folder, step=state.step, epoch=state.epoch)])
+    pages = [ReportSink(folder, plan.options.data_dir)] if plan.options.report else []
+    return Metrics([console, CsvSink(folder, step=state.step, epoch=state.epoch), *pages])

@@ -35,7 +35,12 @@ PARTS: dict[str, set[str]] = {
     "run_folder": {"files", "recipe", "settings"},
     "report": {"datasets", "metrics", "preflight", "state"},
     "predictions": {"files"},
-    "sinks": {"metrics", "preflight", "state"},
+    "record": {"datasets", "predictions", "recipe", "run_folder", "settings"},
+    "measures": {"predictions"},
+    "samples": {"augment", "data", "datasets", "loader", "measures", "predictions", "recipe"},
+    "pictures": {"measures", "record", "samples"},
+    "pages": {"files", "measures", "metrics", "pictures", "recipe", "record", "samples", "settings"},
+    "sinks": {"metrics", "pages", "preflight", "state"},
     "patience": {"recipe", "state"},
     "augment": {"draws"},
     "loader": {"augment", "draws"},
@@ -53,7 +58,12 @@ PARTS: dict[str, set[str]] = {
         "weights",
     },  # the edge: reads a command line, no torch
 }
-PROGRAMS = {"__main__", "bench", "catalogue"}  # what people start beside the story; they see everything, and no part sees them
+PROGRAMS = {
+    "__main__",
+    "bench",
+    "catalogue",
+    "reporting",
+}  # what people start beside the story; they see everything, and no part sees them
 WITHOUT_TORCH = set("__init__ launchers recipe ds_json data datasets mnist files settings run_folder preflight".split())
 
 
