@@ -6,10 +6,11 @@ import sys
 
 import tyro
 
-from cifar10 import UsageError, bench, catalogue, reporting
+from cifar10 import UsageError, bench, catalogue, leaderboard, reporting
 
 COMMANDS = {
     "bench": bench.run,
+    "leaderboard": leaderboard.run,
     "recipes": catalogue.run,
     "report": reporting.run,
 }

@@ -41,10 +41,11 @@ def mean_and_sd(values: Sequence[float | None]) -> str:
 
 
 def interval(found: Spread | None) -> str:
-    """`81.42 to 83.18%`, the 95% confidence interval of the mean."""
+    """`81.42 to 83.18%`, the 95% confidence interval of the mean, as far as an accuracy can reach."""
     if found is None or found.half_width is None:
         return "–"
-    return f"{100 * (found.mean - found.half_width):.2f} to {100 * (found.mean + found.half_width):.2f}%"
+    low, high = max(0.0, found.mean - found.half_width), min(1.0, found.mean + found.half_width)
+    return f"{100 * low:.2f} to {100 * high:.2f}%"
 
 
 def short(value: Any, letters: int = 300) -> str:

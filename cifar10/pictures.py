@@ -100,7 +100,7 @@ def curves(record: Record) -> Figure:
     above.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     below.set_title("Loss (cross-entropy)")
     below.set_xlabel("epoch")
-    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    below.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     above.legend(loc="lower right")
     return figure
 
@@ -175,9 +175,8 @@ def class_accuracy(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     bars = np.abs(np.stack([share - low, high - share])[:, order])
     axes.errorbar(share[order], places, xerr=bars, fmt="o", color=SERIES[0], markersize=7, elinewidth=2, capsize=4)
     for place, index in enumerate(order):
-        axes.annotate(
-            f"{share[index]:.1%}", (high[index], place), (8, 0), textcoords="offset points", va="center", fontsize=10.5
-        )
+        beside = {"textcoords": "offset points", "va": "center", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}}
+        axes.annotate(f"{share[index]:.1%}", (high[index], place), (8, 0), fontsize=10.5, **beside)
     mean = right.sum() / max(1, total.sum())
     axes.axvline(mean, color=PALE, linestyle="--", linewidth=1.3)
     above = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "center"}
@@ -282,6 +281,6 @@ def overlaid(groups: Sequence[Group]) -> Figure:
     above.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     below.set_title(f"{split} loss (cross-entropy)")
     below.set_xlabel("epoch")
-    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    below.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     figure.legend(loc="outside lower left")  # there may be many
     return figure

@@ -40,6 +40,7 @@ PARTS: dict[str, set[str]] = {
     "samples": {"augment", "data", "datasets", "loader", "measures", "predictions", "recipe"},
     "pictures": {"measures", "record", "samples"},
     "pages": {"files", "measures", "metrics", "pictures", "recipe", "record", "samples", "settings"},
+    "sweep": {"measures", "pages", "record"},
     "sinks": {"metrics", "pages", "preflight", "state"},
     "patience": {"recipe", "state"},
     "augment": {"draws"},
@@ -62,6 +63,7 @@ PROGRAMS = {
     "__main__",
     "bench",
     "catalogue",
+    "leaderboard",
     "reporting",
 }  # what people start beside the story; they see everything, and no part sees them
 WITHOUT_TORCH = set("__init__ launchers recipe ds_json data datasets mnist files settings run_folder preflight".split())

@@ -149,6 +149,7 @@ def test_the_run_folder_says_what_was_run(runs) -> None:
         "metrics.csv",
         "steps.csv",
         "summary.json",
+        "test_predictions.npz",
         "checkpoints",
         ".lock",
     }

@@ -165,7 +165,8 @@ def make_run(
     told |= {"train_accuracy": 0.41, "val_accuracy": 0.62, "test_accuracy": test, "test_images": 200, "train_seconds": 90.0}
     (folder / "summary.json").write_text(json.dumps(told | {"images_per_second": 1234.0, "ended_by": "epochs"}))
     rows = ["epoch,phase,loss,accuracy,throughput", "1,train,2.1,0.3,9", "1,val,2.0,0.4,9", "2,train,1.9,0.41,9"]
-    (folder / "metrics.csv").write_text("\n".join([*rows, "2,val,1.8,0.62,9", f"2,test,1.7,{test},9"]) + "\n")
+    rows += ["2,val,1.8,0.62,9"] if test is None else ["2,val,1.8,0.62,9", f"2,test,1.7,{test},9"]
+    (folder / "metrics.csv").write_text("\n".join(rows) + "\n")
     steps = "step,epoch,loss,accuracy,grad_norm,lr,skipped\n2,1,2,0.3,3.5,0.1,0\n4,2,1.9,0.4,inf,0.05,1\n"
     (folder / "steps.csv").write_text(steps)
     return folder
@@ -240,7 +241,7 @@ def test_a_run_under_way_is_reported_with_what_there_is(tmp_path):
     for name in ("steps.csv", "environment.json"):
         (folder / name).unlink()
     rows = (folder / "metrics.csv").read_text().splitlines()
-    (folder / "metrics.csv").write_text("\n".join([*rows[:-1], "3,train,1."]))  # a row that is being written
+    (folder / "metrics.csv").write_text("\n".join([*rows, "3,train,1."]))  # a row that is being written
     pages.make_report(folder, tmp_path / "nowhere")
     said = words(folder / "report.html")
     assert "running" in said
