@@ -49,6 +49,8 @@ def interval(found: Spread | None) -> str:
 
 
 def short(value: Any, letters: int = 300) -> str:
+    """A value of a setting, in few words."""
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return text if len(text) <= letters else text[:letters] + "…"
 
@@ -126,7 +128,7 @@ def _tiles(record: Record) -> list[dict[str, str]]:
     seconds, speed = record.number("train_seconds"), record.number("images_per_second")
     if seconds:
         how = f"of training, at {speed:,.0f} images/s" if speed else "of training"
-        tiles.append({"what": "time", "value": f"{seconds / 60:.1f} min", "how": how})
+        tiles.append({"what": "time", "value": f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s", "how": how})
     return tiles
 
 
@@ -135,7 +137,7 @@ def _headline(record: Record) -> str:
     settings, epochs, steps = record.settings, record.number("epochs"), record.number("steps")
     words = [f"{short(settings.get('model', '?'))} on {short(settings.get('dataset', '?'))}, seed {settings.get('seed', '?')}"]
     if epochs is not None and steps is not None:
-        of = f" of {settings.get('epochs')}" if settings.get("epochs") != epochs else ""
+        of = f" of {short(settings.get('epochs'))}" if settings.get("epochs") != epochs else ""
         words.append(f"{epochs:.4g}{of} epochs ({steps:,.0f} steps)")
     if record.starts:
         size, device = record.starts[-1].get("world_size", 1), record.starts[-1].get("device", "?")
@@ -161,7 +163,7 @@ def _augmentation(record: Record) -> str:
         words.append(f"cropped at random to {short(settings['image_size'])} pixels")
     if settings.get("flip"):
         words.append("mirrored at random")
-    return ", ".join(words) or "as they are"
+    return ", ".join(words) or "neither cropped nor mirrored"
 
 
 def _repeat(record: Record) -> str:
@@ -294,13 +296,17 @@ def group_labels(groups: list[list[Record]]) -> list[str]:
     return labels
 
 
+def _are_independent(group: list[Record]) -> bool:
+    seeds = [repr(record.settings.get("seed")) for record in group if record.is_finished]
+    return len(set(seeds)) == len(seeds)
+
+
 def _notes(groups: list[list[Record]], labels: list[str]) -> list[str]:
     """What a reader of the table must know."""
     notes = []
     for group, label in zip(groups, labels, strict=True):
-        seeds = [record.settings.get("seed") for record in group if record.is_finished]
-        if len(set(map(repr, seeds))) < len(seeds):
-            notes.append(f"{label}: some runs have the same seed, so they are not independent, and the interval is too narrow.")
+        if not _are_independent(group):
+            notes.append(f"{label}: some runs have the same seed, so they are not independent, and there is no interval.")
         if unfinished := [record.name for record in group if not record.is_finished]:
             notes.append(f"{label}: not finished, and so not counted: {', '.join(unfinished)}.")
     return notes
@@ -320,7 +326,7 @@ def make_comparison(folders: Sequence[Path], output: Path) -> Path:
     for label, group in zip(labels, groups, strict=True):
         done = [record for record in group if record.is_finished]
         of = {split: [record.number(f"{split}_accuracy") for record in done] for split in ("train", "val", "test")}
-        found = spread([value for value in of["test"] if value is not None])
+        found = spread([value for value in of["test"] if value is not None]) if _are_independent(group) else None
         rows.append({"label": label, "n": len(done), "interval": interval(found)} | {k: mean_and_sd(v) for k, v in of.items()})
         for record in group:
             seconds, epochs = record.number("train_seconds"), record.number("epochs")
@@ -333,6 +339,6 @@ def make_comparison(folders: Sequence[Path], output: Path) -> Path:
     ]
     title = f"{len(runs)} runs of {rows[0]['label']}" if len(rows) == 1 else f"{len(runs)} runs, {len(rows)} experiments"
     shown = {"groups": rows, "runs": runs, "different": different, "notes": _notes(groups, labels)}
-    curves = data_uri(pictures.png(pictures.overlaid, drawn))
+    curves = {of: data_uri(pictures.png(pictures.overlaid, drawn, of)) for of in ("accuracy", "loss")}
     _write({output: _render("compare.html", title=title, curves=curves, **shown)})
     return output

@@ -97,11 +97,11 @@ def curves(record: Record) -> Figure:
             }
             axes.plot([where], [rows[-1][measure]], label="test (best model)", zorder=5, **options)
     above.set_title("Accuracy")
-    above.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    above.yaxis.set_major_formatter(PercentFormatter(1.0))
     below.set_title("Loss (cross-entropy)")
     below.set_xlabel("epoch")
-    below.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    above.legend(loc="lower right")
+    below.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+    above.legend(loc="best")
     return figure
 
 
@@ -155,7 +155,8 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> Figure:
                 weight = "bold" if row == column else "normal"
                 axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=9.5, weight=weight)
     names = [_short(name) for name in classes]
-    axes.set_xticks(range(size), names, rotation=45, ha="right", rotation_mode="anchor")
+    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 3 else {}
+    axes.set_xticks(range(size), names, **turned)
     axes.set_yticks(range(size), names)
     axes.grid(False)
     axes.tick_params(length=0)
@@ -243,7 +244,7 @@ def _sheet(images: Sequence[np.ndarray], captions: Sequence[tuple[str, ...]], co
 
 def mistakes_sheet(found: Sequence[Mistake]) -> Figure:
     """The most confident mistakes: the true class, and the answer with its probability."""
-    captions = [(f"is {_short(one.true)}", f"not {_short(one.answered)}, {one.probability:.1%}") for one in found]
+    captions = [(_short(one.true), f"as {_short(one.answered)} {one.probability:.1%}") for one in found]
     return _sheet([one.pixels for one in found], captions)
 
 
@@ -263,24 +264,27 @@ class Group:
     records: list[Record]
 
 
-def overlaid(groups: Sequence[Group]) -> Figure:
-    """Accuracy and loss of all runs, one colour for a group; a group of one alone has a colour for each run."""
+def overlaid(groups: Sequence[Group], measure: str) -> Figure:
+    """Accuracy or loss of all runs over the epochs: a colour for each group, or for each run if there is one group alone.
+
+    On the validation images, if all runs hold some out, else on the training images.
+    """
     split = "val" if all(record.epochs.get("val") for group in groups for record in group.records) else "train"
-    figure, (above, below) = _panels(2, 3.2, sharex=True)
-    lines = [(label, [record]) for label, record in ((f"seed {r.settings.get('seed', '?')}", r) for r in groups[0].records)]
-    if len(groups) > 1:
-        lines = [(group.label, group.records) for group in groups]
+    lines = [(group.label, group.records) for group in groups]
+    if len(groups) == 1:
+        lines = [(f"seed {record.settings.get('seed', '?')}", [record]) for record in groups[0].records]
+    figure = Figure(figsize=(WIDTH, 3.6 + 0.25 * len(lines)), layout="constrained")
+    axes = figure.subplots()
     for number, (label, records) in enumerate(lines):
-        options = {"color": SERIES[number % len(SERIES)], "linestyle": ("-", "--", ":")[number // len(SERIES) % 3]}
+        style = {"color": SERIES[number % len(SERIES)], "linestyle": ("-", "--", ":")[number // len(SERIES) % 3], "alpha": 0.85}
         for index, record in enumerate(records):
             rows = record.epochs.get(split, [])
-            for axes, measure in ((above, "accuracy"), (below, "loss")):
-                shown = {"label": _short(label, 60)} if index == 0 and axes is above else {}
-                _line(axes, _column(rows, "epoch"), _column(rows, measure), alpha=0.85, **options, **shown)
-    above.set_title(f"{split} accuracy")
-    above.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    below.set_title(f"{split} loss (cross-entropy)")
-    below.set_xlabel("epoch")
-    below.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+            named = {"label": _short(label, 60)} if index == 0 else {}
+            _line(axes, _column(rows, "epoch"), _column(rows, measure), **style, **named)
+    if measure == "accuracy":
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_title(f"{split} {measure}")
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     figure.legend(loc="outside lower left")  # there may be many
     return figure

@@ -341,7 +341,9 @@ def test_runs_that_differ_in_their_seed_are_one_row_with_an_interval(tmp_path):
 
 def test_runs_of_one_seed_are_not_taken_for_independent_ones(tmp_path):
     runs = [make_run(tmp_path / name) for name in "ab"]
-    assert "some runs have the same seed" in words(pages.make_comparison(runs, tmp_path / "compare.html"))
+    said = words(pages.make_comparison(runs, tmp_path / "compare.html"))
+    assert "some runs have the same seed" in said
+    assert "bn_cnn 2 50.00 ± 0.00% – 62.00" in said
 
 
 def test_a_run_cut_short_or_tested_on_fewer_images_is_another_experiment(tmp_path):
