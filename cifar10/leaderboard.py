@@ -111,7 +111,7 @@ def page(folders: Sequence[Path]) -> str:
 
 def run(
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[FOLDER ...]")] = (Path("records"),),
-    output: Path | None = None,
+    output: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None,
 ) -> None:
     """Print a table of all finished runs in these folders, one row for the seeds of an experiment.
 

@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
@@ -22,7 +22,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from cifar10.measures import BINS, Calibration, wilson
 from cifar10.record import Record, Row
-from cifar10.samples import Mistake
+
+if TYPE_CHECKING:  # which needs torch, and a comparison of runs does not
+    from cifar10.samples import Mistake
 
 INK, PALE, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 COLOURS = {"train": "#0072b2", "val": "#d55e00", "test": "#009e73"}

@@ -12,9 +12,9 @@ from cifar10 import UsageError, pages
 
 
 def run(
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")],
-    output: Path | None = None,
-    data_dir: Path | None = None,
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")],
+    output: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None,
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None,
 ) -> None:
     """Write a run's report.html and pictures into its folder; of several runs, one page that compares them.
 

@@ -67,6 +67,7 @@ PROGRAMS = {
     "reporting",
 }  # what people start beside the story; they see everything, and no part sees them
 WITHOUT_TORCH = set("__init__ launchers recipe ds_json data datasets mnist files settings run_folder preflight".split())
+WITHOUT_TORCH |= {"record", "measures", "pictures", "pages", "sweep"}  # main.py --seeds compares runs
 
 
 def modules(source: str) -> set[str]:
