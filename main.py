@@ -4,11 +4,14 @@
     uv run python main.py --num-gpus 2 --epochs 10         two ranks; every other flag goes to cifar10_deepspeed.py
     uv run python main.py --num-nodes 2 --node-rank 0 --master-addr 10.0.0.1 --output-dir SHARED/run
                                                            the first of two machines; on the other, --node-rank 1
+    uv run python main.py --seeds 3                        three runs, one after another, and what they have in common
 
 --num-gpus N is the number of ranks on this machine (default: the GPUs found; without any, one rank on all CPU cores).
 With --num-nodes, type the same on each machine but for --node-rank; --master-addr is the first machine's address,
 --master-port (default 29500) a free port of it, and --output-dir a folder that all of them see.
 --max-restarts N starts a run that has failed again, up to N times, from its newest checkpoint.
+--seeds N trains with N seeds from --seed up, in the folders seed_0, seed_1, ... of --output-dir, prints mean and deviation, and
+compares them in compare.html; the same command leaves finished seeds alone and goes on with the rest.
 Exit codes: 0 the run has finished; 75 it was stopped, and the same command with --output-dir goes on with it;
 2 the command cannot be carried out, and nothing was started; anything else is the code of what failed.
 """
@@ -24,23 +27,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
-from cifar10 import UsageError, device, preflight, run_folder
+from cifar10 import UsageError, device, preflight, run_folder, sweep
 from cifar10.preflight import Plan
 
 SCRIPT = Path(__file__).resolve().with_name("cifar10_deepspeed.py")
 FINISHED, FAILED, CANNOT, RESUMABLE = 0, 1, 2, 75  # 75 is sysexits.h's EX_TEMPFAIL: try again
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SECONDS_TO_SAVE = 60  # from a signal until what is left is killed; DeepSpeed's launcher gives each rank in turn 30 of its own
 
 
 @dataclass(frozen=True)
 class Machines:
-    """main.py's own flags: how many ranks on each machine, which of how many machines this is, and what to do if it fails."""
+    """main.py's own flags: how many ranks on each machine, which of how many machines this is, and how many runs to start."""
 
     num_gpus: int | None = None
     num_nodes: int = 1
@@ -48,6 +52,7 @@ class Machines:
     master_addr: str = ""
     master_port: int = 29_500
     max_restarts: int = 0
+    seeds: int | None = None
 
 
 def _value(flag: str, given: str) -> int | str:
@@ -83,6 +88,8 @@ def _checked(machines: Machines) -> Machines:
         )
     if machines.num_nodes > 1 and not machines.master_addr:
         raise UsageError("--num-nodes needs --master-addr, the first machine's address, as in --master-addr 10.0.0.1")
+    if machines.num_nodes > 1 and machines.seeds:
+        raise UsageError("--seeds needs one machine; leave --num-nodes out, or start each seed by itself, as in --seed 1")
     if machines.num_nodes == 1 and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "RANK" not in os.environ:
         raise UsageError(
             "srun has started several of main.py, which starts all ranks of a machine itself; type srun python"
@@ -162,8 +169,7 @@ class Launch:
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         self.signalled = False
         self._first = self._deadline = float("inf")
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._pass_on)
+        self._before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
         self._process = subprocess.Popen(command, env=environment, start_new_session=True)
         if self.signalled:  # it came while the process was being made
             self._signal_all(signal.SIGTERM)
@@ -187,6 +193,8 @@ class Launch:
             if time.monotonic() > self._deadline:
                 self._signal_all(signal.SIGKILL)
             time.sleep(0.2)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
         return self._process.returncode
 
 
@@ -238,15 +246,10 @@ def once(machines: Machines, ranks: int, flags: list[str], folder: Path) -> int:
     return exit_code(code, signalled, before, after)
 
 
-def main(argv: list[str]) -> int:
-    """Check, launch, mind; returns the exit code."""
-    try:
-        machines, ranks, flags, plan, folder = check(argv)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return CANNOT
-    if run_folder.is_finished(run_folder.read_json(folder / "summary.json"), plan.options.max_steps):
-        print(f"{folder} holds a finished run; its results are in its summary.json")
+def train(machines: Machines, ranks: int, flags: list[str], max_steps: int | None, folder: Path) -> int:
+    """The run in `folder` to its end, with its restarts; returns the exit code."""
+    if run_folder.is_finished(run_folder.read_json(folder / "summary.json"), max_steps):
+        print(f"{folder} holds a finished run; its results are in its summary.json", flush=True)
         return FINISHED
     for restart in range(machines.max_restarts + 1):
         code = once(machines, ranks, [*flags, "--output-dir", str(folder)], folder)
@@ -254,6 +257,37 @@ def main(argv: list[str]) -> int:
             return code
         print(f"it failed{in_words(code)}; restart {restart + 1} of {machines.max_restarts}", file=sys.stderr)
     return FAILED
+
+
+def train_seeds(machines: Machines, ranks: int, flags: list[str], plan: Plan, output: Path) -> int:
+    """A run for each of --seeds, and what they come to. Raises UsageError if one of them cannot be, before any is started."""
+    seeds, of_each = range(plan.recipe.seed, plan.recipe.seed + (machines.seeds or 1)), replace(machines, seeds=None)
+    for seed in seeds:
+        preflight.check(sweep.flags_of(flags, output, seed), ranks, "main.py")
+    for number in SIGNALS:  # between two runs; a run in progress has its own way to stop
+        signal.signal(number, lambda *_: sys.exit(RESUMABLE))
+
+    def train_one(seed: int) -> int:
+        its_flags, folder = sweep.flags_of(flags, output, seed), sweep.folder_of(output, seed)
+        return train(of_each, ranks, its_flags, plan.options.max_steps, folder)
+
+    code = sweep.carry_out(seeds, train_one, stopped=(RESUMABLE,))
+    sweep.tell(output, seeds, with_page=plan.options.report)
+    if code != FINISHED:
+        print(f"to go on with all seeds: {run_folder.command_to_continue(started_by(machines), flags, output)}", flush=True)
+    return code
+
+
+def main(argv: list[str]) -> int:
+    """Check, launch, mind; returns the exit code."""
+    try:
+        machines, ranks, flags, plan, folder = check(argv)
+        if machines.seeds:
+            return train_seeds(machines, ranks, flags, plan, folder)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return CANNOT
+    return train(machines, ranks, flags, plan.options.max_steps, folder)
 
 
 if __name__ == "__main__":

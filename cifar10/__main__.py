@@ -6,11 +6,13 @@ import sys
 
 import tyro
 
-from cifar10 import UsageError, bench, catalogue
+from cifar10 import UsageError, bench, catalogue, leaderboard, reporting
 
 COMMANDS = {
     "bench": bench.run,
+    "leaderboard": leaderboard.run,
     "recipes": catalogue.run,
+    "report": reporting.run,
 }
 
 

@@ -158,6 +158,8 @@ class Options:
     """Its project (default: $WANDB_PROJECT, else deepspeed-cifar10)."""
     wandb_name: _Words = None
     """The run's name there (default: $WANDB_NAME, else that of the run's folder)."""
+    report: bool = True
+    """Make report.html and its pictures when the run has finished (default: yes, unless $CIFAR10_REPORT is 0)."""
 
 
 @dataclass(frozen=True)
@@ -368,6 +370,7 @@ def parse(argv: list[str], program: str = "cifar10_deepspeed.py", description: s
         data_dir=Path(os.environ.get("CIFAR10_DIR") or "data"),
         deepspeed_config=PROJECT / experiment.deepspeed_config,  # an absolute path stays as it is
         precision=() if names_a_json else experiment.precision,
+        report=os.environ.get("CIFAR10_REPORT") != "0",
     )
     printed = io.StringIO()
     try:

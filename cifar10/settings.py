@@ -18,17 +18,17 @@ def is_deep(value: Any, levels: int = 20) -> bool:
     return not levels or any(is_deep(one, levels - 1) for one in inner)
 
 
-def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
+def flattened(values: dict[str, Any], above: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}, so that a difference can be named."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat.update(_flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value})
+        flat.update(flattened(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value})
     return flat
 
 
 def differences(saved: dict[str, Any], ours: dict[str, Any]) -> str:
     """`epochs 5 there, 6 here; ...`: up to four differences of two {"recipe": ..., "deepspeed": ...}; empty if none."""
-    flat_saved, flat_ours = _flat(saved), _flat(ours)
+    flat_saved, flat_ours = flattened(saved), flattened(ours)
     keys = (key for key in flat_saved.keys() | flat_ours.keys() if not key.startswith(FREE))
     differing = sorted(key for key in keys if flat_saved.get(key) != flat_ours.get(key))
     shown = ((key.partition(".")[2] or key, _short(flat_saved.get(key)), _short(flat_ours.get(key))) for key in differing[:4])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar10.metrics import ConsoleSink, CsvSink, Metrics, Sink, Steps
+from cifar10.pages import ReportSink
 from cifar10.preflight import Plan
 from cifar10.state import RunState
 from cifar10.to_tensorboard import TensorBoardSink
@@ -28,6 +29,8 @@ def open_sinks(plan: Plan, folder: Path, state: RunState, last_step: int, steps_
     says_steps = "steps_per_print" in plan.ds_config
     console = ConsoleSink(last_step, steps_per_epoch, state.step, plan.batch.global_images, says_steps=says_steps)
     sinks: list[Sink] = [console, CsvSink(folder, step=state.step, epoch=state.epoch)]
+    if options.report:  # before those that take its pictures along
+        sinks.append(ReportSink(folder, options.data_dir))
     notes = []
     if options.tensorboard:
         try:

@@ -38,7 +38,13 @@ PARTS: dict[str, set[str]] = {
     "predictions": {"files"},
     "to_tensorboard": {"metrics"},
     "to_wandb": {"files", "metrics"},
-    "sinks": {"metrics", "preflight", "state", "to_tensorboard", "to_wandb"},
+    "record": {"datasets", "predictions", "recipe", "run_folder", "settings"},
+    "measures": {"predictions"},
+    "samples": {"augment", "data", "datasets", "loader", "measures", "predictions", "recipe"},
+    "pictures": {"measures", "record", "samples"},
+    "pages": {"files", "measures", "metrics", "pictures", "recipe", "record", "samples", "settings"},
+    "sweep": {"measures", "pages", "record"},
+    "sinks": {"metrics", "pages", "preflight", "state", "to_tensorboard", "to_wandb"},
     "patience": {"recipe", "state"},
     "augment": {"draws"},
     "loader": {"augment", "draws"},
@@ -56,8 +62,15 @@ PARTS: dict[str, set[str]] = {
         "weights",
     },  # the edge: reads a command line, no torch
 }
-PROGRAMS = {"__main__", "bench", "catalogue"}  # what people start beside the story; they see everything, and no part sees them
+PROGRAMS = {
+    "__main__",
+    "bench",
+    "catalogue",
+    "leaderboard",
+    "reporting",
+}  # what people start beside the story; they see everything, and no part sees them
 WITHOUT_TORCH = set("__init__ launchers recipe ds_json data datasets mnist files settings run_folder preflight".split())
+WITHOUT_TORCH |= {"record", "measures", "pictures", "pages", "sweep"}  # main.py --seeds compares runs
 
 
 def modules(source: str) -> set[str]:

@@ -150,6 +150,7 @@ def test_the_run_folder_says_what_was_run(runs) -> None:
         "steps.csv",
         "tensorboard",
         "summary.json",
+        "test_predictions.npz",
         "checkpoints",
         ".lock",
     }

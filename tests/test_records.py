@@ -7,7 +7,7 @@ from statistics import mean, stdev
 
 import pytest
 
-from cifar10 import catalogue
+from cifar10 import catalogue, leaderboard
 from cifar10.datasets import DATASETS
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -63,3 +63,12 @@ def test_the_benchmark_in_the_readme_is_the_one_that_was_run() -> None:
 def test_the_readmes_recipes_are_what_the_command_prints() -> None:
     """python -m cifar10 recipes"""
     assert catalogue.table() in README
+
+
+def test_the_leaderboard_is_what_the_command_prints() -> None:
+    """python -m cifar10 leaderboard --output records/README.md"""
+    page = (PROJECT / "records" / "README.md").read_text(encoding="utf-8")
+    assert page == leaderboard.page([PROJECT / "records"])
+    rows = [line for line in page.splitlines() if line.startswith("| [")]
+    for folder in CAMPAIGNS:
+        assert sum(f"({folder.name}/)" in row for row in rows) == 1

@@ -1,0 +1,130 @@
+"""`python -m cifar10 leaderboard`: every finished run of some folders in one table; records/README.md is what it prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from cifar10 import UsageError
+from cifar10.files import written_whole
+from cifar10.measures import spread
+from cifar10.pages import group_labels, interval, mean_and_sd
+from cifar10.record import Record, by_experiment, open_record
+
+HEADER = """# Leaderboard
+
+Accuracy in percent over n seeds: mean ± sample standard deviation; the interval is the 95% confidence interval of the mean of
+the test accuracy (Student's t; one run has none). Val and test belong to the best model, and the test images are opened once
+per run. Runs in one row differ in nothing but their seed. Minutes are those of training, beside whatever else the machine did.
+"""
+MADE_BY = "(`python -m cifar10 leaderboard --output records/README.md` writes this page from the run folders)"
+COLUMNS = (
+    "recipe",
+    "data set",
+    "epochs",
+    "n",
+    "test accuracy",
+    "95% interval",
+    "val accuracy",
+    "minutes",
+    "hardware",
+    "commit",
+)
+
+
+def finished_runs(folder: Path) -> list[Record]:
+    """All finished runs in a folder or below it. Raises UsageError for a damaged one."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder; type one that holds runs, as in python -m cifar10 leaderboard runs")
+    found = sorted(path.parent for path in folder.rglob("recipe.json") if (path.parent / "summary.json").exists())
+    return [record for record in map(open_record, found) if record.is_finished]
+
+
+def _range(values: Iterable[float], digits: int) -> str:
+    """`4.9 to 7.5`, or one number where both are the same."""
+    texts = list(dict.fromkeys(f"{value:.{digits}f}" for value in sorted(values)))
+    return texts[0] if len(texts) == 1 else f"{texts[0]} to {texts[-1]}" if texts else "–"
+
+
+def _hardware(group: Sequence[Record]) -> str:
+    """`AMD EPYC, 2 ranks of 1 thread`: on what the runs trained."""
+    starts = [record.starts[-1] for record in group if record.starts]
+    device = {str(start.get("processor") if start.get("device") == "cpu" else start.get("device")) for start in starts}
+    threads = {start["threads"] for start in starts if isinstance(start.get("threads"), int)}
+    ranks = group[0].experiment["ranks"]
+    many = f"{_range(threads, 0)} thread{'' if threads == {1} else 's'}"
+    return f"{', '.join(sorted(device)) or '?'}, {ranks} rank{'' if ranks == 1 else 's'} of {many}"
+
+
+def _commits(group: Sequence[Record]) -> str:
+    commits = {str(record.starts[0].get("commit") or "?") for record in group if record.starts}
+    short = {commit[:7] + commit[40:] for commit in commits}  # which may end in -dirty
+    return ", ".join(sorted(short)) or "?"
+
+
+def _cell(text: str) -> str:
+    """Names are text: nothing of them starts another cell, a line or a tag."""
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def _row(label: str, link: str, group: Sequence[Record]) -> tuple[tuple[str, float], str]:
+    """What a row is sorted by, and its Markdown."""
+    of = {split: [record.number(f"{split}_accuracy") for record in group] for split in ("val", "test")}
+    tested = spread([value for value in of["test"] if value is not None])
+    held_out = group[0].settings.get("val_images") != 0
+    dataset = str(group[0].settings.get("dataset", "cifar10"))
+    minutes = _range(((record.number("train_seconds") or 0) / 60 for record in group), 1)
+    cells = [
+        f"[{_cell(label)}]({link})",
+        _cell(dataset),
+        _range((record.number("epochs") or 0 for record in group), 0),
+        str(len(group)),
+        f"**{mean_and_sd(of['test'])}**",
+        interval(tested),
+        mean_and_sd(of["val"]) if held_out else "none held out",
+        minutes,
+        _cell(_hardware(group)),
+        _cell(_commits(group)),
+    ]
+    return (dataset, -(tested.mean if tested else -1.0)), f"| {' | '.join(cells)} |"
+
+
+def page(folders: Sequence[Path]) -> str:
+    """Markdown: a row for each experiment in each campaign, a folder of runs; by data set, the best first."""
+    groups, links = [], []
+    for root in folders:
+        campaigns: dict[Path, list[Record]] = {}
+        for record in finished_runs(root):
+            campaigns.setdefault(record.folder.parent, []).append(record)
+        for campaign, records in campaigns.items():
+            for group in by_experiment(records):
+                groups.append(group)
+                links.append(f"{campaign.relative_to(root).as_posix()}/")
+    rows = sorted(_row(*one) for one in zip(group_labels(groups), links, groups, strict=True))
+    right = {"epochs", "n", "minutes"}
+    head = [f"| {' | '.join(COLUMNS)} |", f"|{'|'.join('---:' if name in right else '---' for name in COLUMNS)}|"]
+    return "\n".join([HEADER, *head, *(row for _, row in rows), "", MADE_BY]) + "\n"
+
+
+def run(
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[FOLDER ...]")] = (Path("records"),),
+    output: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None,
+) -> None:
+    """Print a table of all finished runs in these folders, one row for the seeds of an experiment.
+
+    Args:
+        folders: Folders that hold runs, at any depth.
+        output: Write the table to this file instead.
+    """
+    text = page(folders)
+    if output is None:
+        print(text, end="")
+        return
+    try:
+        with written_whole(output) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise UsageError(f"{output} cannot be written ({error.strerror}); type another --output") from None

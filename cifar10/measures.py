@@ -1,0 +1,114 @@
+"""What a model's answers and several runs' accuracies amount to: counts, intervals, calibration; numbers in, numbers out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+import numpy as np
+
+from cifar10.predictions import Predictions
+
+Z_95 = 1.959963984540054  # a normal deviate lies within this many sds 95 times of 100
+BINS = 15  # of confidence, equally wide, as in Guo et al. 2017, "On Calibration of Modern Neural Networks"
+
+
+# --- one model's answers ----------------------------------------------------------------------------------------------
+
+
+def confusion(predictions: Predictions) -> np.ndarray:
+    """How often each class (row) was answered as each (column): int64 [C, C]; a row sums to the images of its class."""
+    classes = predictions.logits.shape[1]
+    return np.bincount(predictions.labels * classes + predictions.answers, minlength=classes**2).reshape(classes, classes)
+
+
+def wilson(successes: np.ndarray, trials: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The ends of Wilson's 95% interval of a proportion, which stays within 0..1; 0..1 itself where nothing was tried."""
+    n = np.maximum(trials, 1)
+    share = successes / n
+    middle = (share + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
+    half = Z_95 / (1 + Z_95**2 / n) * np.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n**2))
+    tried = np.asarray(trials) > 0
+    return np.where(tried, np.clip(middle - half, 0, 1), 0.0), np.where(tried, np.clip(middle + half, 0, 1), 1.0)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Answers by their confidence, in BINS bins: how many, how confident, how often right; the last two NaN where none."""
+
+    counts: np.ndarray  # int64 [BINS]
+    confidence: np.ndarray  # float64 [BINS]
+    accuracy: np.ndarray  # float64 [BINS]
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error: |accuracy - confidence|, averaged over the images."""
+        return float(np.nansum(self.counts * np.abs(self.accuracy - self.confidence)) / self.counts.sum())
+
+
+def calibration(predictions: Predictions) -> Calibration:
+    """How far a probability that the model gives its answer can be taken at its word."""
+    confidence = predictions.probabilities.max(axis=1)
+    right = predictions.answers == predictions.labels
+    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    counts = np.bincount(bins, minlength=BINS)
+    n = np.where(counts, counts, np.nan)
+    return Calibration(counts, np.bincount(bins, confidence, BINS) / n, np.bincount(bins, right, BINS) / n)
+
+
+def worst_mistakes(predictions: Predictions, count: int) -> np.ndarray:
+    """The images that were answered wrongly with the highest probability, worst first: int64 [<= count]."""
+    wrong = np.flatnonzero(predictions.answers != predictions.labels)
+    confidence = predictions.probabilities[wrong].max(axis=1)
+    return wrong[np.argsort(-confidence, kind="stable")][:count]
+
+
+# --- several runs -----------------------------------------------------------------------------------------------------
+
+
+def _within(t: float, df: int) -> float:
+    """P(|T| <= t) of Student's distribution with `df` degrees of freedom: Abramowitz & Stegun, 26.7.3 and 26.7.4."""
+    theta = math.atan2(t, math.sqrt(df))
+    odd, total = df % 2, 0.0
+    term = math.cos(theta) if odd else 1.0
+    for power in range(odd, df - 1, 2):  # cos + 2/3 cos^3 + 2/3 4/5 cos^5 + ..., or 1 + 1/2 cos^2 + 1/2 3/4 cos^4 + ...
+        total += term
+        term *= (power + 1) / (power + 2) * math.cos(theta) ** 2
+    total *= math.sin(theta)
+    return 2 / math.pi * (theta + total) if odd else total
+
+
+def t_95(df: int) -> float:
+    """How many standard errors either way hold the true mean 95 times of 100: 12.706 with 1 degree of freedom, 4.303 with 2.
+
+    >>> [round(t_95(df), 3) for df in (1, 2, 3, 4, 9, 30)]
+    [12.706, 4.303, 3.182, 2.776, 2.262, 2.042]
+    """
+    low, high = 0.0, 20.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, df) < 0.95 else (low, middle)
+    return high
+
+
+@dataclass(frozen=True)
+class Spread:
+    """n values as their mean, sample standard deviation, and the half width of the 95% confidence interval of the mean.
+
+    One value has neither of the last two.
+    """
+
+    n: int
+    mean: float
+    sd: float | None
+    half_width: float | None
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """None of no values."""
+    if len(values) < 2:
+        return Spread(1, values[0], None, None) if values else None
+    n, sd = len(values), stdev(values)
+    return Spread(n, fmean(values), sd, t_95(n - 1) * sd / math.sqrt(n))

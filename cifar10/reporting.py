@@ -1,0 +1,32 @@
+"""`python -m cifar10 report`: a run as a page with pictures, or several side by side."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from cifar10 import UsageError, pages
+
+
+def run(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")],
+    output: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None,
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None,
+) -> None:
+    """Write a run's report.html and pictures into its folder; of several runs, one page that compares them.
+
+    Args:
+        runs: Folders of runs; they need not be finished.
+        output: Where the page that compares several goes (default: compare.html).
+        data_dir: Where the images of the sheets are (default: $CIFAR10_DIR, else data/); nothing is downloaded.
+    """
+    if not runs:
+        raise UsageError("no RUN is given; type the folder of a run, as in python -m cifar10 report runs/mine")
+    if len(runs) == 1 and output is None:
+        made = pages.make_report(runs[0], data_dir or Path(os.environ.get("CIFAR10_DIR") or "data"))
+    else:
+        made = pages.make_comparison(runs, output or Path("compare.html"))
+    print(f"report: {made}")

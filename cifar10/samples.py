@@ -1,0 +1,68 @@
+"""Images as people look at them: what training was fed, and what the model got wrong; uint8 [N, S, S, 3], and captions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cifar10 import augment, data, datasets
+from cifar10.loader import TrainLoader
+from cifar10.measures import worst_mistakes
+from cifar10.predictions import Predictions
+from cifar10.recipe import Recipe
+
+SHOWN = 24  # images of a sheet
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A test image that was answered wrongly."""
+
+    index: int  # of the image, in the test split's order
+    pixels: np.ndarray  # uint8 [S, S, 3]
+    true: str
+    answered: str
+    probability: float  # that the model gave its answer
+    probability_of_true: float
+
+
+def in_colour(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [..., 1 or 3] -> [..., 3]."""
+    return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
+
+
+def first_augmented(recipe: Recipe, images: data.Images, count: int = SHOWN) -> tuple[np.ndarray, np.ndarray]:
+    """The first images that training saw, cropped and mirrored as it saw them: uint8 [count, S, S, 3], labels.
+
+    They come out of the loader itself, and are the same for any number of ranks; only the normalisation is undone.
+    """
+    train, _ = data.stratified_split(images.labels, recipe.val_images, recipe.split_seed)
+    cpu, count = torch.device("cpu"), min(count, len(train))
+    normalise = augment.Normalise(recipe.mean, recipe.std, cpu)
+    store = augment.pack(torch.from_numpy(images.pixels[train]), recipe.crop_padding, recipe.resize, recipe.image_size)
+    labels = torch.from_numpy(images.labels[train])
+    loader = TrainLoader(store, labels, normalise, recipe.flip, recipe.seed, count, count, rank=0, world_size=1)
+    seen, labels = next(loader.epoch(0))[0]
+    pixels = (seen * normalise.std + normalise.mean).mul(255).round().clamp(0, 255).to(torch.uint8)
+    return in_colour(pixels.permute(0, 2, 3, 1).numpy()), labels.numpy()
+
+
+def mistakes(predictions: Predictions, images: data.Images, classes: list[str], count: int = SHOWN) -> list[Mistake]:
+    """The most confident wrong answers, worst first; none if these are not the images that the answers were given to."""
+    tested = len(predictions.labels)
+    if tested > len(images) or not np.array_equal(images.labels[:tested], predictions.labels):
+        return []
+    found = []
+    for index in worst_mistakes(predictions, count).tolist():
+        true, answer, chances = predictions.labels[index], predictions.answers[index], predictions.probabilities[index]
+        names = classes[true], classes[answer]
+        found.append(Mistake(index, in_colour(images.pixels[index]), *names, float(chances[answer]), float(chances[true])))
+    return found
+
+
+def read_images(recipe: Recipe, split: datasets.Split, data_dir: Path) -> data.Images:
+    """A split of the recipe's data set, if it is there; nothing is downloaded. Raises UsageError if it is not."""
+    return datasets.load(recipe.dataset, split, data_dir, recipe.split_seed)

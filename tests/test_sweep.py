@@ -1,0 +1,149 @@
+"""main.py --seeds: which runs are started, what is done when one stops or fails, and what is said at the end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import main
+from cifar10 import sweep
+from cifar10.record import open_record
+from main import Launch, Machines, split_flags, started_by
+from tests.launching import SHORT, run, summary
+from tests.test_report import make_run
+
+FLAGS = ["--dataset", "synthetic", "--threads", "1"]
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[str]]]:
+    """main.py without the launcher: each run ends at once with the next of these codes; the flags that each was given."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    flags_of_each: list[list[str]] = []
+
+    def ends_with(*codes: int) -> list[list[str]]:
+        left = list(codes)
+
+        def once(machines: Machines, ranks: int, flags: list[str], folder: Path) -> int:
+            assert machines.seeds is None  # or the run would say that it goes on with all of them
+            flags_of_each.append(flags)
+            code = left.pop(0)
+            shutil.rmtree(folder, ignore_errors=True)
+            seed = int(folder.name.removeprefix("seed_"))
+            make_run(folder, seed=seed, test=0.5 + seed / 10, status={0: "finished", 75: "stopped"}.get(code, "failed"))
+            (folder / "ds_config.json").unlink()  # else its settings would be compared with the command's
+            return code
+
+        monkeypatch.setattr(main, "once", once)
+        return flags_of_each
+
+    return ends_with
+
+
+def start(folder: Path, *flags: str) -> int:
+    return main.main([*FLAGS, *flags, "--output-dir", str(folder)])
+
+
+def test_seeds_are_counted_from_the_given_one_and_each_has_a_folder(tmp_path, launched, capsys):
+    flags = launched(0, 0, 0)
+    assert start(tmp_path, "--seeds", "3", "--seed=2", "--report") == 0
+    assert [words[-4:-2] for words in flags] == [[f"--seed={s}", f"--output-dir={tmp_path}/seed_{s}"] for s in (2, 3, 4)]
+    said = capsys.readouterr().out
+    assert "3 of 3 seeds have finished:" in said
+    assert "seed_3: finished; train accuracy 41.00%, val accuracy 62.00%, test accuracy 80.00%" in said
+    assert "test accuracy over seeds: 80.00 ± 10.00% (n = 3, 95% interval of the mean 55.16 to 100.00%)" in said
+    assert said.splitlines()[-1] == f"report: {tmp_path}/compare.html"
+    assert "80.00 ± 10.00%" in (tmp_path / "compare.html").read_text(encoding="utf-8")
+
+
+def test_a_stop_ends_it_and_the_same_command_goes_on_with_what_is_left(tmp_path, launched, capsys):
+    flags = launched(0, 75)
+    assert start(tmp_path, "--seeds", "3") == 75
+    assert len(flags) == 2
+    said = capsys.readouterr().out
+    assert "1 of 2 seeds have finished:" in said
+    how = said.splitlines()[-1]
+    assert how.startswith("to go on with all seeds: ")
+    assert how.endswith(f"--seeds 3 {' '.join(FLAGS)} --output-dir {tmp_path}")
+    flags = launched(0, 0)
+    assert start(tmp_path, "--seeds", "3") == 0
+    assert [words[-1][-1] for words in flags] == ["0", "1", "1", "2"]
+    assert "seed_0 holds a finished run" in capsys.readouterr().out
+    flags = launched()
+    assert start(tmp_path, "--seeds", "3") == 0
+
+
+def test_a_failure_does_not_keep_the_others_but_is_the_exit_code(tmp_path, launched, capsys):
+    flags = launched(0, 3, 0)
+    assert start(tmp_path, "--seeds", "3") == 3
+    assert len(flags) == 3
+    said = capsys.readouterr().out
+    assert "seed_1: failed" in said
+    assert "test accuracy over seeds: 60.00 ± 14.14% (n = 2" in said
+
+
+def test_a_seed_that_cannot_be_is_refused_before_any_is_started(tmp_path, launched, capsys):
+    flags = launched()
+    make_run(tmp_path / "seed_2", seed=2)  # of other settings than the command's
+    assert start(tmp_path, "--seeds", "3") == 2
+    assert flags == []
+    assert "seed_2 holds a run with other settings" in capsys.readouterr().err
+
+
+def test_without_reports_there_is_no_page(tmp_path, launched):
+    launched(0)
+    assert start(tmp_path, "--seeds", "1", "--no-report") == 0
+    assert not (tmp_path / "compare.html").exists()
+
+
+def test_a_damaged_run_costs_the_comparison_and_nothing_else(tmp_path, capsys):
+    (make_run(tmp_path / "seed_0") / "metrics.csv").write_text("x,y\n1,2\n")
+    sweep.tell(tmp_path, [0], with_page=True)
+    assert "no comparison: " in capsys.readouterr().out
+
+
+def test_one_seed_has_neither_deviation_nor_interval(tmp_path):
+    lines = sweep.closing_lines([open_record(make_run(tmp_path / "seed_0"))])
+    assert lines[-1] == "test accuracy over seeds: 50.00% (n = 1)"
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "x", ""])
+def test_seeds_is_a_number_from_1_up(given, capsys):
+    assert main.main(["--seeds", given]) == 2
+    assert "--seeds" in capsys.readouterr().err
+
+
+def test_seeds_are_for_one_machine(capsys):
+    assert main.main("--seeds 2 --num-nodes 2 --master-addr a --output-dir x".split()) == 2
+    assert "--seeds needs one machine" in capsys.readouterr().err
+
+
+def test_the_command_that_goes_on_says_how_many_seeds():
+    machines, rest = split_flags(["--seeds=4", "--num-gpus", "2", "--lr", "1"])
+    assert (machines, rest) == (Machines(num_gpus=2, seeds=4), ["--lr", "1"])
+    assert started_by(machines).endswith("--num-gpus 2 --seeds 4")
+
+
+def test_after_a_launch_signals_are_what_they_were():
+    before = [signal.getsignal(number) for number in main.SIGNALS]
+    launch = Launch([sys.executable, "-c", "pass"], dict(os.environ))
+    assert [signal.getsignal(number) for number in main.SIGNALS] != before
+    assert launch.wait() == 0
+    assert [signal.getsignal(number) for number in main.SIGNALS] == before
+
+
+def test_real_runs_of_two_seeds(tmp_path):
+    process = run([sys.executable, "main.py", *SHORT, "--seeds", "2", "--output-dir", str(tmp_path)], OMP_NUM_THREADS="1")
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
+    results = [summary(tmp_path / f"seed_{seed}") for seed in (0, 1)]
+    assert [result["seed"] for result in results] == [0, 1]
+    assert results[0]["weights_sha256"] != results[1]["weights_sha256"]
+    mean = sum(result["test_accuracy"] for result in results) / 2
+    assert f"test accuracy over seeds: {100 * mean:.2f} ± " in process.stdout
