@@ -4,8 +4,8 @@ Images stay on the device as uint8. A pixel's three bytes and a spare one make o
 a pixel at a time: half the time of gathering three bytes. Equal, bit for bit, to RandomCrop(32, padding=4),
 RandomHorizontalFlip, ToTensor, Normalize of torchvision for the same draws (tests/test_augment.py goes through every cell).
 
-A recipe that resizes keeps the images as they are, too, and resizes those of a batch when they are asked for: 50,000 images
-of 256x256 would take 13 GB.
+A recipe that enlarges them keeps the images as they are, too, and resizes those of a batch when they are asked for: 50,000
+images of 256x256 would take 13 GB. Smaller ones are made once.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cifar10 import draws
+
+AT_ONCE = 5_000  # images resized at once
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ def pack(images: Tensor, padding: int, resize: int = 0, image_size: int = 0) -> 
 
     Crops are of `image_size` pixels (0: all but the padding). Black is added before normalising, as torchvision does.
     """
+    if resize and resize < images.shape[1]:
+        images = torch.cat([_resize(part.permute(0, 3, 1, 2), resize) for part in images.split(AT_ONCE)])
     num_images, size, _, channels = images.shape
     resize = 0 if resize == size else resize
     now = 0 if resize else padding
@@ -57,12 +61,17 @@ def _cut(store: PixelStore, indices: Tensor, rows: Tensor, columns: Tensor) -> T
     return pixels.view(*where.shape, -1)[..., : store.channels].permute(0, 3, 1, 2)
 
 
+def _resize(images: Tensor, size: int) -> Tensor:
+    """uint8 [B, C, S, S] -> uint8 [B, size, size, C]: torchvision's Resize, antialiased as by default."""
+    images = images.to(torch.float32, memory_format=torch.contiguous_format)
+    images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+    return images.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
 def _resized(store: PixelStore, indices: Tensor) -> PixelStore:
-    """A store of these images alone, resized and padded: torchvision's Resize of uint8 images, antialiased as by default."""
+    """A store of these images alone, resized and padded."""
     every = torch.arange(store.stored, device=indices.device).expand(len(indices), -1)
-    images = _cut(store, indices, every, every).to(torch.float32, memory_format=torch.contiguous_format)
-    images = F.interpolate(images, size=(store.resize, store.resize), mode="bilinear", antialias=True)
-    return pack(images.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1), store.padding, image_size=store.size)
+    return pack(_resize(_cut(store, indices, every, every), store.resize), store.padding, image_size=store.size)
 
 
 def gather(store: PixelStore, indices: Tensor, top: Tensor, left: Tensor, mirrored: Tensor) -> Tensor:
@@ -87,15 +96,21 @@ class Normalise:
         return images.div_(255).sub_(self.mean).div_(self.std)
 
 
-def random_crop_and_mirror(store: PixelStore, indices: Tensor, *, seed: int, epoch: int, flip: bool) -> Tensor:
+def random_crop_and_mirror(
+    store: PixelStore, indices: Tensor, *, seed: int, epoch: int, flip: bool, alternate: bool = False
+) -> Tensor:
     """Each image's own crop and mirroring for this epoch: int64 [B] -> uint8 [B, C, size, size].
 
-    One draw a sample picks a cell of (side - size + 1)^2 crops, times two if images are mirrored.
+    One draw a sample picks a cell of (side - size + 1)^2 crops, times two if images are mirrored at random. If mirroring
+    alternates (Jordan 2024, arXiv 2404.00498), the draw of epoch 0 says how an image begins.
     """
     offsets, sides = store.side - store.size + 1, 2 if flip else 1
     cell = draws.below(offsets * offsets * sides, seed, epoch, indices)
-    crop = cell // sides
-    return gather(store, indices, crop // offsets, crop % offsets, cell % sides)
+    crop, mirrored = cell // sides, cell % sides
+    if flip and alternate:
+        first = draws.below(offsets * offsets * sides, seed, 0, indices) % sides
+        mirrored = (first + epoch) % 2
+    return gather(store, indices, crop // offsets, crop % offsets, mirrored)
 
 
 def centre(store: PixelStore, indices: Tensor) -> Tensor:

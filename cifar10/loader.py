@@ -36,6 +36,12 @@ class TrainLoader:
     micro_images: int
     rank: int
     world_size: int
+    alternate_flip: bool = False
+    first_stores: tuple[tuple[int, augment.PixelStore], ...] = ()  # smaller images: until which epoch, in order
+
+    def first_images(self, num_images: int) -> Tensor:
+        """The first training images as evaluation would see them: float32 [B, C, S, S]."""
+        return self.normalise(augment.centre(self.store, torch.arange(num_images, device=self.labels.device)))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -56,7 +62,9 @@ class TrainLoader:
 
     def _steps(self, indices: Tensor, epoch: int) -> Iterator[list[MicroBatch]]:
         flat = indices.reshape(-1)
-        images = augment.random_crop_and_mirror(self.store, flat, seed=self.seed, epoch=epoch, flip=self.flip)
+        store = next((store for until, store in self.first_stores if epoch < until), self.store)
+        how = {"flip": self.flip, "alternate": self.alternate_flip}
+        images = augment.random_crop_and_mirror(store, flat, seed=self.seed, epoch=epoch, **how)
         images, labels = self.normalise(images), self.labels[flat]
         micro_batches = list(zip(images.split(self.micro_images), labels.split(self.micro_images), strict=True))
         accumulation = indices.shape[1] // self.micro_images
