@@ -1,6 +1,6 @@
 """81% of the test images on two CPU cores in less than a minute, from the start of the process to the number printed.
 
-    uv run python cifar10_deepspeed.py --recipe speedrun81_cpu
+uv run python cifar10_deepspeed.py --recipe speedrun81_cpu
 """
 
 from cifar10.recipe import Experiment, Recipe

@@ -38,7 +38,7 @@ PARTS: dict[str, set[str]] = {
     "sinks": {"metrics", "preflight", "state"},
     "patience": {"recipe", "state"},
     "augment": {"draws"},
-    "loader": {"augment", "draws"},
+    "loader": {"augment", "draws", "ds_json", "recipe", "world"},
     "muon": set(),
     "tta": set(),
     "engine": {"loss_scale", "muon", "world"},
