@@ -112,7 +112,8 @@ def get_cifar10_dataloaders(plan: Plan, here: World) -> tuple[TrainLoader, Evalu
     """The training images, cropped and mirrored at random, and the held-out validation images as they are."""
     images = plan.images("train")
     train, val = data.stratified_split(images.labels, plan.recipe.val_images, plan.recipe.split_seed)
-    train_loader = TrainLoader.of(images.pixels[train], images.labels[train], plan.recipe, plan.batch, here)
+    bf16 = plan.precision == "bf16"
+    train_loader = TrainLoader.of(images.pixels[train], images.labels[train], plan.recipe, plan.batch, here, bf16=bf16)
     return train_loader, EvaluationLoader.of(images.pixels[val], images.labels[val], plan.recipe, here)
 
 

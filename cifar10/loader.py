@@ -47,15 +47,26 @@ class TrainLoader:
     first_stores: tuple[tuple[int, augment.PixelStore], ...] = ()  # smaller images: until which epoch, in order
 
     @classmethod
-    def of(cls, pixels: np.ndarray, labels: np.ndarray, recipe: Recipe, batch: Batch, here: World) -> TrainLoader:
-        """This rank's loader of images uint8 [N, S, S, C] and labels int64 [N], augmented as the recipe says."""
+    def of(
+        cls, pixels: np.ndarray, labels: np.ndarray, recipe: Recipe, batch: Batch, here: World, *, bf16: bool = False
+    ) -> TrainLoader:
+        """This rank's loader of images uint8 [N, S, S, C] and labels int64 [N], augmented as the recipe says.
+
+        Where training is in `bf16` on a CPU, images in colour are kept as it sees them.
+        """
         images, untils = torch.from_numpy(pixels).to(here.device), itertools.accumulate(recipe.first_epochs)
-        smaller = (augment.pack(images, recipe.crop_padding, size) for size in recipe.first_sizes)
+        normalise = augment.Normalise(recipe.mean, recipe.std, here.device)
+
+        def packed(resize: int, image_size: int = 0) -> augment.PixelStore:
+            store = augment.pack(images, recipe.crop_padding, resize, image_size)
+            once = bf16 and here.device.type == "cpu" and store.channels == 3 and not store.resize
+            return augment.normalised(store, normalise) if once else store
+
         return cls(
-            store=augment.pack(images, recipe.crop_padding, recipe.resize, recipe.image_size),
-            first_stores=tuple(zip(untils, smaller, strict=True)),
+            store=packed(recipe.resize, recipe.image_size),
+            first_stores=tuple(zip(untils, map(packed, recipe.first_sizes), strict=True)),
             labels=torch.from_numpy(labels).to(here.device),
-            normalise=augment.Normalise(recipe.mean, recipe.std, here.device),
+            normalise=normalise,
             flip=recipe.flip,
             alternate_flip=recipe.alternate_flip,
             seed=recipe.seed,
@@ -66,7 +77,7 @@ class TrainLoader:
         )
 
     def first_images(self, num_images: int) -> Tensor:
-        """The first training images as evaluation would see them: float32 [B, C, S, S]."""
+        """The first training images as evaluation would see them: [B, C, S, S]."""
         return self.normalise(augment.centre(self.store, torch.arange(num_images, device=self.labels.device)))
 
     @property

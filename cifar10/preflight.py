@@ -36,6 +36,12 @@ class Plan:
         return self.dataset.channels, size, size
 
     @property
+    def precision(self) -> str:
+        """What matrix products are computed in: fp32, bf16 or fp16."""
+        autocast = self.ds_config.get("torch_autocast", {})
+        return {"bfloat16": "bf16", "float16": "fp16"}[autocast.get("dtype", "bfloat16")] if autocast.get("enabled") else "fp32"
+
+    @property
     def augments(self) -> bool:
         """Whether training sees other images than evaluation would."""
         recipe, (_, size, _) = self.recipe, self.image_shape

@@ -8,7 +8,7 @@ from cifar10.recipe import Experiment, Recipe
 EXPERIMENT = Experiment(
     Recipe(
         model="speednet_small",
-        epochs=3,
+        epochs=2.5,
         warmup_epochs=0,
         lr_shape="linear",
         val_images=0,

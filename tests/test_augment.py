@@ -249,3 +249,15 @@ def test_alternating_images_are_mirrored_in_every_other_epoch(images: Tensor) ->
     assert torch.equal(first, mirrored(0, alternate=False)), "it begins as by chance"
     assert 800 < first.sum() < 1_200
     assert not torch.equal(mirrored(1, alternate=False), ~mirrored(0, alternate=False))
+
+
+def test_pixels_normalised_once_are_what_autocast_makes_of_them(images: Tensor) -> None:
+    store, normalise = augment.pack(images, padding=3), augment.Normalise(MEAN, STD, CPU)
+    once = augment.normalised(store, normalise)
+    indices = torch.arange(4).repeat(25)
+    for epoch in range(3):
+        crops = [augment.random_crop_and_mirror(s, indices, seed=1, epoch=epoch, flip=True) for s in (store, once)]
+        plain, ready = map(normalise, crops)
+        assert ready.dtype == torch.bfloat16
+        assert ready.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(plain.to(torch.bfloat16), ready)
