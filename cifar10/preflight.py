@@ -39,7 +39,8 @@ class Plan:
     def precision(self) -> str:
         """What matrix products are computed in: fp32, bf16 or fp16."""
         autocast = self.ds_config.get("torch_autocast", {})
-        return {"bfloat16": "bf16", "float16": "fp16"}[autocast.get("dtype", "bfloat16")] if autocast.get("enabled") else "fp32"
+        name = str(autocast.get("dtype", "bfloat16")).lower() if autocast.get("enabled") else "float32"  # or bf16, half, ...
+        return "bf16" if "b" in name else "fp32" if "32" in name else "fp16"
 
     @property
     def augments(self) -> bool:
