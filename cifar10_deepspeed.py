@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar10 import UsageError, augment, checkpoint, data, launchers, patience, preflight, report, run_folder, world
-from cifar10.engine import Engine, prepare, weights_sha256
+from cifar10 import UsageError, checkpoint, data, launchers, patience, preflight, report, run_folder, world
+from cifar10.engine import Engine, own_optimizer, prepare, weights_sha256
 from cifar10.loader import EvaluationLoader, MicroBatch, TrainLoader
 from cifar10.metrics import EpochRow, Metrics, SplitResult, StepRow
 from cifar10.predictions import TEST_FILE, save_predictions
@@ -35,6 +35,7 @@ from cifar10.sinks import open_sinks
 from cifar10.state import RunState, Sums
 from cifar10.stop import StopRequest
 from cifar10.tape import Tape, TooManySkippedSteps, count_steps
+from cifar10.tta import Augmented
 from cifar10.weights import load, refuse_not_finite, refuse_other_images
 from cifar10.world import World
 
@@ -108,31 +109,13 @@ def __getattr__(name: str) -> Any:
 # --- its images -------------------------------------------------------------------------------------------------------
 
 
-def evaluation_loader(images: Any, labels: Any, recipe: Recipe, here: World) -> EvaluationLoader:
-    """Every image as it is, or its middle, exactly once over all ranks."""
-    store = augment.pack(torch.from_numpy(images).to(here.device), 0, recipe.resize, recipe.image_size)
-    normalise = augment.Normalise(recipe.mean, recipe.std, here.device)
-    return EvaluationLoader(store, torch.from_numpy(labels).to(here.device), normalise, here.rank, here.size)
-
-
 def get_cifar10_dataloaders(plan: Plan, here: World) -> tuple[TrainLoader, EvaluationLoader]:
     """The training images, cropped and mirrored at random, and the held-out validation images as they are."""
-    recipe, batch = plan.recipe, plan.batch
     images = plan.images("train")
-    train, val = data.stratified_split(images.labels, recipe.val_images, recipe.split_seed)
-    pixels = torch.from_numpy(images.pixels[train]).to(here.device)
-    train_loader = TrainLoader(
-        store=augment.pack(pixels, recipe.crop_padding, recipe.resize, recipe.image_size),
-        labels=torch.from_numpy(images.labels[train]).to(here.device),
-        normalise=augment.Normalise(recipe.mean, recipe.std, here.device),
-        flip=recipe.flip,
-        seed=recipe.seed,
-        global_images=batch.global_images,
-        micro_images=batch.micro_images,
-        rank=here.rank,
-        world_size=here.size,
-    )
-    return train_loader, evaluation_loader(images.pixels[val], images.labels[val], recipe, here)
+    train, val = data.stratified_split(images.labels, plan.recipe.val_images, plan.recipe.split_seed)
+    bf16 = plan.precision == "bf16"
+    train_loader = TrainLoader.of(images.pixels[train], images.labels[train], plan.recipe, plan.batch, here, bf16=bf16)
+    return train_loader, EvaluationLoader.of(images.pixels[val], images.labels[val], plan.recipe, here)
 
 
 # --- the learning rate ------------------------------------------------------------------------------------------------
@@ -159,7 +142,7 @@ def lr_multiplier(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     """What the base learning rate is multiplied by at `step`, a pure function of it.
 
     Moving per step, a step counts as its middle, e = (step + 1/2) / steps_per_epoch epochs, so that the first and the last
-    step both learn: min(1, e / warmup), then a cosine to 0. The warmup is at most a tenth of the run.
+    step both learn: min(1, e / warmup), then a cosine or a line to 0. The warmup is at most a tenth of the run.
     """
     epochs = total_steps(recipe, steps_per_epoch) / steps_per_epoch  # those of whole steps, so that no step lies behind the end
     warmup = min(recipe.warmup_epochs, epochs / 10)
@@ -168,7 +151,8 @@ def lr_multiplier(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     epoch = (step + 0.5) / steps_per_epoch
     if epoch < warmup:
         return epoch / warmup
-    return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
+    progress = (epoch - warmup) / (epochs - warmup)
+    return 1 - progress if recipe.lr_shape == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
 
 # --- the measures -----------------------------------------------------------------------------------------------------
@@ -341,21 +325,24 @@ def train(run: Run, state: RunState) -> str:
     return "early_stopping" if patience.is_over(run.plan.recipe, state) else at_end
 
 
-def measure_best_model(run: Run, state: RunState) -> SplitResult | None:
-    """Open the test split, once, for the model that validation chose; None with --test-images 0."""
+def measure_best_model(run: Run, state: RunState) -> dict[str, SplitResult]:
+    """Open the test split, once, for the model that validation chose, and with test-time augmentation if the recipe has it."""
     if run.plan.options.test_images == 0:
-        return None
+        return {}
     folder = run.folder / "checkpoints" / "best_model"
     run.model.load_state_dict(run.here.from_main(lambda: checkpoint.portable_weights(folder, run.model)))
     images, count = run.plan.images("test"), run.plan.options.test_images
-    loader = evaluation_loader(images.pixels[:count], images.labels[:count], run.plan.recipe, run.here)
+    loader = EvaluationLoader.of(images.pixels[:count], images.labels[:count], run.plan.recipe, run.here)
     logits = [torch.empty(0, len(run.plan.dataset.classes))]
     result = evaluate(run.model, loader, run.here, keep=logits)
     all_logits = run.here.gather(torch.cat(logits).numpy())
     if run.here.is_main:
         save_predictions(run.folder / TEST_FILE, all_logits, images.labels[:count])
     run.metrics.test(math.ceil(state.step / run.train.steps_per_epoch), result)
-    return result
+    if run.plan.recipe.tta == "none":
+        return {"test": result}
+    augmented = Augmented(run.model, run.plan.recipe.tta, run.plan.recipe.tta_below)
+    return {"test": result, "test_tta": evaluate(augmented, loader, run.here)}
 
 
 def finish(run: Run, state: RunState, ended_by: str) -> None:
@@ -371,8 +358,8 @@ def finish(run: Run, state: RunState, ended_by: str) -> None:
         raise OSError(
             "the trained weights could not be written; make room, and the same command goes on from its last checkpoint"
         )
-    test = measure_best_model(run, state)
-    results = {**report.tested(test, run.plan.dataset), "weights_sha256": weights_sha256(weights), "ended_by": ended_by}
+    tested = report.tested(measure_best_model(run, state), run.plan.dataset)
+    results = {**tested, "weights_sha256": weights_sha256(weights), "ended_by": ended_by}
     summary = summarise(run, state, "finished", **results)
     run.metrics.say([*report.closing_lines(summary, len(run.val), run.plan), f"written to {run.folder}"])
     run.metrics.finished(summary)
@@ -386,10 +373,15 @@ def start_run(plan: Plan, here: World, folder: Path, model: nn.Module) -> tuple[
     deepspeed = prepare()
     recipe, options = plan.recipe, plan.options
     train_loader, val_loader = get_cifar10_dataloaders(plan, here)
+    if recipe.weights == "none" and hasattr(model, "start_from_images"):
+        model.start_from_images(train_loader.first_images(min(5_000, len(train_loader.labels))).cpu())
     model, plain = model.to(here.device), deepcopy(model).to(here.device)
     if recipe.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    deepspeed_engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=plan.ds_config)
+    own = own_optimizer(model, plan.ds_config)
+    deepspeed_engine, _, _, _ = deepspeed.initialize(
+        model=model, model_parameters=model.parameters(), optimizer=own, config=plan.ds_config
+    )
     world.limit_waiting(options.timeout_minutes)
     engine = Engine(deepspeed_engine, here, recipe.seed)
     start_from = None if options.resume in ("auto", "never") else run_folder.find_checkpoint(options.resume)

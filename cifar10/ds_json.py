@@ -68,6 +68,8 @@ OPTIMIZER_PARAMS = {
 TORCH_OPTIMIZERS = "ASGD Adadelta Adafactor Adagrad Adam AdamW Adamax Muon NAdam RAdam RMSprop Rprop SGD".split()
 DEEPSPEED_OPTIMIZERS = "adagrad adam adamw lamb lion muadam muadamw muon musgd".split()
 OPTIMIZER_PARAMS["adamw"] = OPTIMIZER_PARAMS["adam"]
+OUR_OPTIMIZERS = ("MuonWithSGD",)  # cifar10/muon.py
+OPTIMIZER_PARAMS["muonwithsgd"] = frozenset("lr momentum bias_lr head_lr sgd_momentum decay newton_schulz_iterations".split())
 
 
 @dataclass(frozen=True)
@@ -186,8 +188,8 @@ def _check_optimizer(optimizer: Any) -> None:
     name, params = optimizer.get("type"), optimizer.get("params", {})
     if not isinstance(name, str):
         raise UsageError('optimizer.type must be a name, as in "SGD"')
-    if name not in TORCH_OPTIMIZERS and name.lower() not in DEEPSPEED_OPTIMIZERS:
-        spelt = {known.lower(): known for known in (*DEEPSPEED_OPTIMIZERS, *TORCH_OPTIMIZERS)}
+    if name not in (*TORCH_OPTIMIZERS, *OUR_OPTIMIZERS) and name.lower() not in DEEPSPEED_OPTIMIZERS:
+        spelt = {known.lower(): known for known in (*DEEPSPEED_OPTIMIZERS, *TORCH_OPTIMIZERS, *OUR_OPTIMIZERS)}
         near = difflib.get_close_matches(name.lower(), spelt, n=1, cutoff=0.5)
         hint = f"; did you mean {spelt[near[0]]!r}?" if near else f"; there are: {', '.join(TORCH_OPTIMIZERS)}"
         raise UsageError(f"unknown optimizer.type {name!r}{hint}")
@@ -198,7 +200,10 @@ def _check_optimizer(optimizer: Any) -> None:
     if "lr" not in params:
         raise UsageError("optimizer.params has no 'lr', the base learning rate; add one, as in \"lr\": 0.1")
     _check_number("optimizer.params.lr", params["lr"], 0, above=True)
-    for key in ("momentum", "weight_decay", "dampening"):
+    for key in ("bias_lr", "head_lr"):
+        if key in params:
+            _check_number(f"optimizer.params.{key}", params[key], 0, above=True)
+    for key in ("momentum", "weight_decay", "dampening", "sgd_momentum", "decay"):
         if key in params:
             _check_number(f"optimizer.params.{key}", params[key], 0)
 
@@ -301,6 +306,10 @@ def _settle_zero(config: dict[str, Any], notes: list[str]) -> None:
     zero = config.get("zero_optimization", {})
     if not zero.get("stage"):
         return
+    if config["optimizer"]["type"] in OUR_OPTIMIZERS:
+        raise UsageError(
+            f"{config['optimizer']['type']} works on whole matrices, which ZeRO takes apart: set zero_optimization.stage to 0"
+        )
     for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
         zero.setdefault(bucket, 5_000_000)
     if not config.get("zero_allow_untested_optimizer"):
@@ -316,6 +325,6 @@ def _settle_optimizer(config: dict[str, Any], notes: list[str]) -> None:
         notes.append("optimizer: adam_w_mode: true (DeepSpeed takes Adam for AdamW; the JSON does not say)")
     if name in ("adam", "adamw"):
         params.setdefault("torch_adam", True)  # DeepSpeed's FusedAdam needs a compiler, on the CPU as well
-    plain = name == "sgd" or (name in OPTIMIZER_PARAMS and params["torch_adam"])
+    plain = name == "sgd" or (name in ("adam", "adamw") and params["torch_adam"])
     if plain and not params.get("foreach") and not params.get("differentiable"):
         params.setdefault("fused", True)

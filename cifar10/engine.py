@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cifar10 import UsageError
+from cifar10 import UsageError, muon
 from cifar10.loss_scale import LossScale
+from cifar10.muon import MuonWithSGD
 from cifar10.world import World
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # DeepSpeed's own
@@ -45,6 +46,12 @@ def prepare() -> Any:
     if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     return deepspeed
+
+
+def own_optimizer(model: nn.Module, config: dict[str, Any]) -> torch.optim.Optimizer | None:
+    """The optimizer that DeepSpeed is to be handed, if the JSON names one that it does not have; None for its own."""
+    optimizer = config["optimizer"]
+    return MuonWithSGD(muon.parameter_groups(model, optimizer["params"])) if optimizer["type"] == muon.NAME else None
 
 
 class Engine:

@@ -31,6 +31,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 _Whole = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
 _Number = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="")]
 _Channels = Annotated[tuple[float, ...], tyro.conf.arg(metavar="X")]
+_Sizes = Annotated[tuple[int, ...], tyro.conf.arg(metavar="N")]
 _File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 Precisions = tuple[Literal["fp32", "bf16", "fp16"], ...]
 _Precisions = Annotated[Precisions, tyro.conf.arg(metavar="P [P ...]", help_behavior_hint="")]
@@ -51,6 +52,8 @@ class Recipe:
     last one, and early stopping watches the training loss."""
     lr_moves: Literal["per-step", "per-epoch"] = "per-step"
     """Whether the learning rate moves at every step, or once an epoch as in the reference document."""
+    lr_shape: Literal["cosine", "linear"] = "cosine"
+    """How the learning rate falls to zero after the warmup."""
     model: str = "bn_cnn"
     """Name of the network, one of cifar10/models."""
     weights: str = "none"
@@ -66,10 +69,16 @@ class Recipe:
     """Pixels a side to which images are resized, bilinearly; 0 leaves them as they are."""
     image_size: int = 0
     """Pixels a side that the network sees: of a random crop in training, of the middle in evaluation; 0 is the whole image."""
+    first_sizes: _Sizes = ()
+    """Pixels a side that images are resized to at the start of training, one size after another; then they are whole."""
+    first_epochs: _Sizes = ()
+    """Epochs of each of --first-sizes."""
     crop_padding: int = 4
     """Black pixels on each side of the image before the random crop; 0 with image size 0 turns the crop off."""
     flip: bool = True
     """Mirror every other training image, at random."""
+    alternate_flip: bool = False
+    """Mirror each image in every other epoch instead, which half of them in the first being left to chance."""
     label_smoothing: float = 0.0
     """Share of each training target spread evenly over all classes."""
     patience: int = 15
@@ -88,6 +97,10 @@ class Recipe:
     """The learning rate is multiplied by global batch / this (the linear scaling rule); 0 leaves it as the JSON has it."""
     seed: int = 0
     """Seeds the initial weights, the order of the images and their augmentation."""
+    tta: Literal["none", "mirror", "mirror_translate"] = "none"
+    """Test-time augmentation: the final test is done once more with the mean of the outputs for several views of an image."""
+    tta_below: float = 1.0
+    """Only images whose most probable class has a probability below this get more views."""
     split_seed: int = 0
     """Seeds the choice of validation images, apart from --seed so that seeds can be compared on one split."""
 
@@ -192,6 +205,8 @@ def _example(name: str) -> object:
         "lr": 0.1,
         "global_batch_size": 128,
         "val_images": 5000,
+        "first_sizes": "24 28",
+        "first_epochs": "3 3",
     }
     defaults = {
         f.name: f.default for cls in (Recipe, Options) for f in fields(cls) if f.default not in (None, dataclasses.MISSING)
@@ -217,6 +232,11 @@ def check_recipe(recipe: Recipe) -> None:
         _check(recipe, name, 0 <= getattr(recipe, name) <= 1024, "a whole number of pixels from 0 to 1024")
     for name in ("patience", "val_images", "lr_reference_batch", "seed", "split_seed"):
         _check(recipe, name, 0 <= getattr(recipe, name) < 2**31, "a whole number from 0 up")
+    _check(recipe, "tta_below", 0 < recipe.tta_below <= 1, "a probability above 0")
+    sizes, epochs = recipe.first_sizes, recipe.first_epochs
+    _check(recipe, "first_sizes", all(8 <= size <= 1024 for size in sizes), "pixels a side from 8 up")
+    fits = len(epochs) == len(sizes) and all(count >= 1 for count in epochs)
+    _check(recipe, "first_epochs", fits, f"{len(sizes)} whole numbers from 1 up, one for each of --first-sizes")
     for name in ("plateau_patience", "max_skipped_in_a_row"):
         _check(recipe, name, getattr(recipe, name) >= 1, "a whole number from 1 up")
     _check(recipe, "warmup_epochs", math.isfinite(recipe.warmup_epochs) and recipe.warmup_epochs >= 0, "a number from 0 up")

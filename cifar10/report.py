@@ -15,6 +15,7 @@ from cifar10.datasets import DataSet
 from cifar10.metrics import Section, SplitResult
 from cifar10.preflight import Plan
 from cifar10.state import RunState
+from cifar10.tta import VIEWS
 
 TIERS = ("Excellent", "Good", "Fair", "Poor")  # the reference documents'
 
@@ -48,12 +49,14 @@ def opening_lines(
         yield f"ends at step {last_step} (--max-steps); the schedule stays that of {total_steps:,} steps"
 
 
-def tested(test: SplitResult | None, dataset: DataSet) -> dict[str, Any]:
-    """What the test came to, for summary.json; None where there was none."""
+def tested(results: dict[str, SplitResult], dataset: DataSet) -> dict[str, Any]:
+    """What the test came to, for summary.json; None where there was none. `test_tta` is that of several views an image."""
+    test, augmented = results.get("test"), results.get("test_tta")
     if test is None:
         return {"test_accuracy": None, "test_images": 0, "quality": None}
     quality = quality_tier(test.accuracy, dataset.tiers)
-    return {"test_accuracy": test.accuracy, "test_images": test.images, "quality": quality}
+    summary = {"test_accuracy": test.accuracy, "test_images": test.images, "quality": quality}
+    return {**summary, "test_accuracy_tta": augmented.accuracy} if augmented else summary
 
 
 def summary(state: RunState, steps_per_epoch: int) -> dict[str, Any]:
@@ -110,6 +113,10 @@ def closing_lines(summary: dict[str, Any], val_images: int, plan: Plan) -> list[
         lines.append(
             f"test accuracy  {summary['test_accuracy']:.2%}  (best_model; {which})  {summary['quality'] or ''}".rstrip()
         )
+    if summary.get("test_accuracy_tta") is not None:
+        views = f"{VIEWS[plan.recipe.tta]} views of an image"
+        unsure = f" of which the model is less than {plan.recipe.tta_below:.0%} sure" if plan.recipe.tta_below < 1 else ""
+        lines.append(f"               {summary['test_accuracy_tta']:.2%}  with test-time augmentation: {views}{unsure}")
     if plan.dataset.note:
         lines.append(f"note: {plan.dataset.note}")
     return lines

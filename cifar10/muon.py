@@ -1,0 +1,109 @@
+"""Muon for the hidden layers' weights and SGD for the rest, as one optimizer that is handed to `deepspeed.initialize`.
+
+Muon (Jordan 2024, "Muon: an optimizer for hidden layers in neural networks") replaces a weight matrix's momentum by the
+nearest matrix whose singular values are all about one, found by a few Newton-Schulz iterations; a filter bank
+[out, in, k, k] counts as the matrix [out, in * k * k]. Biases and the last layer are not such matrices and take SGD with
+Nesterov's momentum. Scaling a filter bank that BatchNorm follows changes nothing but its effective learning rate, so each
+is kept at norm sqrt(out), as in airbench94 (github.com/KellerJordan/cifar10-airbench).
+
+DeepSpeed's own `Muon` takes each matrix by itself, pairs it with Adam, and takes the last layer for a hidden one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NAME = "MuonWithSGD"  # as DeepSpeed's JSON calls it: "optimizer": {"type": "MuonWithSGD", "params": {...}}
+
+_QUINTIC = (3.4445, -4.7750, 2.0315)  # steepest at zero; takes singular values in (0, 1] to about 0.7 .. 1.2 in five iterations
+
+
+def orthogonalised(matrices: Tensor, iterations: int = 3) -> Tensor:
+    """[N, rows, columns] -> the same with singular values near one, computed in bfloat16 and returned in the given type."""
+    a, b, c = _QUINTIC
+    x = matrices.to(torch.bfloat16)
+    x = x / (x.float().norm(dim=(1, 2), keepdim=True).to(torch.bfloat16) + 1e-7)  # no singular value is above one
+    wide = x.shape[1] <= x.shape[2]
+    x = x if wide else x.mT
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x if wide else x.mT).to(matrices.dtype)
+
+
+def parameter_groups(model: nn.Module, params: dict[str, Any]) -> list[dict[str, Any]]:
+    """The JSON's `params` as groups: the hidden layers' weights for Muon; biases, and the last layer's weight, for SGD.
+
+    `decay` is the share of a bias or last weight that one step at the full learning rate takes away, before momentum: for
+    SGD a weight_decay of decay / lr.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
+    muon = {"params": matrices[:-1], "lr": params["lr"], "momentum": params.get("momentum", 0.6), "kind": "muon"}
+    muon |= {"weight_decay": 0.0, "iterations": params.get("newton_schulz_iterations", 3)}
+    groups = [muon]
+    for parameters, key in ((vectors, "bias_lr"), (matrices[-1:], "head_lr")):
+        lr = params.get(key, params["lr"])
+        sgd = {"momentum": params.get("sgd_momentum", 0.85), "weight_decay": params.get("decay", 0.0) / lr}
+        groups.append({"params": parameters, "lr": lr, "kind": "sgd", **sgd})
+    return [group for group in groups if group["params"]]
+
+
+class MuonWithSGD(torch.optim.Optimizer):
+    """`groups` are those of `parameter_groups`.
+
+    A step whose gradients are not finite is left out on the device: `found_inf`, 0-dim, is 1.0 for one, as PyTorch's fused
+    optimizers have it.
+    """
+
+    found_inf: Tensor | None = None
+    _step_supports_amp_scaling = True  # what tells the engine, and PyTorch's loss scaler, of `found_inf`
+
+    def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
+        super().__init__(groups, {"lr": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            before = [p.clone() for p in parameters] if self.found_inf is not None else []
+            directions = self._directions(parameters, group)
+            if group["kind"] == "muon":
+                self._muon(parameters, directions, group)
+            else:
+                torch._foreach_add_(parameters, directions, alpha=-group["lr"])
+            for parameter, old in zip(parameters, before, strict=False):
+                torch.where(self.found_inf.bool(), old, parameter, out=parameter)
+
+    def _directions(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """Nesterov's: the gradient plus the momentum as it will be; what is not finite does not enter the momentum."""
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        buffers, gradients = [self.state[p]["momentum_buffer"] for p in parameters], [p.grad for p in parameters]
+        if group["weight_decay"]:
+            gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
+        moved = torch._foreach_add(torch._foreach_mul(buffers, group["momentum"]), gradients)
+        for buffer, new in zip(buffers, moved, strict=True):
+            buffer.copy_(new if self.found_inf is None else torch.where(self.found_inf.bool(), buffer, new))
+        return list(torch._foreach_add(gradients, moved, alpha=group["momentum"]))
+
+    def _muon(self, parameters: list[Tensor], directions: list[Tensor], group: dict[str, Any]) -> None:
+        """Equal shapes share one batch of matrix products."""
+        shapes: dict[torch.Size, list[int]] = {}
+        for place, parameter in enumerate(parameters):
+            shapes.setdefault(parameter.shape, []).append(place)
+        for shape, places in shapes.items():
+            matrices = torch.stack([directions[place].reshape(shape[0], -1) for place in places])
+            for place, update in zip(places, orthogonalised(matrices, group["iterations"]), strict=True):
+                parameter = parameters[place]
+                if parameter.dim() == 4:  # a filter bank; what BatchNorm does not follow keeps its scale
+                    parameter.mul_(shape[0] ** 0.5 / parameter.norm())
+                parameter.add_(update.view(shape), alpha=-group["lr"])
