@@ -168,9 +168,9 @@ class Options:
     """Weights & Biases: online, or offline for `wandb sync` later; auto does what $WANDB_MODE says, and without it is online
     where there is a key ($WANDB_API_KEY, or that of `wandb login`), else off."""
     wandb_project: _Words = None
-    """Its project (default: $WANDB_PROJECT, else deepspeed-cifar10)."""
+    """The W&B project that collects the runs (default: $WANDB_PROJECT, else deepspeed-cifar10)."""
     wandb_name: _Words = None
-    """The run's name there (default: $WANDB_NAME, else that of the run's folder)."""
+    """The run's name in that project (default: $WANDB_NAME, else that of the run's folder)."""
     report: bool = True
     """Make report.html and its pictures when the run has finished (default: yes, unless $CIFAR10_REPORT is 0)."""
 
