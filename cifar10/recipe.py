@@ -259,16 +259,23 @@ def _is_a(value: Any, kind: Any) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
+def from_settings(values: dict[str, Any]) -> Recipe:
+    """The recipe with these fields, as they come back from JSON; a field that is not named has its default.
+
+    Raises UsageError for values that cannot be meant, and ValueError, TypeError, AttributeError or OverflowError for what is
+    no recipe.
+    """
+    recipe = Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    for name, kind in get_type_hints(Recipe).items():
+        if not _is_a(getattr(recipe, name), kind):
+            raise TypeError(f"{name} is {values[name]!r}")
+    check_recipe(recipe)
+    return recipe
+
+
 def _load_json(path: Path) -> Experiment:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        values = content["settings"]
-        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        recipe = Recipe(**settings)
-        for name, kind in get_type_hints(Recipe).items():
-            if not _is_a(getattr(recipe, name), kind):
-                raise TypeError(f"{name} is {values[name]!r}")
-        check_recipe(recipe)
+        recipe = from_settings(json.loads(path.read_text(encoding="utf-8"))["settings"])
     except UsageError:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:

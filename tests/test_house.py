@@ -53,7 +53,8 @@ PARTS: dict[str, set[str]] = {
         "weights",
     },  # the edge: reads a command line, no torch
 }
-PROGRAMS = {"__main__", "bench", "catalogue"}  # what people start beside the story; they see everything, and no part sees them
+# What people start beside the story, and what only these share; they see everything, and no part sees them.
+PROGRAMS = set("__main__ bench catalogue doctor evaluate export predict trained".split())
 WITHOUT_TORCH = set("__init__ launchers recipe ds_json data datasets mnist files settings run_folder preflight".split())
 
 
