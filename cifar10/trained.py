@@ -68,11 +68,12 @@ class Trained:
 
 
 def alone(threads: int | None = None) -> World:
-    """This process as the only rank, on the GPU if there is one; nothing is started. Raises UsageError for no threads."""
+    """This process as the only rank, on the GPU if there is one; nothing is started. Raises UsageError for bad `threads`."""
     if threads is not None and threads < 1:
         raise UsageError(f"--threads {threads} is impossible; type a whole number from 1 up")
     torch.set_num_threads(threads or world.cores())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = False  # as in training: fp32 means fp32
     return World(rank=0, local_rank=0, size=1, local_size=1, device=device, launcher="python")
 
 
