@@ -42,7 +42,7 @@ DEFAULT_PORT = 29500  # DeepSpeed's and torch's
 ADVICE: tuple[tuple[str, str], ...] = (
     (
         "out of memory",
-        "halve --micro-batch-size: the global batch stays, in more passes; a run that dies of it names the number",
+        "halve --micro-batch-size: the global batch stays; a run that dies of it names the number",
     ),
     ("NaN, exploding loss", "such steps are skipped on all ranks and counted; 25 in a row end the run; lower --lr"),
     ("fp16 errors, AMP underflow", "--precision fp32 (or bf16); a loss scale is kept for fp16, and skipped steps are reported"),
@@ -52,17 +52,17 @@ ADVICE: tuple[tuple[str, str], ...] = (
     ("low accuracy", "more --epochs; the recipes and what they reach are in the README: python -m cifar10 recipes"),
     (
         "slow training",
-        "python -m cifar10 bench measures this machine; --threads fewer where cores are shared; --precision bf16",
+        "python -m cifar10 bench measures this machine; fewer --threads where cores are shared; --precision bf16",
     ),
     ("slow data loading", "there is none: images lie on the device and batches are cut there; --num-workers changes nothing"),
     ("uneven batches", "the last partial batch of an epoch is left out in training; evaluation counts every image once"),
     (
         "several GPUs do not work",
-        "--num-gpus 1 first; then NCCL_DEBUG=INFO in the environment; the lines above on GPU and ports",
+        "--num-gpus 1 first; then NCCL_DEBUG=INFO in the environment; doctor's lines on GPU and ports",
     ),
     (
         "hangs at the start",
-        "every rank must reach MASTER_ADDR:MASTER_PORT: run this doctor in the job; --timeout-minutes ends it",
+        "every rank must reach MASTER_ADDR:MASTER_PORT: run doctor inside the job; --timeout-minutes ends it",
     ),
     ("download fails", "put the archive into --data-dir by hand, set CIFAR10_URL to a mirror, or use --dataset synthetic"),
 )
@@ -148,38 +148,38 @@ class Probe:
         ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         environment = {key: value for key, value in os.environ.items() if key not in ranks}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(PROJECT))))
-        self._files = tempfile.TemporaryFile(), tempfile.TemporaryFile()
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", source, *words],
-            stdin=subprocess.DEVNULL,
-            stdout=self._files[0],
-            stderr=self._files[1],
-            env=environment,
-            start_new_session=True,
-        )
+        self._fault = ""
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", source, *words],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=environment,
+                start_new_session=True,
+            )
+        except OSError as error:
+            self._fault = f"no process can be started: {error.strerror}"
 
     def result(self) -> tuple[str, str]:
-        """(what it printed, "") or ("", why it failed)."""
+        """(what it printed last, "") or ("", why it failed)."""
+        if self._fault:
+            return "", self._fault
         try:
-            code = self._process.wait(PROBE_SECONDS)
+            printed = self._process.communicate(timeout=PROBE_SECONDS)
         except subprocess.TimeoutExpired:
-            self.end()
             return "", f"it took more than {PROBE_SECONDS:g} seconds"
-        said, complaint = ([*map(str.strip, self._text(file).splitlines())] for file in self._files)
-        if code:
+        said, complaint = ([line.strip() for line in text.decode(errors="replace").splitlines()] for text in printed)
+        if code := self._process.returncode:
             return "", next((line for line in reversed(complaint) if line), f"it ended with code {code}")[:300]
-        return said[-1] if said else "", ""
-
-    @staticmethod
-    def _text(file: Any) -> str:
-        file.seek(0)
-        return file.read().decode(errors="replace")
+        return (said[-1] if said else ""), ""
 
     def end(self) -> None:
-        """Kill it and what it has started; close its files."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, 9)
-        self._process.wait()
+        """Kill what is left of it and of what it has started."""
+        if not self._fault:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, 9)
+            self._process.communicate()
 
 
 # --- the program and its libraries --------------------------------------------------------------------------------------
@@ -268,7 +268,9 @@ def check_torch(patient: Patient) -> Iterator[Finding]:
 def check_gloo(patient: Patient) -> Iterator[Finding]:
     _, fault = patient.probes["gloo"].result()
     if fault:
-        cure = "export GLOO_SOCKET_IFNAME=lo (several machines: the network's name), and let this machine's name stand in /etc/hosts"
+        cure = (
+            "unset GLOO_SOCKET_IFNAME, or export it as lo (several machines: their network); put the hostname into /etc/hosts"
+        )
         yield Finding("gloo", FAIL, f"two ranks on this machine do not meet: {fault}", cure)
     else:
         yield Finding("gloo", OK, "two ranks on this machine have met and added up")
@@ -430,10 +432,9 @@ def check_data(patient: Patient) -> Iterator[Finding]:
     parts = urlsplit(url)
     fault = _reaches(parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443))
     if fault:
+        said = f"{said}, and {parts.hostname} cannot be reached: {fault}"
         cure = f"put {data.ARCHIVE} into {patient.data_dir}, point --data-dir / CIFAR10_DIR at it, set CIFAR10_URL to a mirror"
-        yield Finding(
-            "data", FAIL, f"{said}, and {parts.hostname} cannot be reached: {fault}", f"{cure}; or --dataset synthetic"
-        )
+        yield Finding("data", FAIL, said, f"{cure}; or --dataset synthetic")
     else:
         yield Finding("data", WARN, said, f"any run fetches it (170 MB) from {parts.hostname}; or --dataset synthetic")
 
@@ -582,9 +583,8 @@ def what_will_happen(patient: Patient, findings: list[Finding]) -> str:
     fails = sum(finding.level == FAIL for finding in findings)
     if fails:
         return f"mend {'the FAIL' if fails == 1 else f'the {fails} FAILs'} above first; then: python main.py"
-    ranks = (
-        f"{patient.gpus} ranks, one on each GPU" if patient.gpus > 1 else f"1 rank on the {'GPU' if patient.gpus else 'CPU'}"
-    )
+    alone = f"1 rank on the {'GPU' if patient.gpus else 'CPU'}"
+    ranks = f"{patient.gpus} ranks, one on each GPU" if patient.gpus > 1 else alone
     threads = f"{patient.threads} CPU thread{'s' if patient.threads > 1 else ''}{' each' if patient.gpus > 1 else ''}"
     return f"python main.py will train on {ranks}, with {threads}"
 
