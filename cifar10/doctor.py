@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from cifar10 import UsageError
@@ -171,12 +170,13 @@ class Probe:
             return "", f"it took more than {PROBE_SECONDS:g} seconds"
         said, complaint = ([line.strip() for line in text.decode(errors="replace").splitlines()] for text in printed)
         if code := self._process.returncode:
-            return "", next((line for line in reversed(complaint) if line), f"it ended with code {code}")[:300]
+            why = next((line for line in reversed(complaint) if line), f"it ended with code {code}")
+            return "", re.sub(r"^\[enforce fail at \S+\] ", "", why)[:300]  # gloo begins with its source file
         return (said[-1] if said else ""), ""
 
     def end(self) -> None:
         """Kill what is left of it and of what it has started."""
-        if not self._fault:
+        if not self._fault and self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, 9)
             self._process.communicate()
@@ -268,9 +268,7 @@ def check_torch(patient: Patient) -> Iterator[Finding]:
 def check_gloo(patient: Patient) -> Iterator[Finding]:
     _, fault = patient.probes["gloo"].result()
     if fault:
-        cure = (
-            "unset GLOO_SOCKET_IFNAME, or export it as lo (several machines: their network); put the hostname into /etc/hosts"
-        )
+        cure = "unset GLOO_SOCKET_IFNAME, or export it as lo (several machines: their network); put this host into /etc/hosts"
         yield Finding("gloo", FAIL, f"two ranks on this machine do not meet: {fault}", cure)
     else:
         yield Finding("gloo", OK, "two ranks on this machine have met and added up")
