@@ -439,8 +439,9 @@ def show(checks: list[Check], itself: dict[str, Any], job: Job, console: Console
     """A row for the model and each file."""
     images = checks[0].images
     table = Table("file", "KB", "test accuracy", "same answers", "logits differ by", "images/s", "x the model's")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    for column in table.columns:
+        column.justify, column.no_wrap = "right", True
+    table.columns[0].justify = "left"
     size = sum(value.numel() * value.element_size() for value in job.found.model.state_dict().values())
     speed = itself["images_per_second"]
     table.add_row("the model itself", f"{size / 1e3:,.0f}", f"{itself['accuracy']:.2%}", "-", "-", f"{speed:,.0f}", "1.00")
@@ -512,7 +513,7 @@ def run(
     finally:
         shutil.rmtree(job.folder, ignore_errors=True)
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    console.width = max(console.width, 100)
+    console.width = max(console.width, 110)  # in a file
     show(checks, itself, job, console)
     for text in how_to_feed(found).items():
         console.print(": ".join(text))

@@ -7,6 +7,7 @@ the only ones to use it; like them it sees the whole program.
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -124,7 +125,9 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _read_portable(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    content = torch.load(file, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what it is about to refuse
+        content = torch.load(file, map_location="cpu", weights_only=True)
     return dict(content["module"]), {name: value for name, value in content.items() if name != "module"}
 
 
