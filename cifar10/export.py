@@ -26,7 +26,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -59,7 +59,8 @@ FILES: dict[str, str] = {
 NETWORK_FILE, FACTS_FILE, DRAFT = "network.py", "export.json", ".draft"
 OURS = {*FILES.values(), NETWORK_FILE, FACTS_FILE, DRAFT}
 TOLERANCE = 1e-4  # of a logit, between a file in fp32 and the model
-CALIBRATION_IMAGES, ROUNDS = 1_000, 5
+CALIBRATION_IMAGES = 1_000
+ROUNDS, BATCHES, BATCH_IMAGES = 9, 10, 100  # of the timing; the images of 32x32 pixels, fewer if they are larger
 
 Answering = Callable[[Tensor], Tensor]  # float32 [B, C, S, S] in 0..1 -> logits [B, classes]
 
@@ -330,7 +331,7 @@ class Check:
     same_answers: int
     images: int
     largest_difference: float
-    images_per_second: float = 0.0
+    images_per_second: list[float] = field(default_factory=list)  # of each round; empty where it is the model itself
 
     @property
     def agrees(self) -> bool:
@@ -355,16 +356,23 @@ def check(name: str, job: Job, logits: np.ndarray, labels: np.ndarray, wanted: n
 
 
 @torch.no_grad()
-def speeds(models: dict[str, Answering], batch: Tensor) -> dict[str, float]:
-    """Images per second of each, the median of ROUNDS rounds in turns, so that whatever else the machine does meets all."""
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+def speeds(models: dict[str, Answering], batch: Tensor) -> dict[str, list[float]]:
+    """Images per second of each in every round, in turns, so that whatever else the machine does meets all of them."""
+    found: dict[str, list[float]] = {name: [] for name in models}
     for number in range(ROUNDS + 1):
         for name, answering in models.items():
             started = time.perf_counter()
-            answering(batch)
+            for _ in range(BATCHES):
+                answering(batch)
             if number:  # the first is for caches
-                seconds[name].append(time.perf_counter() - started)
-    return {name: len(batch) / median(values) for name, values in seconds.items()}
+                found[name].append(BATCHES * len(batch) / (time.perf_counter() - started))
+    return found
+
+
+def times_as_fast(ours: list[float], base: list[float]) -> tuple[float, float, float]:
+    """The median of the rounds' quotients, the smallest and the largest: of one round, for only these can be compared."""
+    quotients = [this / that for this, that in zip(ours, base, strict=True)]
+    return median(quotients), min(quotients), max(quotients)
 
 
 # --- the whole export ---------------------------------------------------------------------------------------------------
@@ -427,33 +435,35 @@ def check_all(job: Job, formats: tuple[Format, ...], images: Images, here: World
     with _quietly():
         models: dict[str, Answering] = {name: READERS[name](job.path(name), job) for name in FORMATS if name in formats}
         checks = [check(name, job, logits_of(model, loader), images.labels, wanted) for name, model in models.items()]
-        batch = next(iter(replace(loader, batch_images=at_once(1_000, found.image_shape[1]))))[0]
-        itself = WithNormalisation(found).eval()
+        some = replace(loader, batch_images=at_once(BATCH_IMAGES, found.image_shape[1]))
+        batch, itself = next(iter(some))[0], WithNormalisation(found).eval()
         in_turns = {name: model for name, model in models.items() if name not in ("safetensors", "state_dict")}
         fast = speeds({"model": lambda x: itself(x.to(memory_format=torch.channels_last)), **in_turns}, batch)
     facts = {"accuracy": predictions.accuracy, "images_per_second": fast["model"], "batch_images": len(batch)}
-    return [replace(one, images_per_second=fast.get(one.format, fast["model"])) for one in checks], facts
+    return [replace(one, images_per_second=fast.get(one.format, [])) for one in checks], facts
 
 
 def show(checks: list[Check], itself: dict[str, Any], job: Job, console: Console) -> None:
     """A row for the model and each file."""
-    images = checks[0].images
-    table = Table("file", "KB", "test accuracy", "same answers", "logits differ by", "images/s", "x the model's")
+    table = Table("file", "KB", "test accuracy", "same answers", "logits differ by", "images/s", "x the model's", "min .. max")
     for column in table.columns:
         column.justify, column.no_wrap = "right", True
     table.columns[0].justify = "left"
     size = sum(value.numel() * value.element_size() for value in job.found.model.state_dict().values())
-    speed = itself["images_per_second"]
-    table.add_row("the model itself", f"{size / 1e3:,.0f}", f"{itself['accuracy']:.2%}", "-", "-", f"{speed:,.0f}", "1.00")
+    speed = f"{median(itself['images_per_second']):,.0f}"
+    table.add_row("the model itself", f"{size / 1e3:,.0f}", f"{itself['accuracy']:.2%}", "-", "-", speed, "1.00", "-")
     for row in checks:
-        own = row.format in ("safetensors", "state_dict")  # the same network: timed once
-        rate = ("-", "-") if own else (f"{row.images_per_second:,.0f}", f"{row.images_per_second / speed:.2f}")
+        rate = ["-"] * 3  # the same network, timed once
+        if row.images_per_second:
+            times, least, most = times_as_fast(row.images_per_second, itself["images_per_second"])
+            rate = [f"{median(row.images_per_second):,.0f}", f"{times:.2f}", f"{least:.2f} .. {most:.2f}"]
         cells = f"{row.bytes / 1e3:,.0f}", f"{row.accuracy:.2%}", f"{row.same_answers:,}", f"{row.largest_difference:.1e}"
         table.add_row(row.file, *cells, *rate)
     console.print(table)
+    threads = f"{job.threads} thread{'s' if job.threads > 1 else ''}"
     console.print(
-        f"on {images:,} test images; speed on the CPU, {job.threads} threads, batch {itself['batch_images']}, in turns:"
-        " ratios mean something, images/s only here and now"
+        f"on {checks[0].images:,} test images; speed on the CPU, {threads}, batches of {itself['batch_images']}, {ROUNDS} rounds in"
+        " turns: the ratios mean something, images/s only here and now"
     )
 
 

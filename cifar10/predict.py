@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from cifar10 import UsageError, trained
 from cifar10.loader import at_once
@@ -83,7 +83,7 @@ def read_image(path: Path, size: int, channels: int, background: tuple[int, int,
         if was != (size, size):
             image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
         return np.asarray(image).reshape(size, size, channels), was
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise ValueError(f"it is not an image of a known kind ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError:
         raise ValueError(f"it has too many pixels; {PIXELS:,} are the most that are opened") from None

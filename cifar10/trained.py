@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cifar10 import UsageError, world
 from cifar10.checkpoint import PORTABLE_FILE
 from cifar10.datasets import DATASETS, DataSet
+from cifar10.device import count_gpus
 from cifar10.preflight import image_shape
 from cifar10.recipe import Recipe, from_settings
 from cifar10.weights import refuse_other_images
@@ -73,7 +74,7 @@ def alone(threads: int | None = None) -> World:
     if threads is not None and threads < 1:
         raise UsageError(f"--threads {threads} is impossible; type a whole number from 1 up")
     torch.set_num_threads(threads or world.cores())
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if count_gpus() else "cpu")
     torch.backends.cudnn.allow_tf32 = False  # as in training: fp32 means fp32
     return World(rank=0, local_rank=0, size=1, local_size=1, device=device, launcher="python")
 
@@ -92,7 +93,7 @@ def find(where: Path, which: Which) -> Path:
             return where
         if names := _names_in(where):
             return where / names[0]
-        folder = where / "checkpoints"
+        folder = where if where.name == "checkpoints" else where / "checkpoints"
         if (folder / which / PORTABLE_FILE).is_file():
             return folder / which / PORTABLE_FILE
         there = [name for name in ("best_model", "final") if (folder / name / PORTABLE_FILE).is_file()]

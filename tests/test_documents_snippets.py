@@ -1,7 +1,7 @@
 """The reference documents' own code for loading a trained model, as they print it, in the folder of a run.
 
-Theirs is every line of a snippet; ours are `test_images`, which they leave to the reader, and in the grey document's the name of
-the module and the line that loads the weights, for which it has only a comment.
+Theirs is every line of a snippet; ours are `test_images`, which they leave to the reader, and in the grey document's the name
+of the module and the line that loads the weights, for which it has only a comment.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,11 @@ def test_the_test_split_comes_to_what_the_run_has_written(copied, capsys, name):
     assert (found["images"], found["written"]) == (200, str(run / TEST_FILE))
     assert (run / TEST_FILE).read_bytes() == own
     assert len(np.unique(read(run / TEST_FILE).answers)) > 3  # a network that answers all alike would prove nothing
+
+
+def test_it_takes_no_deepspeed(copied, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # importing it fails
+    assert result(capsys, copied("colour"))["images"] == 200
 
 
 def test_val_is_what_validation_saw_and_train_is_the_rest(copied, capsys):

@@ -29,7 +29,7 @@ def written(folder: Path, content: object) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("place", ["", "checkpoints/best_model", str(BEST)])
+@pytest.mark.parametrize("place", ["", "checkpoints", "checkpoints/best_model", str(BEST)])
 def test_a_run_its_best_model_and_the_file_are_the_same_model(trained, place):
     found = load(trained / "colour" / place)
     assert same_bits(found.model.state_dict(), content_of(trained / "colour")["module"])
