@@ -460,11 +460,9 @@ def show(checks: list[Check], itself: dict[str, Any], job: Job, console: Console
         cells = f"{row.bytes / 1e3:,.0f}", f"{row.accuracy:.2%}", f"{row.same_answers:,}", f"{row.largest_difference:.1e}"
         table.add_row(row.file, *cells, *rate)
     console.print(table)
-    threads = f"{job.threads} thread{'s' if job.threads > 1 else ''}"
-    console.print(
-        f"on {checks[0].images:,} test images; speed on the CPU, {threads}, batches of {itself['batch_images']}, {ROUNDS} rounds in"
-        " turns: the ratios mean something, images/s only here and now"
-    )
+    threads, rounds = f"{job.threads} thread{'s' if job.threads > 1 else ''}", f"{ROUNDS} rounds in turns"
+    console.print(f"on {checks[0].images:,} test images; speed: CPU, {threads}, batches of {itself['batch_images']}, {rounds}:")
+    console.print("the ratios mean something, images/s only here and now")
 
 
 def run(

@@ -39,6 +39,7 @@ def exports(trained_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     base = tmp_path_factory.mktemp("exports")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "CALIBRATION_IMAGES", 100)
+        patch.setattr(export, "BATCHES", 1)
         cut_down(patch)
         for name in ("colour", "grey", "resized"):
             assert command("export", trained_once / name, "--output", base / name, "--threads", 1) == 0
