@@ -444,25 +444,25 @@ def check_all(job: Job, formats: tuple[Format, ...], images: Images, here: World
 
 
 def show(checks: list[Check], itself: dict[str, Any], job: Job, console: Console) -> None:
-    """A row for the model and each file."""
-    table = Table("file", "KB", "test accuracy", "same answers", "logits differ by", "images/s", "x the model's", "min .. max")
-    for column in table.columns:
-        column.justify, column.no_wrap = "right", True
-    table.columns[0].justify = "left"
+    """What each file answered beside the model itself, and how fast those are that run by themselves."""
+    answered = Table("file", "KB", "test accuracy", "same answers", "logits differ by")
+    fast = Table("file", "images/s, median", "x the model's", "min .. max")
     size = sum(value.numel() * value.element_size() for value in job.found.model.state_dict().values())
-    speed = f"{median(itself['images_per_second']):,.0f}"
-    table.add_row("the model itself", f"{size / 1e3:,.0f}", f"{itself['accuracy']:.2%}", "-", "-", speed, "1.00", "-")
+    own = itself["images_per_second"]
+    answered.add_row("the model itself", f"{size / 1e3:,.0f}", f"{itself['accuracy']:.2%}", "-", "-")
+    fast.add_row("the model itself", f"{median(own):,.0f}", "1.00", "-")
     for row in checks:
-        rate = ["-"] * 3  # the same network, timed once
+        same = f"{row.same_answers:,} of {row.images:,}", f"{row.largest_difference:.1e}"
+        answered.add_row(row.file, f"{row.bytes / 1e3:,.0f}", f"{row.accuracy:.2%}", *same)
         if row.images_per_second:
-            times, least, most = times_as_fast(row.images_per_second, itself["images_per_second"])
-            rate = [f"{median(row.images_per_second):,.0f}", f"{times:.2f}", f"{least:.2f} .. {most:.2f}"]
-        cells = f"{row.bytes / 1e3:,.0f}", f"{row.accuracy:.2%}", f"{row.same_answers:,}", f"{row.largest_difference:.1e}"
-        table.add_row(row.file, *cells, *rate)
-    console.print(table)
-    threads, rounds = f"{job.threads} thread{'s' if job.threads > 1 else ''}", f"{ROUNDS} rounds in turns"
-    console.print(f"on {checks[0].images:,} test images; speed: CPU, {threads}, batches of {itself['batch_images']}, {rounds}:")
-    console.print("the ratios mean something, images/s only here and now")
+            times, least, most = times_as_fast(row.images_per_second, own)
+            fast.add_row(row.file, f"{median(row.images_per_second):,.0f}", f"{times:.2f}", f"{least:.2f} .. {most:.2f}")
+    for table in (answered, fast):
+        for column in table.columns[1:]:
+            column.justify = "right"
+        console.print(table)
+    threads = f"{job.threads} thread{'s' if job.threads > 1 else ''}"
+    console.print(f"(on the CPU, {threads}, batches of {itself['batch_images']}, {ROUNDS} rounds in turns: compare ratios)")
 
 
 def run(
@@ -521,7 +521,6 @@ def run(
     finally:
         shutil.rmtree(job.folder, ignore_errors=True)
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    console.width = max(console.width, 110)  # in a file
     show(checks, itself, job, console)
     for text in how_to_feed(found).items():
         console.print(": ".join(text))
