@@ -445,7 +445,7 @@ def check_all(job: Job, formats: tuple[Format, ...], images: Images, here: World
 
 def show(checks: list[Check], itself: dict[str, Any], job: Job, console: Console) -> None:
     """What each file answered beside the model itself, and how fast those are that run by themselves."""
-    answered = Table("file", "KB", "test accuracy", "same answers", "logits differ by")
+    answered = Table("file", "KB", "test accuracy", "same answers", "difference")
     fast = Table("file", "images/s, median", "x the model's", "min .. max")
     size = sum(value.numel() * value.element_size() for value in job.found.model.state_dict().values())
     own = itself["images_per_second"]
@@ -462,6 +462,7 @@ def show(checks: list[Check], itself: dict[str, Any], job: Job, console: Console
             column.justify = "right"
         console.print(table)
     threads = f"{job.threads} thread{'s' if job.threads > 1 else ''}"
+    console.print("difference: the largest of any logit;  x the model's: the median of the rounds' quotients")
     console.print(f"(on the CPU, {threads}, batches of {itself['batch_images']}, {ROUNDS} rounds in turns: compare ratios)")
 
 
