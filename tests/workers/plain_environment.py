@@ -1,7 +1,7 @@
 """Use an export as a stranger would, with neither DeepSpeed nor this program; prints as JSON how its answers compare.
 
-    uv venv /tmp/plain && uv pip install --python /tmp/plain torch numpy safetensors onnxruntime
-    /tmp/plain/bin/python tests/workers/plain_environment.py RUN/export IMAGES RUN/test_predictions.npz
+    uv venv plain && uv pip install --python plain torch numpy safetensors onnxruntime
+    plain/bin/python tests/workers/plain_environment.py RUN/export IMAGES RUN/test_predictions.npz
 
 IMAGES is CIFAR-10's own test_batch, or a .npz with uint8 `images` [N, C, S, S]. test_predictions.npz is what `python -m cifar10
 evaluate RUN` has written: the logits that every file has to come to. Exit code 1 unless all fp32 files give the same answers,
