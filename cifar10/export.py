@@ -100,8 +100,8 @@ def how_to_feed(found: Trained) -> dict[str, str]:
     channels, size, _ = found.image_shape
     resize, kind = found.recipe.resize, "RGB" if channels == 3 else "grey"
     fitted = f"resized to {resize}x{resize} (bilinear, antialiased)" if resize else ""
-    cut = f"the middle {size}x{size} of it" if size != (resize or found.dataset.size) else ""
-    made = " and ".join(word for word in (fitted, cut) if word) or "as it is"
+    cut = f"cut to its middle {size}x{size}" if size != (resize or found.dataset.size) else ""
+    made = ", then ".join(word for word in (fitted, cut) if word) or "taken as it is"
     whole = f"{found.dataset.size}x{found.dataset.size}"
     shape = f"float32 [N, {channels}, {size}, {size}], {kind}, 0..1"
     return {
