@@ -91,7 +91,7 @@ def _read(path: Path) -> tuple[bytes, str]:
     return content, f"truncated: {len(content)} of {num_bytes} bytes" if len(content) < num_bytes else "altered"
 
 
-def _faults(data_dir: Path, names: Iterable[str]) -> dict[str, str]:
+def faulty_files(data_dir: Path, names: Iterable[str]) -> dict[str, str]:
     """Name -> fault of those of the named files that cannot be used."""
     found = {name: _read(data_dir / FOLDER / name)[1] for name in names}
     return {name: fault for name, fault in found.items() if fault}
@@ -272,7 +272,7 @@ def ensure_cifar10(data_dir: Path, *, need_test: bool) -> None:
     if that cannot be done; nothing half-written ever has a final name, and a broken download can be resumed.
     """
     names = SPLIT_FILES["train"] + (SPLIT_FILES["test"] if need_test else ())
-    faults = _faults(data_dir, names)
+    faults = faulty_files(data_dir, names)
     if not faults:
         return
     trouble = f"no CIFAR-10 in {data_dir}"
@@ -283,7 +283,7 @@ def ensure_cifar10(data_dir: Path, *, need_test: bool) -> None:
             raise UsageError(f"{data_dir} is not a folder; point --data-dir / CIFAR10_DIR at one")
         data_dir.mkdir(parents=True, exist_ok=True)
         with one_process_at_a_time(data_dir / ".cifar10.lock", f"fetching CIFAR-10 to {data_dir}"):
-            if faults := _faults(data_dir, names):  # else another process was faster
+            if faults := faulty_files(data_dir, names):  # else another process was faster
                 _repair(data_dir, faults)
     except ConnectionError as error:
         raise UsageError(

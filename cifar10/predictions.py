@@ -49,13 +49,18 @@ def interleaved(parts: Sequence[np.ndarray]) -> np.ndarray:
     return whole
 
 
-def save_predictions(path: Path, parts: Sequence[np.ndarray], labels: np.ndarray) -> None:
-    """Write a file for `read` from the logits of all ranks; a disk that will not take it does not end a run: it is told."""
+def save_predictions(path: Path, parts: Sequence[np.ndarray], labels: np.ndarray) -> bool:
+    """Write a file for `read` from the logits of all ranks; a disk that will not take it does not end a run: it is told.
+
+    Returns whether the file is written.
+    """
     try:
         with written_whole(path) as file:
             np.savez_compressed(file, logits=interleaved(parts), labels=labels)
     except OSError as error:
         print(f"{path} is not written: {error.strerror}", file=sys.stderr)
+        return False
+    return True
 
 
 def read(path: Path) -> Predictions | None:

@@ -15,6 +15,13 @@ from cifar10.datasets import DATASETS, DataSet, Images, Split
 from cifar10.recipe import RECIPE_DEFAULTS, Options, Precisions, Recipe, parse
 
 
+def image_shape(recipe: Recipe) -> tuple[int, int, int]:
+    """What a recipe's network sees of an image: [C, S, S]."""
+    dataset = DATASETS[recipe.dataset]
+    size = recipe.image_size or recipe.resize or dataset.size
+    return dataset.channels, size, size
+
+
 @dataclass(frozen=True)
 class Plan:
     """A command line, understood: what to train, how to carry it out, and DeepSpeed's JSON for this world size."""
@@ -32,8 +39,7 @@ class Plan:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """What the network sees of an image: [C, S, S]."""
-        size = self.recipe.image_size or self.recipe.resize or self.dataset.size
-        return self.dataset.channels, size, size
+        return image_shape(self.recipe)
 
     @property
     def precision(self) -> str:

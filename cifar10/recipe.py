@@ -97,7 +97,7 @@ class Recipe:
     """The learning rate is multiplied by global batch / this (the linear scaling rule); 0 leaves it as the JSON has it."""
     seed: int = 0
     """Seeds the initial weights, the order of the images and their augmentation."""
-    tta: Literal["none", "mirror", "mirror_translate"] = "none"
+    tta: Literal["none", "mirror", "mirror+translate"] = "none"
     """Test-time augmentation: the final test is done once more with the mean of the outputs for several views of an image."""
     tta_below: float = 1.0
     """Only images whose most probable class has a probability below this get more views."""
@@ -291,16 +291,23 @@ def _is_a(value: Any, kind: Any) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
+def from_settings(values: dict[str, Any]) -> Recipe:
+    """The recipe with these fields, as they come back from JSON; a field that is not named has its default.
+
+    Raises UsageError for values that cannot be meant, and ValueError, TypeError, AttributeError or OverflowError for what is
+    no recipe.
+    """
+    recipe = Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    for name, kind in get_type_hints(Recipe).items():
+        if not _is_a(getattr(recipe, name), kind):
+            raise TypeError(f"{name} is {values[name]!r}")
+    check_recipe(recipe)
+    return recipe
+
+
 def _load_json(path: Path) -> Experiment:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        values = content["settings"]
-        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        recipe = Recipe(**settings)
-        for name, kind in get_type_hints(Recipe).items():
-            if not _is_a(getattr(recipe, name), kind):
-                raise TypeError(f"{name} is {values[name]!r}")
-        check_recipe(recipe)
+        recipe = from_settings(json.loads(path.read_text(encoding="utf-8"))["settings"])
     except UsageError:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:

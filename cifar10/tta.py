@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-VIEWS = {"mirror": 2, "mirror_translate": 6}  # how often each image is looked at
+VIEWS = {"mirror": 2, "mirror+translate": 6}  # how often each image is looked at
 
 
 def _both_ways(model: nn.Module, images: Tensor) -> Tensor:
@@ -16,8 +16,8 @@ def _both_ways(model: nn.Module, images: Tensor) -> Tensor:
 def views(model: nn.Module, images: Tensor, kind: str) -> Tensor:
     """Normalised images [B, C, S, S] -> the mean of the logits of all views [B, classes].
 
-    `mirror`: as it is and mirrored. `mirror_translate` (airbench94's): both of these also moved by one pixel up and to the
-    left, and down and to the right; the image where it is counts as much as the two others together.
+    `mirror`: as it is and mirrored. `mirror+translate`: both of these also moved by one pixel up and to the left, and down
+    and to the right; the image where it is counts as much as the two others together (airbench94's, see models/speednet.py).
     """
     logits = _both_ways(model, images)
     if kind == "mirror":

@@ -19,7 +19,7 @@ EXPERIMENT = Experiment(
         label_smoothing=0.2,
         std=(0.2470, 0.2435, 0.2616),
         patience=0,
-        tta="mirror_translate",
+        tta="mirror+translate",
     ),
     deepspeed_config="recipes/speedrun94_cpu.json",
 )

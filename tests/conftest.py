@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import small_trained
 from tests.launching import COMMANDS, SHORT, run, summary
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -31,3 +32,16 @@ def two_ranks_here(tmp_path_factory: pytest.TempPathFactory) -> str:
     process = run([*COMMANDS["torchrun, 2 ranks"], *SHORT, "--output-dir", str(folder)], OMP_NUM_THREADS="1")
     assert process.returncode == 0, process.stderr
     return summary(folder)["weights_sha256"]
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the folders of small_trained.RUNS, trained."""
+    return small_trained.train_all(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture
+def trained(trained_once: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, where the data sets are as small as they were for these runs. Tests leave the folders as they are."""
+    small_trained.cut_down(monkeypatch)
+    return trained_once

@@ -64,13 +64,8 @@ PARTS: dict[str, set[str]] = {
         "weights",
     },  # the edge: reads a command line, no torch
 }
-PROGRAMS = {
-    "__main__",
-    "bench",
-    "catalogue",
-    "leaderboard",
-    "reporting",
-}  # what people start beside the story; they see everything, and no part sees them
+# What people start beside the story, and what only these share; they see everything, and no part sees them.
+PROGRAMS = set("__main__ bench catalogue doctor evaluate export leaderboard predict reporting trained".split())
 WITHOUT_TORCH = set("__init__ launchers recipe ds_json data datasets mnist files settings run_folder preflight".split())
 WITHOUT_TORCH |= {"record", "measures", "pictures", "pages", "sweep"}  # main.py --seeds compares runs
 

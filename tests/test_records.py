@@ -9,6 +9,7 @@ import pytest
 
 from cifar10 import catalogue, leaderboard
 from cifar10.datasets import DATASETS
+from cifar10.export import times_as_fast
 
 PROJECT = Path(__file__).resolve().parent.parent
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
@@ -72,3 +73,26 @@ def test_the_leaderboard_is_what_the_command_prints() -> None:
     rows = [line for line in page.splitlines() if line.startswith("| [")]
     for folder in CAMPAIGNS:
         assert sum(f"({folder.name}/)" in row for row in rows) == 1
+
+
+def test_the_exports_numbers_are_those_that_were_measured() -> None:
+    """python -m cifar10 evaluate, export"""
+    folder = PROJECT / "records" / "2026-11-21_export_cpu"
+    facts, page = json.loads((folder / "export.json").read_text()), (folder / "README.md").read_text(encoding="utf-8")
+    plain, log = json.loads((folder / "plain.json").read_text()), (folder / "console.log").read_text(encoding="utf-8")
+    for row in facts["checks"]:
+        sizes = f"| {row['file']} | {row['bytes'] / 1e3:,.0f} | {100 * row['accuracy']:.2f} | {row['same_answers']:,} |"
+        speed = "-", "-"
+        if rounds := row["images_per_second"]:
+            times, least, most = times_as_fast(rounds, facts["model"]["images_per_second"])
+            speed = f"{times:.2f}", f"{times:.2f}, {least:.2f} .. {most:.2f}"
+        assert f"{sizes} {speed[0]} |" in README
+        assert f"{sizes} {row['largest_difference']:.1e} | {speed[1]} |" in page
+        there = plain["files"][row["file"]]
+        assert (there["images"], there["same answers"]) == (10_000, row["same_answers"])
+        assert row["format"] == "onnx_int8" or (row["same_answers"] == 10_000 and there["largest difference"] <= 1e-4)
+    assert plain["imported"] == []
+    for tta in ("mirror", "mirror+translate"):
+        accuracy = re.search(rf"test accuracy (\S+)%  loss \S+  with --tta {re.escape(tta)} ", log)[1]
+        assert f"| `--tta {tta}` | {accuracy} |" in page
+        assert f"{accuracy}% with" in README

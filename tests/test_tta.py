@@ -31,12 +31,12 @@ def test_mirror_is_the_mean_of_both_ways():
 def test_the_image_where_it_is_counts_as_much_as_the_moved_ones_together():
     images, model = torch.zeros(1, 3, 32, 32), Corner()
     images[0, 0, 15, 15] = 8.0  # at (16, 16) of the image moved down and to the right
-    moved = views(model, images, "mirror_translate")[0, 1].item()
+    moved = views(model, images, "mirror+translate")[0, 1].item()
     assert moved == pytest.approx(8 / 8)  # 1/4 of the pair, 1/2 of it not mirrored
     images[0, 0, 15, 15], images[0, 0, 16, 16] = 0, 8.0
-    assert views(model, images, "mirror_translate")[0, 1].item() == pytest.approx(8 / 4)
+    assert views(model, images, "mirror+translate")[0, 1].item() == pytest.approx(8 / 4)
     constant = torch.full((2, 3, 32, 32), 5.0)
-    assert torch.equal(views(model, constant, "mirror_translate"), torch.full((2, 2), 5.0))
+    assert torch.equal(views(model, constant, "mirror+translate"), torch.full((2, 2), 5.0))
 
 
 @pytest.mark.parametrize("kind", VIEWS)
@@ -62,7 +62,7 @@ def test_an_images_answer_does_not_depend_on_its_neighbours():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10)).double()
     images = batch(20)[0].double()
-    augmented = Augmented(model, "mirror_translate", below=0.14)
+    augmented = Augmented(model, "mirror+translate", below=0.14)
     together = augmented(images)
     alone = torch.cat([augmented(image[None]) for image in images])
     assert torch.allclose(together, alone)

@@ -1,0 +1,452 @@
+"""python -m cifar10 doctor: each failure is provoked, is seen, and names its cure; whatever is missing, it speaks."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections import namedtuple
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import main as launcher
+from cifar10 import data, doctor
+from cifar10.doctor import ADVICE, CHECKS, FAIL, OK, WARN, Finding, Patient
+from cifar10.recipe import Options, Recipe
+from tests.launching import PROJECT, environment, free_port
+
+Disk = namedtuple("Disk", "total used free")
+MASTER = ("MASTER_ADDR", "MASTER_PORT", "RANK")
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An environment that says nothing of ranks, W&B, SLURM or data, and a home folder that is empty."""
+    for name in [*MASTER, "CIFAR10_DIR", "CIFAR10_URL", "CXX", "NETRC", "TORCH_EXTENSIONS_DIR"]:
+        monkeypatch.delenv(name, raising=False)
+    for name in list(os.environ):
+        if name.startswith(("WANDB_", "SLURM_")):
+            monkeypatch.delenv(name)
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+def look(name: str, data_dir: Path = Path("data"), **known: object) -> list[Finding]:
+    """What one check finds."""
+    return list(CHECKS[name](Patient(data_dir, **known)))
+
+
+def one(name: str, level: str, *words: str, **more: object) -> Finding:
+    """The only finding of a check, which has this level, a cure unless it is OK, and these words in it."""
+    (found,) = look(name, **more)
+    assert found.level == level, found
+    assert bool(found.cure) == (level != OK)
+    for word in words:
+        assert word in f"{found.says} -> {found.cure}"
+    return found
+
+
+# --- the whole of it --------------------------------------------------------------------------------------------------
+
+
+def doctor_here(*flags: str, cwd: Path = PROJECT, **more: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    words = [sys.executable, "-m", "cifar10", "doctor", *flags]
+    variables = environment(PYTHONPATH=os.pathsep.join([more.pop("first_on_path", ""), str(PROJECT)]).strip(os.pathsep), **more)
+    return subprocess.run(words, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300, check=False)
+
+
+def raising(folder: Path, *packages: str) -> str:
+    """A folder in which importing these packages fails, as a broken installation does."""
+    for package in packages:
+        (folder / package).mkdir(parents=True)
+        (folder / package / "__init__.py").write_text("raise ImportError('libcudart.so.11: cannot open shared object file')")
+    return str(folder)
+
+
+def test_a_machine_that_can_train(real_data_dir, tmp_path):
+    done = doctor_here("--json", "--data-dir", str(real_data_dir), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["ok"] is True
+    assert {row["name"] for row in found["findings"] if row["level"] == OK} >= {
+        "python",
+        "packages",
+        "torch",
+        "gloo",
+        "DeepSpeed",
+    }
+    assert re.fullmatch(r"python main.py will train on 1 rank on the CPU, with \d+ CPU threads?", found["what_will_happen"])
+
+
+def test_what_is_broken_is_a_line_with_its_cure_and_the_rest_is_looked_at_all_the_same(tmp_path):
+    """Neither tyro nor DeepSpeed nor filelock nor hjson nor psutil can be imported, and gloo has no network."""
+    broken = raising(tmp_path / "broken", "tyro", "deepspeed", "filelock", "hjson", "psutil")
+    (tmp_path / "here").mkdir()
+    done = doctor_here(cwd=tmp_path / "here", first_on_path=broken, GLOO_SOCKET_IFNAME="nowhere0")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    fails = [line.split()[1] for line in lines if line.startswith("FAIL")]
+    assert fails == ["config", "data", "memory", "gloo", "DeepSpeed"]
+    assert all(lines[number + 1].lstrip().startswith("-> ") for number, line in enumerate(lines) if line.startswith("FAIL"))
+    assert "cannot be imported: ImportError: libcudart.so.11" in done.stdout
+    assert "two ranks on this machine do not meet: " in done.stdout
+    assert "nowhere0" in done.stdout
+    assert lines[-1] == "mend the 5 FAILs above first; then: python main.py"
+    looked_at = {line[6:19].strip() for line in lines if line.startswith((OK, WARN, FAIL))}
+    assert looked_at >= {"python", "packages", "compiler", "disk", "ports", "W&B", "SLURM", "torch", "CPU", "shared memory"}
+
+
+def test_flags_without_the_library_that_reads_them(tmp_path):
+    done = doctor_here("--json", first_on_path=raising(tmp_path / "broken", "tyro"))
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: tyro, which reads flags, is not installed; type uv sync"
+
+
+def test_a_torch_that_cannot_be_imported(tmp_path):
+    done = doctor_here(first_on_path=raising(tmp_path / "broken", "torch"))
+    assert done.returncode == 1
+    fails = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("FAIL")]
+    assert [name for name in fails if name != "data"] == ["torch", "gloo", "DeepSpeed"]
+    assert "uv sync --reinstall-package torch" in done.stdout
+
+
+def test_a_check_that_breaks_is_a_finding(monkeypatch):
+    def broken(_: Patient):
+        raise RuntimeError("what\nnow")
+        yield
+
+    monkeypatch.setattr(doctor, "CHECKS", {"mine": broken, "python": doctor.check_python})
+    monkeypatch.setattr(doctor, "Probe", lambda *_: type("Idle", (), {"end": lambda self: None})())
+    first, second = doctor.examine(Patient(Path("data")))
+    assert (first.name, first.level) == ("mine", FAIL)
+    assert first.says == "the check itself broke: RuntimeError: what"
+    assert (second.name, second.level) == ("python", OK)
+
+
+def test_a_process_that_hangs_is_given_up_and_ended(monkeypatch):
+    monkeypatch.setattr(doctor, "PROBE_SECONDS", 0.5)
+    probe = doctor.Probe("import time; time.sleep(600)")
+    assert probe.result() == ("", "it took more than 0.5 seconds")
+    probe.end()
+    assert probe._process.returncode == -9
+
+
+def test_no_process_can_be_started(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    probe = doctor.Probe("pass")
+    assert probe.result() == ("", "no process can be started: No such file or directory")
+    probe.end()
+
+
+# --- one by one -------------------------------------------------------------------------------------------------------
+
+
+def test_python(monkeypatch):
+    one("python", OK)
+    monkeypatch.setattr(sys, "version_info", (3, 9, 18))
+    one("python", FAIL, "is not 3.10 up to below 3.14", "uv python install 3.13")
+
+
+def test_packages(monkeypatch):
+    one("packages", OK)
+    assert {"torch", "deepspeed", "tyro"} <= doctor.requirements().keys()
+    monkeypatch.setattr(
+        doctor, "requirements", lambda: {"torch": ">=99", "no-such-package": "", "numpy": ">=1,<1.5", "rich": ">=1"}
+    )
+    found = one("packages", FAIL, "uv sync", "is not >=99", "no-such-package is missing", "is not >=1,<1.5")
+    assert "rich" not in found.says
+
+
+@pytest.mark.parametrize(
+    ("installed", "versions", "fits"),
+    [
+        ("2.15.0+cpu", ">=2.11,<2.16", True),
+        ("2.16.0", ">=2.11,<2.16", False),
+        ("2.9.1", ">=2.11,<2.16", False),
+        ("0.19.8", ">=0.19.8,<0.20", True),
+        ("0.20.0", ">=0.19.8,<0.20", False),
+        ("1.0", "", True),
+        ("3.0.0rc1", ">=2.18", True),
+    ],
+)
+def test_versions(installed, versions, fits):
+    assert doctor._is_within(installed, versions) is fits
+
+
+class Answered:
+    """A probe that has answered."""
+
+    def __init__(self, printed: object = "", fault: str = "") -> None:
+        self.result = lambda: (printed if isinstance(printed, str) else json.dumps(printed), fault)
+
+
+def with_torch(**facts: object) -> dict[str, object]:
+    return {"probes": {"torch": Answered({"gpus": [], "cuda": "13.0", "nccl": None, "gloo": True, **facts})}}
+
+
+def test_gpus(monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    levels = {finding.name: finding for finding in look("torch", **with_torch(gpus=["A", "A"], nccl="2.27.5"))}
+    assert [levels[name].level for name in ("torch", "GPU", "NCCL")] == [OK, OK, OK]
+    assert levels["GPU"].says == "2 x A"
+    nccl = look("torch", **with_torch(gpus=["A", "A"]))[-1]
+    assert (nccl.name, nccl.level) == ("NCCL", FAIL)
+    assert look("torch", **with_torch(gpus=["A"]))[-1].level == OK
+
+
+def test_a_driver_whose_gpu_torch_does_not_see(monkeypatch, tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    for facts, variable, words in (
+        ({"cuda": None}, None, "this torch is a build for CPUs"),
+        ({}, None, "nvidia-smi should list one"),
+        ({}, "", "unset CUDA_VISIBLE_DEVICES"),
+    ):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if variable is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+        found = look("torch", **with_torch(**facts))[-1]
+        assert (found.name, found.level) == ("GPU", WARN)
+        assert words in found.says + found.cure
+        assert found.cure
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert look("torch", **with_torch())[-1] == Finding("GPU", OK, "none is used: DS_ACCELERATOR is cpu")
+
+
+def test_another_deepspeed_than_ours():
+    one("DeepSpeed", OK, probes={"deepspeed": Answered("0.19.9")})
+    one(
+        "DeepSpeed",
+        FAIL,
+        "0.21.0 is imported, and >=0.19.8,<0.20 is needed",
+        "uv sync",
+        probes={"deepspeed": Answered("0.21.0")},
+    )
+
+
+def test_no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    one("compiler", WARN, "no c++ and no ninja", "apt install g++ ninja-build")
+    for name in ("my++", "ninja"):
+        (tmp_path / name).write_text("")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("CXX", "my++")
+    one("compiler", OK, "my++")
+
+
+def test_a_build_that_was_killed_left_its_lock(monkeypatch, tmp_path):
+    lock = tmp_path / "home" / ".cache" / "torch_extensions" / "py311_cpu" / "fused_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    found = look("compiler")[-1]
+    assert (found.level, found.cure) == (WARN, f"if none is running: rm {lock}")
+    lock.unlink()
+    assert "lock" not in look("compiler")[-1].says
+
+
+def test_a_damaged_ds_config(monkeypatch, tmp_path):
+    one("config", OK, "global batch 64")
+    monkeypatch.setattr(doctor, "PROJECT", tmp_path)
+    one("config", FAIL, "ds_config.json", "git checkout ds_config.json")
+    (tmp_path / "ds_config.json").write_text('{"train_batch_size": 64, "gradient_cliping": 1}')
+    one("config", FAIL, "gradient_cliping", "git checkout ds_config.json")
+
+
+def test_disks(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    one("disk", OK, "free where runs go")
+    for free, level in ((50 << 20, FAIL), (500 << 20, WARN)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: Disk(1 << 40, 0, free))
+        one("disk", level, "make room")
+
+
+@pytest.mark.parametrize("make", ["runs is a file", "full", "read-only"])
+def test_where_runs_go_takes_no_file(monkeypatch, tmp_path, make):
+    if make == "runs is a file":
+        (tmp_path / "runs").touch()
+        monkeypatch.chdir(tmp_path)
+    elif make == "read-only":
+        monkeypatch.chdir("/proc/self")  # not even root may make a file there
+    else:
+        monkeypatch.chdir(tmp_path)
+
+        def full(_: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+    one("disk", FAIL, "takes no file", "--output-dir elsewhere")
+
+
+def test_shared_memory_is_small(monkeypatch, tmp_path):
+    real = os.statvfs(tmp_path)
+    small = os.statvfs_result([1 << 20, 1 << 20, 64, 60, 60, *tuple(real)[5:]])  # docker's 64 MiB
+    monkeypatch.setattr(doctor, "SHM", tmp_path)
+    monkeypatch.setattr(os, "statvfs", lambda _: small)
+    one("shared memory", WARN, "60 of 64 MiB free", "--shm-size=1g")
+    assert "NCCL" in one("shared memory", WARN, gpus=2).says
+    monkeypatch.setattr(doctor, "SHM", tmp_path / "none")
+    one("shared memory", OK)
+
+
+def test_the_limits_of_a_container(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "CGROUP", tmp_path)
+    one("CPU", OK)
+    one("memory", OK)
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    (tmp_path / "memory.max").write_text(f"{2 << 30}\n")
+    one("CPU", WARN, "may use 0.5 of them", "--threads 1")
+    for used, level in ((0, OK), (1 << 30, WARN), ((2 << 30) - (100 << 20), FAIL)):
+        (tmp_path / "memory.current").write_text(str(used))
+        one("memory", level, "of the container's 2.0 GiB")
+    for name in ("cpu.max", "memory.max"):
+        (tmp_path / name).write_text("max 100000\n")
+    one("CPU", OK)
+    assert "container" not in one("memory", OK).says
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder with a whole data set of six small files, whose md5 are taken to be the known ones."""
+    folder = tmp_path / "data" / data.FOLDER
+    folder.mkdir(parents=True)
+    known = {}
+    for name in (*data.SPLIT_FILES["train"], *data.SPLIT_FILES["test"]):
+        (folder / name).write_bytes(name.encode() * 9)
+        known[name] = (data.hashlib.md5(name.encode() * 9).hexdigest(), len(name) * 9)
+    monkeypatch.setattr(data, "FILES", known)
+    return tmp_path / "data"
+
+
+def test_data(tiny, monkeypatch):
+    one("data", OK, "6 files, every md5 is right", data_dir=tiny)
+    monkeypatch.setenv("CIFAR10_URL", f"http://127.0.0.1:{free_port()}/x.tar.gz")
+    (tiny / data.FOLDER / "data_batch_3").write_bytes(b"short")
+    one("data", FAIL, "data_batch_3 (truncated: 5 of 108 bytes)", "cannot be reached", data.ARCHIVE, data_dir=tiny)
+    (tiny / data.FOLDER / "data_batch_3").write_bytes(b"x" * 108)
+    one("data", FAIL, "data_batch_3 (altered)", data_dir=tiny)
+    (tiny / data.ARCHIVE).touch()
+    one("data", WARN, "any run restores it", data_dir=tiny)
+
+
+def test_no_data_and_a_server_that_can_be_reached_or_not(monkeypatch, tmp_path):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        monkeypatch.setenv("CIFAR10_URL", f"http://127.0.0.1:{listener.getsockname()[1]}/x.tar.gz")
+        one("data", WARN, f"no CIFAR-10 in {tmp_path}", "any run fetches it (170 MB)", data_dir=tmp_path)
+    one("data", FAIL, f"no CIFAR-10 in {tmp_path}", "Connection refused", "--dataset synthetic", data_dir=tmp_path)
+    monkeypatch.setenv("CIFAR10_URL", "http://no-such-host.invalid/x.tar.gz")
+    one("data", FAIL, "no-such-host.invalid cannot be reached", data_dir=tmp_path)
+
+
+# --- ports ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def taken():
+    """A port on which another program listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+def test_the_launchers_port(monkeypatch, taken):
+    monkeypatch.setattr(doctor, "DEFAULT_PORT", free_port())
+    one("ports", OK, "each launcher chooses")
+    monkeypatch.setattr(doctor, "DEFAULT_PORT", taken)
+    one("ports", WARN, f"another program has {taken}", "--master_port=29501")
+
+
+@pytest.mark.parametrize(
+    ("address", "port", "rank", "level", "words"),
+    [
+        ("127.0.0.1", "free", "0", OK, "free for rank 0"),
+        ("localhost", "free", None, OK, "free for rank 0"),
+        ("127.0.0.1", "taken", "0", FAIL, "another program has it"),
+        ("127.0.0.1", "taken", "1", OK, "can be reached"),
+        ("127.0.0.1", "free", "1", FAIL, "start rank 0 first"),
+        (None, "taken", None, FAIL, "another program has it"),
+        ("no-such-host.invalid", "29500", "1", FAIL, "does not resolve"),
+        ("127.0.0.1", "many", "0", FAIL, "MASTER_PORT is 'many', no port"),
+        ("127.0.0.1", "70000", "0", FAIL, "no port"),
+    ],
+)
+def test_the_port_of_a_run(monkeypatch, taken, address, port, rank, level, words):
+    port = {"taken": str(taken), "free": str(free_port())}.get(port, port)
+    for name, value in zip(MASTER, (address, port, rank), strict=True):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    one("ports", level, words)
+
+
+# --- W&B and SLURM ----------------------------------------------------------------------------------------------------
+
+
+def test_wandb(monkeypatch, tmp_path):
+    one("W&B", OK, "nobody is logged in")
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    one("W&B", WARN, "the key in WANDB_API_KEY has 5 characters", "wandb login --relogin")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert "0" * 40 not in one("W&B", OK, "a key is in WANDB_API_KEY").says
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    one("W&B", OK, "WANDB_MODE is offline")
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.delenv("WANDB_API_KEY")
+    (tmp_path / "home" / ".netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {'1' * 40}\n")
+    (tmp_path / "home" / ".netrc").chmod(0o600)
+    one("W&B", OK, "a key is in", ".netrc")
+    (tmp_path / "home" / ".netrc").write_text("what is this")
+    one("W&B", OK, "nobody is logged in")
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda _: None)
+    one("W&B", WARN, "wandb is not installed", "uv sync")
+
+
+def test_slurm(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    one("SLURM", OK, "none on this machine")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    one("SLURM", WARN, "job 17, but srun is not on PATH", "module load slurm")
+    (tmp_path / "srun").write_text("")
+    (tmp_path / "srun").chmod(0o755)
+    one("SLURM", OK, "in job 17: 1 nodes, 1 tasks")
+
+
+# --- its words --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gpus", "threads", "fails", "words"),
+    [
+        (0, 2, 0, "python main.py will train on 1 rank on the CPU, with 2 CPU threads"),
+        (1, 1, 0, "python main.py will train on 1 rank on the GPU, with 1 CPU thread"),
+        (4, 8, 0, "python main.py will train on 4 ranks, one on each GPU, with 8 CPU threads each"),
+        (4, 8, 1, "mend the FAIL above first; then: python main.py"),
+    ],
+)
+def test_what_will_happen(gpus, threads, fails, words):
+    patient = Patient(Path("data"), gpus=gpus, threads=threads)
+    assert doctor.what_will_happen(patient, [Finding("x", FAIL, "", "y")] * fails + [Finding("z", WARN, "", "y")]) == words
+
+
+def test_advice_names_flags_that_there_are(capsys):
+    assert doctor.run(advice=True) == 0
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) == len(ADVICE)
+    named = set(re.findall(r"--[a-z-]+", printed))
+    there = {f"--{field.name.replace('_', '-')}" for kind in (Recipe, Options, launcher.Machines) for field in fields(kind)}
+    assert len(named) > 8
+    assert named <= there

@@ -1,0 +1,113 @@
+"""The reference documents' own code for loading a trained model, as they print it, in the folder of a run.
+
+Theirs is every line of a snippet; ours are `test_images`, which they leave to the reader, and in the grey document's the name
+of the module and the line that loads the weights, for which it has only a comment.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from cifar10 import data
+from cifar10.augment import Normalise
+from cifar10.predictions import TEST_FILE, read
+
+BASIC = """
+import torch
+from cifar10_deepspeed import Net
+
+# Load model
+model = Net()
+checkpoint = torch.load('./checkpoints/final/mp_rank_00_model_states.pt')
+model.load_state_dict(checkpoint['module'])
+model.eval()
+
+# Make predictions
+classes = ('plane', 'car', 'bird', 'cat', 'deer',
+           'dog', 'frog', 'horse', 'ship', 'truck')
+
+with torch.no_grad():
+    outputs = model(test_images)
+    _, predicted = torch.max(outputs, 1)
+    print(f'Predicted: {classes[predicted[0]]}')
+"""
+
+ENHANCED = """
+import torch
+from cifar10_deepspeed import CIFAR10CNNEnhanced
+
+# Load model
+model = CIFAR10CNNEnhanced()
+checkpoint = torch.load('./checkpoints/best_model/mp_rank_00_model_states.pt')
+model.load_state_dict(checkpoint['module'])
+model.eval()
+
+# CIFAR-10 classes
+classes = ('plane', 'car', 'bird', 'cat', 'deer',
+           'dog', 'frog', 'horse', 'ship', 'truck')
+
+# Make predictions
+with torch.no_grad():
+    outputs = model(test_images)
+    _, predicted = torch.max(outputs, 1)
+    print(f'Predicted: {classes[predicted[0]]}')
+"""
+
+GREY = """
+import torch
+from cifar10_deepspeed import CNNModelEnhanced
+
+# Load model
+model = CNNModelEnhanced()
+# Load trained weights if saved
+model.load_state_dict(torch.load('./checkpoints/best_model/mp_rank_00_model_states.pt')['module'])
+
+# Test inference
+model.eval()
+with torch.no_grad():
+    # Create a sample image (28x28 grayscale)
+    sample_image = torch.randn(1, 1, 28, 28)
+
+    # Get predictions
+    outputs = model(sample_image)
+    probabilities = torch.softmax(outputs, dim=1)
+    predicted_class = torch.argmax(probabilities, dim=1)
+
+    print(f"Predicted class: {predicted_class.item()}")
+    print(f"Confidence: {probabilities[0][predicted_class].item():.4f}")
+"""
+
+
+def carried_out(snippet: str, folder: Any, monkeypatch: pytest.MonkeyPatch, **given: Any) -> dict[str, Any]:
+    """What a snippet leaves behind, begun in `folder`."""
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = dict(given)
+    exec(snippet, names)
+    return names
+
+
+def normalised(run: Any) -> torch.Tensor:
+    """The synthetic test images as the run's model takes them: float32 [200, 3, 32, 32]."""
+    facts = torch.load(run / "checkpoints" / "final" / "mp_rank_00_model_states.pt")["normalisation"]
+    images = torch.from_numpy(data.synthetic("test", 200, 0).pixels.copy()).permute(0, 3, 1, 2)
+    return Normalise(facts["mean"], facts["std"], torch.device("cpu"))(images)
+
+
+@pytest.mark.parametrize(("snippet", "name"), [(BASIC, "all trained on"), (ENHANCED, "colour")])
+def test_a_model_is_loaded_and_answers_as_the_run_did(trained, monkeypatch, capsys, snippet, name):
+    left = carried_out(snippet, trained / name, monkeypatch, test_images=normalised(trained / name))
+    wanted = read(trained / name / TEST_FILE)
+    assert left["predicted"].tolist()[: len(wanted.labels)] == wanted.answers.tolist()
+    assert capsys.readouterr().out == f"Predicted: {left['classes'][wanted.answers[0]]}\n"
+
+
+def test_the_grey_one(trained, monkeypatch, capsys):
+    left = carried_out(GREY, trained / "grey", monkeypatch)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"Predicted class: {left['outputs'].argmax().item()}"
+    assert second == f"Confidence: {left['probabilities'].max().item():.4f}"
+    assert os.path.samefile(os.curdir, trained / "grey")

@@ -1,0 +1,197 @@
+"""python -m cifar10 evaluate: the run's own numbers again, on any split, with and without other views."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cifar10 import data, evaluate
+from cifar10.evaluate import predictions_file
+from cifar10.measures import calibration, confusion
+from cifar10.predictions import TEST_FILE, Predictions, read
+from cifar10.trained import load
+from cifar10.tta import Augmented
+from tests.small_trained import command
+
+
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path):
+    """A run's folder that may be written to, by its name in small_trained.RUNS."""
+    return lambda name: shutil.copytree(trained / name, tmp_path / "run")
+
+
+def result(capsys: pytest.CaptureFixture[str], *words: object) -> dict:
+    assert command("evaluate", *words, "--threads", 1, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+# --- the run's own numbers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["colour", "grey", "resized"])
+def test_the_test_split_comes_to_what_the_run_has_written(copied, capsys, name):
+    run = copied(name)
+    summary = json.loads((run / "summary.json").read_text())
+    own = (run / TEST_FILE).read_bytes()
+    (run / TEST_FILE).unlink()
+    found = result(capsys, run)
+    assert found["accuracy"] == summary["test_accuracy"]
+    assert (found["images"], found["written"]) == (200, str(run / TEST_FILE))
+    assert (run / TEST_FILE).read_bytes() == own
+    assert len(np.unique(read(run / TEST_FILE).answers)) > 3  # a network that answers all alike would prove nothing
+
+
+def test_it_takes_no_deepspeed(copied, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # importing it fails
+    assert result(capsys, copied("colour"))["images"] == 200
+
+
+def test_val_is_what_validation_saw_and_train_is_the_rest(copied, capsys):
+    run = copied("colour")
+    assert result(capsys, run, "--split", "val")["accuracy"] == json.loads((run / "summary.json").read_text())["val_accuracy"]
+    assert result(capsys, run, "--split", "train")["images"] == 500
+    labels = [read(run / f"{split}_predictions.npz").labels for split in ("train", "val")]
+    assert np.array_equal(np.sort(np.concatenate(labels)), np.sort(data.synthetic("train", 600, 0).labels))
+
+
+def test_a_run_that_held_nothing_out_has_no_val_split(trained, capsys):
+    assert command("evaluate", trained / "all trained on", "--split", "val") == 2
+    assert "held no images out" in capsys.readouterr().err
+
+
+def test_the_table_says_what_the_json_says(copied, capsys):
+    run = copied("colour")
+    found = result(capsys, run)
+    assert command("evaluate", run, "--threads", 1) == 0
+    printed = capsys.readouterr().out
+    assert f"test accuracy {found['accuracy']:.2%}  loss {found['loss']:.4f}" in printed
+    assert f"the run's own test came to the same {found['accuracy']:.2%}" in printed
+    for row in found["per_class"]:
+        assert f"{row['class']} " in printed
+    for pair in found["confusions"]:
+        assert f"{pair['class']} taken for {pair['answer']}: {pair['images']}" in printed
+
+
+def test_a_part_of_a_split_and_other_models_leave_the_runs_file_alone(copied, capsys):
+    run = copied("colour")
+    own = (run / TEST_FILE).read_bytes()
+    assert result(capsys, run, "--images", 50)["written"] is None
+    assert result(capsys, run, "--which", "final")["written"].endswith("test_predictions_final.npz")
+    assert result(capsys, run / "checkpoints" / "best_model")["written"] == str(run / TEST_FILE)
+    assert (run / TEST_FILE).read_bytes() == own
+    shutil.copytree(run / "checkpoints" / "best_model", run.parent / "alone")
+    assert result(capsys, run.parent / "alone")["written"] is None
+
+
+def test_file_names():
+    assert predictions_file("test", "best_model", "none") == TEST_FILE
+    assert predictions_file("val", "final", "mirror+translate") == "val_predictions_final_mirror+translate.npz"
+
+
+def test_another_accuracy_than_the_summarys_is_said(copied, capsys):
+    run = copied("colour")
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "test_accuracy": 0.99}))
+    assert command("evaluate", run, "--threads", 1) == 0
+    assert "the run's own test came to 99.00%:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--images", "0"], "--images 0 is impossible: test has 200; type 1 to 200"),
+        (["--images", "201"], "type 1 to 200"),
+        (["--threads", "0"], "--threads 0"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(trained, capsys, words, reason):
+    assert command("evaluate", trained / "colour", *words) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_a_folder_that_takes_no_file_is_told_and_the_numbers_come_all_the_same(copied, capsys, monkeypatch):
+    run = copied("colour")
+    monkeypatch.setattr(evaluate, "predictions_file", lambda *_: "no such folder/x.npz")
+    assert command("evaluate", run, "--threads", 1, "--json") == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["written"] is None
+    assert "is not written" in printed.err
+
+
+# --- other views ------------------------------------------------------------------------------------------------------
+
+
+def test_views_are_airbenchs(trained):
+    """Beside its own words: infer_mirror and infer_mirror_translate of airbench94.py."""
+    model = load(trained / "colour").model
+
+    def infer_mirror(inputs, net):
+        return 0.5 * net(inputs) + 0.5 * net(inputs.flip(-1))
+
+    def infer_mirror_translate(inputs, net):
+        logits = infer_mirror(inputs, net)
+        pad = 1
+        padded_inputs = F.pad(inputs, (pad,) * 4, "reflect")
+        inputs_translate_list = [padded_inputs[:, :, 0:32, 0:32], padded_inputs[:, :, 2:34, 2:34]]
+        logits_translate_list = [infer_mirror(inputs_translate, net) for inputs_translate in inputs_translate_list]
+        logits_translate = torch.stack(logits_translate_list).mean(0)
+        return 0.5 * logits + 0.5 * logits_translate
+
+    images = torch.randn(5, 3, 32, 32)
+    for tta, theirs in (("mirror", infer_mirror), ("mirror+translate", infer_mirror_translate)):
+        assert torch.allclose(Augmented(model, tta)(images), theirs(images, model), atol=1e-5)
+        assert not torch.allclose(Augmented(model, tta)(images), model(images), atol=1e-3)
+
+
+def test_with_views_both_results_are_given_and_the_logits_are_those_of_the_views(copied, capsys):
+    run = copied("colour")
+    plain, own = result(capsys, run), (run / TEST_FILE).read_bytes()
+    found = result(capsys, run, "--tta", "mirror")
+    assert (found["accuracy"], found["loss"]) == (plain["accuracy"], plain["loss"])
+    assert found["with_tta"]["loss"] != plain["loss"]
+    assert read(Path(found["written"])).accuracy == found["with_tta"]["accuracy"]
+    assert (run / TEST_FILE).read_bytes() == own
+    assert command("evaluate", run, "--tta", "mirror", "--threads", 1) == 0
+    printed = capsys.readouterr().out
+    assert f"test accuracy {plain['accuracy']:.2%}  loss" in printed
+    assert (
+        f"test accuracy {found['with_tta']['accuracy']:.2%}  loss {found['with_tta']['loss']:.4f}  with --tta mirror" in printed
+    )
+
+
+# --- the measures -----------------------------------------------------------------------------------------------------
+
+
+def predictions(rows: list[list[float]], labels: list[int]) -> Predictions:
+    return Predictions(np.log(np.float32(rows)), np.array(labels))
+
+
+def test_confusion_by_hand():
+    found = predictions([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.6, 0.3, 0.1], [0.1, 0.2, 0.7]], [0, 0, 1, 2])
+    assert confusion(found).tolist() == [[1, 1, 0], [1, 0, 0], [0, 0, 1]]
+
+
+def test_calibration_error_by_hand():
+    # two answers at 0.9, one of them right: off by 0.4; two at 0.6, both right: off by 0.4; one at 0.55 wrong, in 0.6's bin
+    found = predictions([[0.9, 0.1], [0.9, 0.1], [0.65, 0.35], [0.65, 0.35], [0.62, 0.38]], [0, 1, 0, 0, 1])
+    assert calibration(found).error == pytest.approx(2 / 5 * abs(0.5 - 0.9) + 3 / 5 * abs(2 / 3 - 1.92 / 3), abs=1e-6)
+    assert calibration(predictions([[1.0, 1e-9]], [0])).error == pytest.approx(0, abs=1e-6)
+
+
+def test_a_class_that_is_never_there_or_never_answered_has_no_share(trained):
+    found = load(trained / "colour")
+    logits = np.full((3, 10), -1.0, np.float32)
+    logits[:, 2] = 1
+    done = evaluate.Evaluation(found, "test", 3, None, "none", None, Predictions(logits, np.array([2, 2, 5])), None)
+    rows = done.per_class()
+    assert [rows[2][key] for key in ("images", "accuracy", "precision")] == [2, 1.0, 2 / 3]
+    assert [rows[5][key] for key in ("images", "accuracy", "precision")] == [1, 0.0, None]
+    assert [rows[0][key] for key in ("images", "accuracy", "precision")] == [0, None, None]
+    assert done.confusions() == [{"class": "dog", "answer": "bird", "images": 1}]

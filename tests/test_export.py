@@ -1,0 +1,267 @@
+"""python -m cifar10 export: every file answers as the model does, also where there is neither DeepSpeed nor this program."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from cifar10 import data, datasets, export
+from cifar10.augment import centre
+from cifar10.export import FILES, FORMATS
+from cifar10.loader import EvaluationLoader
+from cifar10.predictions import TEST_FILE
+from cifar10.trained import load
+from tests.helpers import WORKERS, one_rank, same_bits
+from tests.small_trained import command, cut_down
+
+PLAIN = WORKERS / "plain_environment.py"
+# What is not there: no module of these names can be imported.
+BLOCKED = ("deepspeed", "cifar10", "cifar10_deepspeed", "recipes")
+WITHOUT = """
+import runpy, sys
+sys.modules.update({name: None for name in %r})
+sys.argv[:] = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="session")
+def exports(trained_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each small run's export, in a folder of its name."""
+    base = tmp_path_factory.mktemp("exports")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "CALIBRATION_IMAGES", 100)
+        patch.setattr(export, "BATCHES", 1)
+        cut_down(patch)
+        for name in ("colour", "grey", "resized"):
+            assert command("export", trained_once / name, "--output", base / name, "--threads", 1) == 0
+    return base
+
+
+NAMES = ["colour", "grey", "resized"]
+
+
+# --- the files --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_files_are_there_and_the_facts_are_theirs(exports, name):
+    folder = exports / name
+    facts = json.loads((folder / "export.json").read_text())
+    assert {path.name for path in folder.iterdir()} == {*FILES.values(), "network.py", "export.json"}
+    assert [row["format"] for row in facts["checks"]] == list(FORMATS)
+    for row in facts["checks"]:
+        assert row["bytes"] == (folder / row["file"]).stat().st_size
+        assert row["images"] == 200
+        assert row["agrees"] is True
+        if row["format"] != "onnx_int8":
+            assert row["same_answers"] == 200
+            assert row["largest_difference"] <= 1e-4
+            assert row["accuracy"] == facts["model"]["accuracy"]
+    int8, fp32 = facts["checks"][-1], facts["checks"][-2]
+    assert int8["bytes"] < fp32["bytes"] / 2
+    assert int8["largest_difference"] > 1e-4  # it is quantised
+    assert int8["same_answers"] > 150
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_export_is_loaded_like_a_run(trained, exports, name):
+    ours = load(trained / name)
+    for place in (exports / name, exports / name / "model.safetensors"):
+        found = load(place)
+        assert same_bits(found.model.state_dict(), ours.model.state_dict())
+        assert found.about == ours.about
+        assert found.run is None
+
+
+def test_evaluate_and_predict_take_an_export(trained, exports, capsys):
+    seen = []
+    for place in (trained / "grey", exports / "grey"):
+        assert command("evaluate", place, "--threads", 1, "--json", "--images", 150) == 0
+        seen.append(json.loads(capsys.readouterr().out))
+    assert seen[0]["accuracy"] == seen[1]["accuracy"]
+    assert seen[0]["loss"] == seen[1]["loss"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_plain_files_hold_the_weights_and_nothing_else(trained, exports, name):
+    weights = torch.load(exports / name / "state_dict.pt")
+    assert same_bits(weights, load(trained / name).model.state_dict())
+
+
+def test_no_file_knows_this_machine(exports):
+    folders = [str(folder).encode() for folder in (WORKERS.parent.parent, Path(torch.__file__).parent.parent, exports)]
+    for path in exports.rglob("*.*"):
+        assert not any(folder in path.read_bytes() for folder in folders), path
+
+
+def test_onnx_takes_any_batch_and_says_what_it_is(trained, exports):
+    model = onnx.load(exports / "grey" / "model.onnx")
+    (images,), (logits,) = model.graph.input, model.graph.output
+    sizes = [[d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim] for value in (images, logits)]
+    assert sizes == [["batch", 1, 28, 28], ["batch", 10]]
+    facts = {one.key: one.value for one in model.metadata_props}
+    assert json.loads(facts["classes"]) == list("0123456789")
+    assert json.loads(facts["about"]) == load(trained / "grey").about
+    assert "0..1" in facts["images"]
+    assert "normalisation is inside" in facts["model.pt2, model.onnx, model_int8.onnx"]
+
+
+def test_int8_holds_weights_of_8_bits(exports):
+    model = onnx.load(exports / "colour" / "model_int8.onnx")
+    sizes = {tensor.data_type: 0 for tensor in model.graph.initializer}
+    for tensor in model.graph.initializer:
+        sizes[tensor.data_type] += int(np.prod(tensor.dims))
+    channels = 16 + 32 + 128 + 10  # of the two convolutions and the two linear layers: a zero point each
+    assert sizes[onnx.TensorProto.INT8] == 432 + 4608 + 262_144 + 1280 + channels
+    assert sizes[onnx.TensorProto.FLOAT] < 1000
+
+
+def test_int8_is_calibrated_on_the_training_split_alone(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "CALIBRATION_IMAGES", 50)
+    fed: list[np.ndarray] = []
+    in_zero_to_one = export.in_zero_to_one
+
+    def watched(images, found, here):
+        fed.append(images.pixels)
+        return in_zero_to_one(images, found, here)
+
+    monkeypatch.setattr(export, "in_zero_to_one", watched)
+    assert command("export", trained / "colour", "--output", tmp_path / "e", "--formats", "onnx_int8", "--threads", 1) == 0
+    calibration, test = fed
+    recipe, images = load(trained / "colour").recipe, data.synthetic("train", 600, 0)
+    train, _ = data.stratified_split(images.labels, recipe.val_images, recipe.split_seed)
+    assert np.array_equal(calibration, images.pixels[train[:50]])
+    assert np.array_equal(test, data.synthetic("test", 200, 0).pixels)
+    assert {path.name for path in (tmp_path / "e").iterdir()} == {"model_int8.onnx", "network.py", "export.json"}
+
+
+# --- elsewhere --------------------------------------------------------------------------------------------------------
+
+
+def plainly(folder: Path, images: Path, predictions: Path) -> subprocess.CompletedProcess[str]:
+    """The worker in a process that can import neither DeepSpeed nor anything of this project."""
+    words = [sys.executable, "-I", "-c", WITHOUT % (BLOCKED,), str(PLAIN), *map(str, (folder, images, predictions))]
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+
+
+def as_the_network_sees_them(run: Path, file: Path) -> Path:
+    """The test images of a run as uint8 [N, C, S, S], resized and cut as its recipe says, in an .npz."""
+    found = load(run)
+    images = datasets.load(found.recipe.dataset, "test", Path("unused"), 0)
+    store = EvaluationLoader.of(images.pixels, images.labels, found.recipe, one_rank()).store
+    np.savez(file, images=centre(store, torch.arange(len(images))).numpy())
+    return file
+
+
+@pytest.mark.parametrize("name", ["colour", "grey"])
+def test_all_files_work_without_deepspeed_and_without_this_program(trained, exports, tmp_path, name):
+    images = as_the_network_sees_them(trained / name, tmp_path / "images.npz")
+    done = plainly(exports / name, images, trained / name / TEST_FILE)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["imported"] == []
+    assert set(found["files"]) == set(FILES.values())
+    for file, row in found["files"].items():
+        assert row["images"] == 200
+        assert "int8" in file or (row["same answers"] == 200 and row["largest difference"] <= 1e-4)
+
+
+def test_the_worker_sees_other_weights(trained, exports, tmp_path):
+    images = as_the_network_sees_them(trained / "colour", tmp_path / "images.npz")
+    folder = shutil.copytree(exports / "colour", tmp_path / "altered")
+    weights = torch.load(folder / "state_dict.pt")
+    weights["fc2.bias"] += torch.arange(10) / 10
+    torch.save(weights, folder / "state_dict.pt")
+    done = plainly(folder, images, trained / "colour" / TEST_FILE)
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["files"]["state_dict.pt"]["largest difference"] > 0.1
+
+
+# --- checks that fail, and refusals -----------------------------------------------------------------------------------
+
+
+def test_a_file_that_answers_otherwise_fails_the_command_and_is_named(trained, tmp_path, monkeypatch, capsys):
+    def altered(job: export.Job) -> None:
+        torch.save({name: value * 1.01 for name, value in job.weights.items()}, job.path("state_dict"))
+
+    monkeypatch.setitem(export.WRITERS, "state_dict", altered)
+    words = ("--output", tmp_path / "e", "--formats", "safetensors", "state_dict", "--test-images", 50, "--threads", 1)
+    assert command("export", trained / "colour", *words) == 1
+    assert "state_dict.pt does not agree with the model" in capsys.readouterr().out
+    checks = json.loads((tmp_path / "e" / "export.json").read_text())["checks"]
+    assert [(row["format"], row["agrees"], row["images"]) for row in checks] == [
+        ("safetensors", True, 50),
+        ("state_dict", False, 50),
+    ]
+
+
+def test_an_earlier_export_is_replaced_as_a_whole_and_other_folders_are_left_alone(trained, tmp_path, capsys):
+    folder, words = tmp_path / "e", ("--test-images", 10, "--threads", 1)
+    assert command("export", trained / "colour", "--output", folder, "--formats", "safetensors", "state_dict", *words) == 0
+    assert command("export", trained / "grey", "--output", folder, "--formats", "state_dict", *words) == 0
+    assert {path.name for path in folder.iterdir()} == {"state_dict.pt", "network.py", "export.json"}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model.onnx").write_text("precious")
+    assert command("export", trained / "colour", "--output", tmp_path / "mine", *words) == 2
+    assert "is not empty and holds no export; name another folder" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["model.onnx"]
+
+
+def test_a_disk_that_is_full_leaves_the_earlier_export_as_it_was(trained, tmp_path, monkeypatch, capsys):
+    words = ("--output", tmp_path / "e", "--formats", "state_dict", "--test-images", 10, "--threads", 1)
+    assert command("export", trained / "colour", *words) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "e").iterdir()}
+
+    def full(job: export.Job) -> None:
+        job.path("state_dict").write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(export.WRITERS, "state_dict", full)
+    assert command("export", trained / "colour", *words) == 2
+    assert "No space left on device; make room, or name another --output" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "e").iterdir()} == before
+
+
+def test_a_library_that_is_missing_is_named(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert command("export", trained / "colour", "--output", tmp_path / "e", "--formats", "safetensors", "--threads", 1) == 2
+    assert "safetensors.torch is not installed, and --formats safetensors needs it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--test-images", "0"], "--test-images 0 is impossible; type 1 to 200"),
+        (["--test-images", "201"], "type 1 to 200"),
+        (["--formats"], "--formats is empty"),
+        (["--output", __file__], "is a file; name a folder"),
+        (["--output", f"{__file__}/below"], "cannot be written to"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(trained, capsys, words, reason):
+    assert command("export", trained / "colour", *words, "--threads", 1) == 2
+    assert reason in capsys.readouterr().err
+    assert not (trained / "colour" / "export").exists()
+
+
+def test_a_file_needs_a_folder_to_go_to(exports, capsys):
+    assert command("export", exports / "colour" / "model.safetensors") == 2
+    assert "is no run's folder; type --output" in capsys.readouterr().err
+
+
+def test_torchscript_is_not_offered_and_the_help_says_why(capsys):
+    with pytest.raises(SystemExit):
+        command("export", "run", "--formats", "torchscript")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        command("export", "--help")
+    assert "TorchScript is not offered" in capsys.readouterr().out

@@ -1,0 +1,308 @@
+"""python -m cifar10 predict: files of every kind come to what the model sees, and what is none is named in a line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cifar10 import data, datasets
+from cifar10.predict import files_in, probabilities, read_image, shown
+from cifar10.predictions import TEST_FILE, read
+from cifar10.trained import alone, load
+from tests.launching import PROJECT, environment
+from tests.small_trained import command
+
+WHITE = (255, 255, 255)
+
+
+def picture(width: int = 32, height: int = 32) -> np.ndarray:
+    """A smooth colour image, uint8 [height, width, 3]: red grows to the right, green downwards."""
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return np.stack([x, y, np.full_like(x, 90)], axis=2).round().astype(np.uint8)
+
+
+def pixels(path: Path, size: int = 32, channels: int = 3, background: tuple[int, int, int] = WHITE) -> np.ndarray:
+    return read_image(path, size, channels, background)[0].astype(int)
+
+
+def answers(capsys: pytest.CaptureFixture[str], *words: object, code: int = 0) -> list[dict]:
+    assert command("predict", *words, "--threads", 1, "--format", "json") == code
+    return json.loads(capsys.readouterr().out)
+
+
+# --- the same answers as evaluate's -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["colour", "grey", "resized"])
+def test_test_images_in_files_are_answered_as_evaluate_answers_them(trained, tmp_path, capsys, name):
+    run, here = trained / name, alone(1)
+    found = load(run)
+    images = datasets.load(found.recipe.dataset, "test", Path("unused"), 0)
+    for number, image in enumerate(images.pixels):
+        Image.fromarray(image.squeeze()).save(tmp_path / f"{number:03}.png")
+    seen = answers(capsys, run, tmp_path, "--top", 10)
+    wanted = read(run / TEST_FILE)
+    assert [answer["label"] for answer in seen] == [found.classes[i] for i in wanted.answers]
+    for answer, row in zip(seen, wanted.probabilities, strict=True):
+        ranked = {one["label"]: one["confidence"] for one in answer["top"]}
+        assert [ranked[label] for label in found.classes] == pytest.approx(list(row), abs=1e-6)
+        assert answer["confidence"] == answer["top"][0]["confidence"] == max(ranked.values())
+    assert np.allclose(probabilities(found, images.pixels, here), wanted.probabilities, atol=1e-7)
+
+
+def test_a_png_of_the_right_size_is_taken_to_the_bit(tmp_path):
+    image = data.synthetic("test", 1, 0).pixels[0]
+    Image.fromarray(image).save(tmp_path / "a.png")
+    assert np.array_equal(pixels(tmp_path / "a.png"), image)
+
+
+# --- kinds of files -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("suffix", "off_by"), [("png", 0), ("bmp", 0), ("tiff", 0), ("ppm", 0), ("tga", 0), ("jpg", 12), ("webp", 12)]
+)
+def test_formats(tmp_path, suffix, off_by):
+    Image.fromarray(picture()).save(tmp_path / f"a.{suffix}", quality=95)
+    assert np.abs(pixels(tmp_path / f"a.{suffix}") - picture()).max() <= off_by
+
+
+def test_grey_is_the_same_in_all_channels(tmp_path):
+    Image.fromarray(picture()[..., 0]).save(tmp_path / "a.png")
+    assert np.array_equal(pixels(tmp_path / "a.png"), np.repeat(picture()[..., :1], 3, axis=2))
+
+
+def test_a_grey_model_gets_the_luminance(tmp_path):
+    Image.fromarray(np.full((28, 28, 3), (200, 0, 0), np.uint8)).save(tmp_path / "a.png")
+    assert set(pixels(tmp_path / "a.png", 28, 1).ravel()) == {60}  # 0.299 x 200
+
+
+def test_a_palette_and_one_bit(tmp_path):
+    two = np.where(picture()[..., :1] > 100, (10, 200, 30), (250, 0, 90)).astype(np.uint8)
+    Image.fromarray(two).quantize(2).save(tmp_path / "p.gif")
+    assert np.abs(pixels(tmp_path / "p.gif") - two).max() <= 1
+    Image.fromarray(picture()[..., 0] > 100).save(tmp_path / "1.png")
+    assert np.array_equal(pixels(tmp_path / "1.png")[..., 0], np.where(picture()[..., 0] > 100, 255, 0))
+
+
+@pytest.mark.parametrize(("background", "wanted"), [(WHITE, 255), ((0, 0, 0), 0), ((10, 20, 30), None)])
+def test_what_is_transparent_shows_the_background(tmp_path, background, wanted):
+    layers = np.dstack([picture(), np.where(np.arange(32) < 16, 0, 255)[None].repeat(32, 0)]).astype(np.uint8)
+    Image.fromarray(layers).save(tmp_path / "a.png")
+    seen = pixels(tmp_path / "a.png", background=background)
+    assert np.array_equal(seen[:, 16:], picture()[:, 16:])
+    assert (seen[:, :16] == (background if wanted is None else wanted)).all()
+
+
+def test_half_transparent_is_half_of_each(tmp_path):
+    Image.fromarray(np.full((32, 32, 4), (0, 0, 0, 128), np.uint8)).save(tmp_path / "a.png")
+    assert set(pixels(tmp_path / "a.png").ravel()) == {127}
+
+
+def test_transparency_in_a_palette_and_in_grey(tmp_path):
+    palette = Image.new("P", (32, 32), 1)
+    palette.putpalette([0, 0, 0, 200, 10, 20])
+    palette.save(tmp_path / "p.png", transparency=1)
+    Image.new("LA", (32, 32), (50, 0)).save(tmp_path / "la.png")
+    for name in ("p.png", "la.png"):
+        assert (pixels(tmp_path / name, background=(1, 2, 3)) == (1, 2, 3)).all()
+
+
+def test_sixteen_bits_keep_their_range(tmp_path):
+    deep = picture()[..., 0].astype(np.uint16) * 257
+    for name in ("a.png", "a.tiff"):
+        Image.fromarray(deep).save(tmp_path / name)
+        assert np.array_equal(pixels(tmp_path / name)[..., 0], picture()[..., 0])
+
+
+def test_cmyk(tmp_path):
+    Image.fromarray(picture()).convert("CMYK").save(tmp_path / "a.jpg", quality=95)
+    assert np.abs(pixels(tmp_path / "a.jpg") - picture()).mean() < 4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_says_how_a_camera_was_held(tmp_path, orientation):
+    stored = {2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1)}
+    stored |= {6: lambda a: np.rot90(a, 1), 7: lambda a: np.rot90(a.swapaxes(0, 1), 2), 8: lambda a: np.rot90(a, -1)}
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = stored.get(orientation, lambda a: a)(picture())
+    Image.fromarray(np.ascontiguousarray(turned)).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(pixels(tmp_path / "a.png"), picture())
+
+
+def test_of_an_animation_the_first_frame_is_taken(tmp_path):
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ((255, 0, 0), (0, 0, 255))]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert (pixels(tmp_path / "a.gif") == (255, 0, 0)).all()
+
+
+# --- other sizes --------------------------------------------------------------------------------------------------------
+
+
+def test_of_a_wide_and_of_a_tall_image_the_middle_square_is_taken(tmp_path):
+    wide = np.zeros((64, 192, 3), np.uint8)
+    wide[:, 64:128] = 200
+    for image in (wide, wide.swapaxes(0, 1)):
+        Image.fromarray(np.ascontiguousarray(image)).save(tmp_path / "a.png")
+        image, was = read_image(tmp_path / "a.png", 32, 3, WHITE)
+        assert (image[2:-2, 2:-2] == 200).all()
+        assert sorted(was) == [64, 192]
+
+
+def test_resizing_is_antialiased(tmp_path):
+    board = (np.indices((512, 512)).sum(axis=0) % 2 * 255).astype(np.uint8)  # single pixels, black and white
+    Image.fromarray(board).save(tmp_path / "a.png")
+    seen = pixels(tmp_path / "a.png")
+    assert seen.min() >= 120
+    assert seen.max() <= 136
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (31, 33)])
+def test_any_size_can_be_fitted(tmp_path, size):
+    Image.new("RGB", size, (9, 8, 7)).save(tmp_path / "a.png")
+    assert (pixels(tmp_path / "a.png") == (9, 8, 7)).all()
+
+
+def test_fitting_is_said_once(trained, tmp_path, capsys):
+    for number, side in enumerate((32, 40, 300)):
+        Image.fromarray(picture(side, side)).save(tmp_path / f"{number}.png")
+    assert command("predict", trained / "colour", tmp_path, "--threads", 1) == 0
+    assert capsys.readouterr().err.startswith("2 of 3 images had not 32x32 pixels: of each the middle square, resized")
+
+
+# --- what is no image ---------------------------------------------------------------------------------------------------
+
+
+def png(width: int, height: int, body: bytes) -> bytes:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def test_unreadable_files_are_named_and_the_others_answered(trained, tmp_path, capsys):
+    Image.fromarray(picture()).save(tmp_path / "good.png")
+    whole = (tmp_path / "good.png").read_bytes()
+    bad = {
+        "empty.png": (b"", "not an image of a known kind"),
+        "text.jpg": (b"hello", "not an image of a known kind"),
+        "cut.png": (whole[:100], "truncated"),
+        "program.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image of a known kind"),
+        "large.png": (png(12_000, 12_000, zlib.compress(b"")), "12000x12000 pixels; 100,000,000 are the most"),
+        "bomb.png": (png(60_000, 60_000, zlib.compress(b"")), "too many pixels"),
+        "float.tiff": (None, "have no known range"),
+    }
+    for name, (content, _) in bad.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+    Image.fromarray(picture()[..., 0].astype(np.float32)).save(tmp_path / "float.tiff")
+    os.mkfifo(tmp_path / "pipe.png")
+    bad |= {"pipe.png": (None, "it is no file"), "none.png": (None, "there is no such file")}
+    files = [tmp_path / name for name in (*bad, "good.png")]
+    assert command("predict", trained / "colour", *files, "--threads", 1) == 1
+    printed = capsys.readouterr()
+    complaints = printed.err.splitlines()
+    assert len(complaints) == len(bad)
+    for line, (name, (_, reason)) in zip(complaints, bad.items(), strict=True):
+        assert line.startswith(f"{tmp_path / name}: ")
+        assert reason in line
+    assert printed.out.startswith(f"{tmp_path / 'good.png'}: ")
+    assert len(printed.out.splitlines()) == 1
+
+
+def test_folders_are_searched_downwards_for_images(trained, tmp_path, capsys):
+    for name in ("b.png", "a.JPG", "sub/c.png", ".hidden.png", ".hidden/d.png", "notes.txt", "empty/none.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        if name.endswith("txt"):
+            (tmp_path / name).touch()
+        else:
+            Image.fromarray(picture()).save(tmp_path / name)
+    (tmp_path / "sub" / "up").symlink_to(tmp_path)
+    assert files_in(tmp_path) == [tmp_path / name for name in ("a.JPG", "b.png", "sub/c.png")]
+    assert [answer["file"] for answer in answers(capsys, trained / "colour", tmp_path)] == [str(f) for f in files_in(tmp_path)]
+    assert command("predict", trained / "colour", tmp_path / "empty", "--threads", 1) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"{tmp_path / 'empty'}: no image in this folder or below; looked for .bmp")
+    assert (printed.out, len(printed.err.splitlines())) == ("", 1)
+
+
+def test_strange_names_stay_one_line(trained, tmp_path, capsys):
+    names = [b"a\nb.png", b"\xff.png", "ü.png".encode(), b"-x.png"]
+    for name in names:
+        Image.fromarray(picture()).save(io.FileIO(os.path.join(os.fsencode(tmp_path), name), "w"), "PNG")
+    assert command("predict", trained / "colour", tmp_path, "--threads", 1) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[0].rpartition("/")[2] for line in lines] == ["-x.png", r"a\nb.png", "ü.png", r"\xff.png"]
+    assert shown("plain") == "plain"
+
+
+# --- what is printed ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> list[Path]:
+    files = [tmp_path / "a, b.png", tmp_path / "c.png"]
+    for file, image in zip(files, data.synthetic("test", 2, 0).pixels, strict=True):
+        Image.fromarray(image).save(file)
+    return files
+
+
+def test_text_csv_and_json_say_the_same(trained, two, capsys):
+    found = answers(capsys, trained / "colour", *two, "--top", 2)
+    assert command("predict", trained / "colour", *two, "--threads", 1, "--top", 2) == 0
+    for answer, line in zip(found, capsys.readouterr().out.splitlines(), strict=True):
+        (first, share), (second, less) = ((one["label"], one["confidence"]) for one in answer["top"])
+        assert line == f"{answer['file']}: {first} {share:.1%}  ({second} {less:.1%})"
+    assert command("predict", trained / "colour", *two, "--threads", 1, "--top", 2, "--format", "csv") == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["file"] for row in rows] == [str(file) for file in two]
+    for answer, row in zip(found, rows, strict=True):
+        assert (row["label"], row["label_2"]) == tuple(one["label"] for one in answer["top"])
+        assert float(row["confidence_2"]) == pytest.approx(answer["top"][1]["confidence"], abs=1e-6)
+
+
+def test_one_class_alone(trained, two, capsys):
+    assert command("predict", trained / "colour", two[1], "--threads", 1, "--top", 1) == 0
+    assert capsys.readouterr().out.rstrip().endswith("%")
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--top", "0"], "--top 0 is impossible; type 1 to 10"),
+        (["--top", "11"], "type 1 to 10"),
+        (["--background", "sky"], "--background sky is no colour"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(trained, two, capsys, words, reason):
+    assert command("predict", trained / "colour", *two, *words) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_no_image_at_all_is_refused(trained, capsys):
+    assert command("predict", trained / "colour") == 2
+    assert "no image is named" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_traceback(trained, tmp_path):
+    for number in range(40):
+        Image.fromarray(picture()).save(tmp_path / f"{'long' * 40}{number}.png")
+    words = [sys.executable, "-m", "cifar10", "predict", str(trained / "colour"), *[str(tmp_path)] * 40, "--threads", "1"]
+    process = subprocess.Popen(words, cwd=PROJECT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert b"Traceback" not in process.stderr.read()
+    assert process.wait() == 1

@@ -1,0 +1,156 @@
+"""A trained model from wherever it lies, and one line for whatever is none."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from cifar10 import UsageError
+from cifar10.checkpoint import PORTABLE_FILE
+from cifar10.trained import alone, load
+from tests.helpers import same_bits
+
+BEST = Path("checkpoints") / "best_model" / PORTABLE_FILE
+
+
+def content_of(run: Path) -> dict:
+    return torch.load(run / BEST)
+
+
+def written(folder: Path, content: object) -> Path:
+    """A file like best_model's with this content."""
+    folder.mkdir(exist_ok=True)
+    torch.save(content, folder / PORTABLE_FILE)
+    return folder
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints", "checkpoints/best_model", str(BEST)])
+def test_a_run_its_best_model_and_the_file_are_the_same_model(trained, place):
+    found = load(trained / "colour" / place)
+    assert same_bits(found.model.state_dict(), content_of(trained / "colour")["module"])
+    assert not found.model.training
+    assert {value.dtype for value in found.model.parameters()} == {torch.float32}
+    summary = json.loads((trained / "colour.json").read_text())
+    assert (found.step, found.val_accuracy) == (summary["best_step"], summary["val_accuracy"])
+    assert (found.run, found.which) == (trained / "colour", "best_model")
+
+
+def test_the_last_model_can_be_asked_for(trained):
+    run = trained / "colour"
+    final = torch.load(run / "checkpoints" / "final" / PORTABLE_FILE)
+    for found in (load(run, "final"), load(run / "checkpoints" / "final")):
+        assert same_bits(found.model.state_dict(), final["module"])
+        assert (found.which, found.step, found.val_accuracy) == ("final", 250, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "image"),
+    [
+        ("colour", (3, 32, 32), {"channels": 3, "size": 32, "resize": 0, "dataset_size": 32}),
+        ("grey", (1, 28, 28), {"channels": 1, "size": 28, "resize": 0, "dataset_size": 28}),
+        ("resized", (3, 32, 32), {"channels": 3, "size": 32, "resize": 40, "dataset_size": 32}),
+    ],
+)
+def test_it_knows_what_its_images_are(trained, name, shape, image):
+    found = load(trained / name)
+    assert found.image_shape == shape
+    assert found.about["image"] == image
+    assert found.about["classes"] == content_of(trained / name)["classes"]
+    assert found.about["normalisation"] == content_of(trained / name)["normalisation"]
+    assert found.model(torch.zeros(2, *shape)).shape == (2, 10)
+
+
+def test_a_copy_of_the_file_elsewhere_is_no_run(trained, tmp_path):
+    shutil.copy(trained / "colour" / BEST, tmp_path / "mine.pt")
+    assert load(tmp_path / "mine.pt").run is None
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def changed(run: Path, **values: object) -> dict:
+    return {**content_of(run), **values}
+
+
+def with_weight(run: Path, name: str, value: object) -> dict:
+    return changed(run, module={**content_of(run)["module"], name: value})
+
+
+REFUSED = {
+    "code": (lambda run: changed(run, extra=Evil()), "not a trained model"),
+    "nothing": (lambda run: {}, "not a trained model"),
+    "a plain state dict": (lambda run: content_of(run)["module"], "a plain state dict says nothing of how to use it"),
+    "no recipe": (lambda run: changed(run, recipe=None), "not a trained model"),
+    "an unknown field": (lambda run: changed(run, recipe={"surprise": 1}), "surprise"),
+    "an impossible field": (lambda run: changed(run, recipe={**content_of(run)["recipe"], "resize": -1}), "--resize -1"),
+    "an unknown model": (lambda run: changed(run, recipe={**content_of(run)["recipe"], "model": "../x"}), "unknown"),
+    "another model": (
+        lambda run: changed(run, recipe={**content_of(run)["recipe"], "model": "lenet"}),
+        "does not hold weights of lenet",
+    ),
+    "too few classes": (lambda run: changed(run, classes=["cat"]), "classes are not those of synthetic"),
+    "classes that are no names": (lambda run: changed(run, classes=list(range(10))), "classes are not those"),
+    "a weight of another shape": (lambda run: with_weight(run, "fc2.bias", torch.zeros(9)), r"fc2.bias is \[9\] there, \[10\]"),
+    "a weight too many": (lambda run: with_weight(run, "fc3.bias", torch.zeros(9)), "it holds fc3.bias"),
+    "a weight that is none": (lambda run: with_weight(run, "fc2.bias", [0.0] * 10), "no tensors"),
+    "NaN": (
+        lambda run: with_weight(run, "fc2.bias", torch.full((10,), torch.nan)),
+        "fc2.bias holds values that are not finite",
+    ),
+    "an accuracy in words": (lambda run: changed(run, val_accuracy="good"), "val_accuracy is no number"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_file_of_something_else_is_refused_in_a_line_and_executes_nothing(trained, tmp_path, monkeypatch, name):
+    make, reason = REFUSED[name]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=reason) as refusal:
+        load(written(tmp_path / "file", make(trained / "colour")))
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_damaged_bytes_are_refused(trained, tmp_path):
+    whole = (trained / "colour" / BEST).read_bytes()
+    for number, content in enumerate((b"", b"PK\x03\x04", whole[: len(whole) // 2], b"\x80\x04" + whole)):
+        for suffix in (".pt", ".safetensors"):
+            file = tmp_path / f"{number}{suffix}"
+            file.write_bytes(content)
+            with pytest.raises(UsageError, match="not a trained model of this program"):
+                load(file)
+
+
+def test_places_without_a_model_say_what_to_type(trained, tmp_path):
+    for place, reason in {
+        tmp_path / "nowhere": "does not exist; type the folder of a run",
+        tmp_path: "holds no trained model; type the folder of a run",
+        Path("x" * 300): "name too long|too long",
+        Path("zero\0byte"): "does not exist; type",
+    }.items():
+        with pytest.raises(UsageError, match=reason):
+            load(place)
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "recipe.json").touch()
+    with pytest.raises(UsageError, match="without a trained model yet; let it finish an epoch"):
+        load(begun)
+    shutil.copytree(trained / "colour" / "checkpoints" / "best_model", begun / "checkpoints" / "best_model")
+    assert load(begun).run == begun
+    with pytest.raises(UsageError, match="has no final yet; type --which best_model"):
+        load(begun, "final")
+
+
+def test_no_threads_are_refused():
+    with pytest.raises(UsageError, match="--threads 0 is impossible"):
+        alone(0)

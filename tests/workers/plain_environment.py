@@ -1,0 +1,93 @@
+"""Use an export as a stranger would, with neither DeepSpeed nor this program; prints as JSON how its answers compare.
+
+    uv venv plain && uv pip install --python plain torch numpy safetensors onnxruntime
+    plain/bin/python tests/workers/plain_environment.py RUN/export IMAGES RUN/test_predictions.npz
+
+IMAGES is CIFAR-10's own test_batch, or a .npz with uint8 `images` [N, C, S, S]. test_predictions.npz is what `python -m cifar10
+evaluate RUN` has written: the logits that every file has to come to. Exit code 1 unless all fp32 files give the same answers,
+with logits that differ by 1e-4 at most.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from safetensors.torch import load_file
+
+TEST_BATCH_MD5 = "40351d587109b95175f43aff81a1287e"
+TOLERANCE = 1e-4
+
+
+def read_images(path: Path) -> np.ndarray:
+    """uint8 [N, C, S, S]."""
+    if path.suffix == ".npz":
+        return np.load(path)["images"]
+    content = path.read_bytes()
+    assert hashlib.md5(content, usedforsecurity=False).hexdigest() == TEST_BATCH_MD5  # a pickle can run code
+    return pickle.loads(content, encoding="latin1")["data"].reshape(-1, 3, 32, 32)
+
+
+def imported(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def readers(folder: Path) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """File -> what answers float32 images in 0..1, for each file that is there."""
+    network = imported(folder / "network.py")
+
+    def with_weights(weights: dict[str, torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        model = network.build()
+        model.load_state_dict(weights)
+        return lambda images: model(network.normalise(images))
+
+    def onnx(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        session = onnxruntime.InferenceSession(str(folder / name), providers=["CPUExecutionProvider"])
+        return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+    ways = {
+        "model.safetensors": lambda name: with_weights(load_file(folder / name)),
+        "state_dict.pt": lambda name: with_weights(torch.load(folder / name)),
+        "model.pt2": lambda name: torch.export.load(folder / name).module(),
+        "model.onnx": onnx,
+        "model_int8.onnx": onnx,
+    }
+    return {name: way(name) for name, way in ways.items() if (folder / name).exists()}
+
+
+@torch.no_grad()
+def main(folder: Path, images_file: Path, predictions_file: Path) -> int:
+    images = torch.from_numpy(read_images(images_file).copy()).float() / 255
+    with np.load(predictions_file) as file:
+        wanted, labels = file["logits"], file["labels"]
+    assert len(images) == len(wanted)
+    rows = {}
+    for name, answer in readers(folder).items():
+        logits = torch.cat([answer(batch) for batch in images.split(1000)]).numpy()
+        rows[name] = {
+            "images": len(logits),
+            "same answers": int((logits.argmax(1) == wanted.argmax(1)).sum()),
+            "largest difference": float(np.abs(logits - wanted).max()),
+            "accuracy": float((logits.argmax(1) == labels).mean()),
+        }
+    there = [name for name in ("deepspeed", "cifar10", "cifar10_deepspeed") if sys.modules.get(name) is not None]
+    print(json.dumps({"python": sys.executable, "imported": there, "files": rows}, indent=2))
+    exact = [row for name, row in rows.items() if "int8" not in name]
+    agree = all(row["same answers"] == row["images"] and row["largest difference"] <= TOLERANCE for row in exact)
+    return 0 if exact and agree and not there else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(*map(Path, sys.argv[1:])))
