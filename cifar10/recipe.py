@@ -155,9 +155,9 @@ class Options:
     """Weights & Biases: online, or offline for `wandb sync` later; auto does what $WANDB_MODE says, and without it is online
     where there is a key ($WANDB_API_KEY, or that of `wandb login`), else off."""
     wandb_project: _Words = None
-    """Its project (default: $WANDB_PROJECT, else deepspeed-cifar10)."""
+    """The project that the run belongs to there (default: $WANDB_PROJECT, else deepspeed-cifar10)."""
     wandb_name: _Words = None
-    """The run's name there (default: $WANDB_NAME, else that of the run's folder)."""
+    """The name of the run there (default: $WANDB_NAME, else that of the run's folder)."""
 
 
 @dataclass(frozen=True)
