@@ -101,7 +101,7 @@ def closing_lines(summary: dict[str, Any], val_images: int, plan: Plan) -> list[
         lines.append(f"train accuracy {summary['train_accuracy']:.2%}  (last epoch: {images}weights still moving{since})")
     if summary.get("train_loss") is not None:
         first = f"; first epoch {summary['first_train_loss']:.4f}" if since else ""
-        lines.append(f"train loss     {summary['train_loss']:.4f}  (last epoch{first})")
+        lines.append(f"training loss  {summary['train_loss']:.4f}  (last epoch{first})")
     if summary["val_accuracy"] is not None:
         lines.append(
             f"val accuracy   {summary['val_accuracy']:.2%}  (best_model, step {summary['best_step']}; {val_images:,} images"

@@ -339,7 +339,7 @@ def test_the_closing_lines_say_how_far_the_run_has_come():
     assert (summary["first_train_accuracy"], summary["train_accuracy"], summary["best_train_accuracy"]) == (0.3, 0.75, 0.8)
     _, train, loss, val, _ = report.closing_lines(summary, val_images=5_000, plan=on("cifar10"))
     assert "first epoch 30.00%, gain +45.00 points, best 80.00%" in train
-    assert loss == "train loss     0.7500  (last epoch; first epoch 2.2500)"
+    assert loss == "training loss  0.7500  (last epoch; first epoch 2.2500)"
     assert "first epoch 25.00%, gain +50.00 points" in val
     one_epoch = {**summary, "epochs": 1.0}
     assert not any("gain" in line for line in report.closing_lines(one_epoch, val_images=5_000, plan=on("cifar10")))
