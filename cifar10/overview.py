@@ -105,7 +105,11 @@ def data_section(plan: Plan) -> Section:
     crop = [f"a random crop of {_times(plan.image_shape[1:])}{padding}"]
     resized = [f"resized to {recipe.resize}x{recipe.resize}"] if recipe.resize else []
     is_cropped = recipe.crop_padding > 0 or plan.image_shape[1] < (recipe.resize or dataset.size)
-    changes = [*resized, *(crop if is_cropped else []), *(["mirrored at random"] if recipe.flip else [])]
+    mirrored = ["mirrored every other epoch" if recipe.alternate_flip else "mirrored at random"]
+    phases = zip(recipe.first_sizes, recipe.first_epochs, strict=True)
+    first = [f"{count} at {size}x{size}" for size, count in phases]
+    resized += [f"first epochs: {', '.join(first)}"] if first else []
+    changes = [*resized, *(crop if is_cropped else []), *(mirrored if recipe.flip else [])]
     tested = dataset.test_images if plan.options.test_images is None else plan.options.test_images
     test = f"{tested:,} test images are opened once, at the end" if tested else "the test images stay unopened"
     rows = [
@@ -129,7 +133,8 @@ def _learning_rate(plan: Plan) -> str:
         return f"moved by the JSON's {scheduler.get('type')}"
     warmup = min(recipe.warmup_epochs, recipe.epochs / 10)
     rises = f"a linear warmup over {warmup:g} epoch{'' if warmup == 1 else 's'}, then " if warmup else ""
-    return f"{rises}a cosine to 0, moving {recipe.lr_moves.replace('-', ' ')}"
+    shape = "a line" if recipe.lr_shape == "linear" else "a cosine"
+    return f"{rises}{shape} to 0, moving {recipe.lr_moves.replace('-', ' ')}"
 
 
 def training_section(plan: Plan) -> Section:

@@ -6,9 +6,12 @@ Accuracies are fractions, and every one of them carries its split.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from cifar10 import overview
 from cifar10.datasets import DataSet
@@ -75,6 +78,7 @@ def summary(state: RunState, steps_per_epoch: int) -> dict[str, Any]:
         "val_accuracy": state.best_accuracy if state.best_accuracy >= 0 else None,
         "best_step": state.best_step if state.best_step >= 0 else None,
         "train_seconds": state.train_seconds,
+        "process_seconds": time.time() - psutil.Process().create_time(),  # since this process began, imports and all
         "images_per_second": state.trained_images / state.train_seconds if state.train_seconds else None,
         "resumed_at_steps": state.resumed_at_steps,
     }
@@ -93,7 +97,8 @@ def closing_lines(summary: dict[str, Any], val_images: int, plan: Plan) -> list[
     """The end of a finished run, a line for each split that was measured."""
     lines = [
         f"finished ({summary['ended_by']}): {summary['epochs']:.4g} epochs, {summary['steps']:,} steps,"
-        f" {summary['train_seconds'] / 60:.1f} minutes of training, {summary['images_per_second'] or 0:,.0f} images/s"
+        f" {summary['train_seconds'] / 60:.1f} minutes of training, {summary['images_per_second'] or 0:,.0f} images/s;"
+        f" this process began {summary['process_seconds']:.1f} seconds ago"
     ]
     since = _since_first(summary, "train") if summary["train_accuracy"] is not None else ""
     if summary["train_accuracy"] is not None:
