@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cifar10 import augment, data, ds_json, world
-from cifar10.engine import Engine, prepare
+from cifar10.engine import Engine, own_optimizer, prepare
 from cifar10.loader import TrainLoader
 from cifar10.world import World
 from tests.launching import BIN, PROJECT, run
@@ -81,7 +81,9 @@ def make_engine(here: World, model: nn.Module, *, global_images: int = 32, accum
     sizes = {"train_batch_size": global_images, "gradient_accumulation_steps": accumulation}
     resolved, _, _ = ds_json.resolve({"optimizer": SGD, "gradient_clipping": 1.0, **sizes, **config}, here.size)
     model = model.to(here.device)
-    deepspeed_engine, _, _, _ = prepare().initialize(model=model, model_parameters=model.parameters(), config=resolved)
+    deepspeed_engine, _, _, _ = prepare().initialize(
+        model=model, model_parameters=model.parameters(), optimizer=own_optimizer(model, resolved), config=resolved
+    )
     deepspeed_engine.train()
     return Engine(deepspeed_engine, here)
 

@@ -25,6 +25,7 @@ PARTS: dict[str, set[str]] = {
     "ds_json": {"settings"},
     "device": set(),
     "launchers": set(),
+    "levels": {"device"},
     "loss_scale": set(),
     "world": {"launchers"},
     "models": set(),
@@ -40,8 +41,9 @@ PARTS: dict[str, set[str]] = {
     "augment": {"draws"},
     "loader": {"augment", "draws"},
     "muon": set(),
+    "recorder": set(),
     "tta": set(),
-    "engine": {"loss_scale", "muon", "world"},
+    "engine": {"levels", "loss_scale", "muon", "recorder", "world"},
     "stop": {"world"},
     "tape": {"state", "world"},
     "checkpoint": {"engine", "files", "settings", "state", "world"},
@@ -50,13 +52,14 @@ PARTS: dict[str, set[str]] = {
         "datasets",
         "device",
         "ds_json",
+        "levels",
         "recipe",
         "run_folder",
         "weights",
     },  # the edge: reads a command line, no torch
 }
 PROGRAMS = {"__main__", "bench", "catalogue"}  # what people start beside the story; they see everything, and no part sees them
-WITHOUT_TORCH = set("__init__ launchers recipe ds_json data datasets mnist files settings run_folder preflight".split())
+WITHOUT_TORCH = set("__init__ launchers levels recipe ds_json data datasets mnist files settings run_folder preflight".split())
 
 
 def modules(source: str) -> set[str]:
