@@ -385,6 +385,7 @@ def finish(run: Run, state: RunState, ended_by: str) -> None:
         **report.tested(measure_best_model(run, state), run.plan.dataset),
         "weights_sha256": weights_sha256(weights),
         "ended_by": ended_by,
+        **run.here.peak_memory,
     }
     summary = summarise(run, state, "finished", **results)
     for line in (*report.closing_lines(summary, len(run.val), run.plan), f"written to {run.folder}"):

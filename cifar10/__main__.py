@@ -6,11 +6,12 @@ import sys
 
 import tyro
 
-from cifar10 import UsageError, bench, catalogue
+from cifar10 import UsageError, bench, catalogue, scaling
 
 COMMANDS = {
     "bench": bench.run,
     "recipes": catalogue.run,
+    "scaling": scaling.run,
 }
 
 

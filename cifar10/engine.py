@@ -110,7 +110,8 @@ class Engine:
         if level == "graph":
             RecordedForward(self.module, recorder, self._world.device)
             return
-        if self._zero or self._world.size > 1 or self._accumulation > 1 or not self._skips_on_device:
+        host_decides = self.deepspeed.lr_scheduler or self.deepspeed.torch_autocast_z0_gradscaler or not self._skips_on_device
+        if self._zero or self._world.size > 1 or self._accumulation > 1 or host_decides:
             raise UsageError("--engine-level captured is for one rank, one pass a step, no ZeRO, and fused SGD or MuonWithSGD")
         self._recorder = recorder
         self.deepspeed._config.steps_per_print = None  # its line would read the learning rate from the device
@@ -241,7 +242,7 @@ class Engine:
         try:
             return RecordedStep(self._recorder, step, images, labels)
         finally:
-            self._is_recording = False
+            self._is_recording, self._micro_batch = False, 0
             kept.put_back()
             for name, value in counters.items():
                 setattr(self.deepspeed, name, value)

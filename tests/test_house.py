@@ -58,7 +58,13 @@ PARTS: dict[str, set[str]] = {
         "weights",
     },  # the edge: reads a command line, no torch
 }
-PROGRAMS = {"__main__", "bench", "catalogue"}  # what people start beside the story; they see everything, and no part sees them
+PROGRAMS = {
+    "__main__",
+    "bench",
+    "bench_levels",
+    "catalogue",
+    "scaling",
+}  # what people start beside the story; they see everything, and no part sees them
 WITHOUT_TORCH = set("__init__ launchers levels recipe ds_json data datasets mnist files settings run_folder preflight".split())
 
 
