@@ -4,6 +4,7 @@ operations that PyTorch was asked for, carried out again. So all but CUDA itself
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from cifar10.recorder import Forward, Work
 from cifar10.state import RunState
 from cifar10.tape import Tape
 from cifar10_deepspeed import train_step
-from tests.helpers import batch, make_engine, one_rank, one_step, same_bits, snapshot
+from tests.helpers import CountOperations, batch, make_engine, one_rank, one_step, same_bits, snapshot
 
 MUON = {"type": "MuonWithSGD", "params": {"lr": 0.05, "bias_lr": 0.1, "head_lr": 0.2, "decay": 0.001}}
 READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
@@ -194,6 +195,21 @@ def test_a_run_goes_on_at_another_level(optimizer: Any, tmp_path: Path) -> None:
         train(engine, range(step, step + 10))
     assert same_bits(snapshot(engine), snapshot(undisturbed))
     assert counters(engine) == counters(undisturbed)
+
+
+def test_what_is_left_beside_a_replay() -> None:
+    """The images and labels put where the recording reads them, the learning rate, and a line on the tape."""
+    engine, tape = at_level("captured", small_net(0.3), global_images=8), Tape(4, one_rank().device)
+    train_step(engine, [batch(8)], 0.5, 0.1, tape)
+    (recording,) = engine._recordings.values()
+    results = recording._replay()
+    recording._replay = lambda: results
+    with CountOperations() as beside:
+        train_step(engine, [batch(8, seed=1)], 0.4, 0.1, tape)
+    random = {"aten.randn.generator": 1, "aten.randint.low_generator": 1, "aten.clone.default": 1}  # of `batch`
+    views = {"aten.select.int": 1}
+    launched = {"aten.copy_.default": 2, "aten.fill_.Scalar": 1, "aten._to_copy.default": 1, "aten.stack.out": 1}
+    assert beside.counts["core"] == Counter({**random, **views, **launched})
 
 
 def test_a_forward_is_recorded_only_where_it_trains() -> None:
