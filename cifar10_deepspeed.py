@@ -11,7 +11,6 @@ Read from top to bottom: the network, its images, the learning rate, the measure
 from __future__ import annotations
 
 import importlib
-import itertools
 import math
 import shlex
 import sys
@@ -25,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar10 import UsageError, augment, checkpoint, data, launchers, patience, preflight, report, run_folder, world
+from cifar10 import UsageError, checkpoint, data, launchers, patience, preflight, report, run_folder, world
 from cifar10.engine import Engine, own_optimizer, prepare, weights_sha256
 from cifar10.loader import EvaluationLoader, MicroBatch, TrainLoader
 from cifar10.metrics import EpochRow, Metrics, SplitResult, StepRow
@@ -109,34 +108,13 @@ def __getattr__(name: str) -> Any:
 # --- its images -------------------------------------------------------------------------------------------------------
 
 
-def evaluation_loader(images: Any, labels: Any, recipe: Recipe, here: World) -> EvaluationLoader:
-    """Every image as it is, or its middle, exactly once over all ranks."""
-    store = augment.pack(torch.from_numpy(images).to(here.device), 0, recipe.resize, recipe.image_size)
-    normalise = augment.Normalise(recipe.mean, recipe.std, here.device)
-    return EvaluationLoader(store, torch.from_numpy(labels).to(here.device), normalise, here.rank, here.size)
-
-
 def get_cifar10_dataloaders(plan: Plan, here: World) -> tuple[TrainLoader, EvaluationLoader]:
     """The training images, cropped and mirrored at random, and the held-out validation images as they are."""
-    recipe, batch = plan.recipe, plan.batch
     images = plan.images("train")
-    train, val = data.stratified_split(images.labels, recipe.val_images, recipe.split_seed)
-    pixels, untils = torch.from_numpy(images.pixels[train]).to(here.device), itertools.accumulate(recipe.first_epochs)
-    first_stores = (augment.pack(pixels, recipe.crop_padding, size) for size in recipe.first_sizes)
-    train_loader = TrainLoader(
-        store=augment.pack(pixels, recipe.crop_padding, recipe.resize, recipe.image_size),
-        first_stores=tuple(zip(untils, first_stores, strict=True)),
-        labels=torch.from_numpy(images.labels[train]).to(here.device),
-        normalise=augment.Normalise(recipe.mean, recipe.std, here.device),
-        flip=recipe.flip,
-        alternate_flip=recipe.alternate_flip,
-        seed=recipe.seed,
-        global_images=batch.global_images,
-        micro_images=batch.micro_images,
-        rank=here.rank,
-        world_size=here.size,
-    )
-    return train_loader, evaluation_loader(images.pixels[val], images.labels[val], recipe, here)
+    train, val = data.stratified_split(images.labels, plan.recipe.val_images, plan.recipe.split_seed)
+    bf16 = plan.precision == "bf16"
+    train_loader = TrainLoader.of(images.pixels[train], images.labels[train], plan.recipe, plan.batch, here, bf16=bf16)
+    return train_loader, EvaluationLoader.of(images.pixels[val], images.labels[val], plan.recipe, here)
 
 
 # --- the learning rate ------------------------------------------------------------------------------------------------
@@ -355,7 +333,7 @@ def measure_best_model(run: Run, state: RunState) -> dict[str, SplitResult]:
     folder = run.folder / "checkpoints" / "best_model"
     run.model.load_state_dict(run.here.from_main(lambda: checkpoint.portable_weights(folder, run.model)))
     images, count = run.plan.images("test"), run.plan.options.test_images
-    loader = evaluation_loader(images.pixels[:count], images.labels[:count], run.plan.recipe, run.here)
+    loader = EvaluationLoader.of(images.pixels[:count], images.labels[:count], run.plan.recipe, run.here)
     logits = [torch.empty(0, len(run.plan.dataset.classes))]
     result = evaluate(run.model, loader, run.here, keep=logits)
     all_logits = run.here.gather(torch.cat(logits).numpy())

@@ -1,12 +1,19 @@
 """Which images a rank trains on, and when. No worker processes: the images are on the device and a batch is one gather."""
 
+from __future__ import annotations
+
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cifar10 import augment, draws
+from cifar10.ds_json import Batch
+from cifar10.recipe import Recipe
+from cifar10.world import World
 
 CHUNK_IMAGES = 512  # images gathered at once: several small steps share the cost of launching a dozen operations
 FULL_SIZE = 32  # pixels a side; of larger images fewer are gathered at once
@@ -39,8 +46,38 @@ class TrainLoader:
     alternate_flip: bool = False
     first_stores: tuple[tuple[int, augment.PixelStore], ...] = ()  # smaller images: until which epoch, in order
 
+    @classmethod
+    def of(
+        cls, pixels: np.ndarray, labels: np.ndarray, recipe: Recipe, batch: Batch, here: World, *, bf16: bool = False
+    ) -> TrainLoader:
+        """This rank's loader of images uint8 [N, S, S, C] and labels int64 [N], augmented as the recipe says.
+
+        Where training is in `bf16` on a CPU, images in colour are kept as it sees them.
+        """
+        images, untils = torch.from_numpy(pixels).to(here.device), itertools.accumulate(recipe.first_epochs)
+        normalise = augment.Normalise(recipe.mean, recipe.std, here.device)
+
+        def packed(resize: int, image_size: int = 0) -> augment.PixelStore:
+            store = augment.pack(images, recipe.crop_padding, resize, image_size)
+            once = bf16 and here.device.type == "cpu" and store.channels == 3 and not store.resize
+            return augment.normalised(store, normalise) if once else store
+
+        return cls(
+            store=packed(recipe.resize, recipe.image_size),
+            first_stores=tuple(zip(untils, map(packed, recipe.first_sizes), strict=True)),
+            labels=torch.from_numpy(labels).to(here.device),
+            normalise=normalise,
+            flip=recipe.flip,
+            alternate_flip=recipe.alternate_flip,
+            seed=recipe.seed,
+            global_images=batch.global_images,
+            micro_images=batch.micro_images,
+            rank=here.rank,
+            world_size=here.size,
+        )
+
     def first_images(self, num_images: int) -> Tensor:
-        """The first training images as evaluation would see them: float32 [B, C, S, S]."""
+        """The first training images as evaluation would see them: [B, C, S, S]."""
         return self.normalise(augment.centre(self.store, torch.arange(num_images, device=self.labels.device)))
 
     @property
@@ -82,6 +119,13 @@ class EvaluationLoader:
     rank: int
     world_size: int
     batch_images: int = 1_000  # of 32x32 pixels; fewer if they are larger
+
+    @classmethod
+    def of(cls, pixels: np.ndarray, labels: np.ndarray, recipe: Recipe, here: World) -> EvaluationLoader:
+        """This rank's loader of images uint8 [N, S, S, C] and labels int64 [N], each as it is, or its middle."""
+        store = augment.pack(torch.from_numpy(pixels).to(here.device), 0, recipe.resize, recipe.image_size)
+        normalise = augment.Normalise(recipe.mean, recipe.std, here.device)
+        return cls(store, torch.from_numpy(labels).to(here.device), normalise, here.rank, here.size)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -60,10 +60,11 @@ class MuonWithSGD(torch.optim.Optimizer):
     optimizers have it.
     """
 
+    found_inf: Tensor | None = None
+    _step_supports_amp_scaling = True  # what tells the engine, and PyTorch's loss scaler, of `found_inf`
+
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
         super().__init__(groups, {"lr": 0.0})
-        self._step_supports_amp_scaling = True  # what `found_inf` is announced by
-        self.found_inf: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

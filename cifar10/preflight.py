@@ -36,6 +36,13 @@ class Plan:
         return self.dataset.channels, size, size
 
     @property
+    def precision(self) -> str:
+        """What matrix products are computed in: fp32, bf16 or fp16."""
+        autocast = self.ds_config.get("torch_autocast", {})
+        name = str(autocast.get("dtype", "bfloat16")).lower() if autocast.get("enabled") else "float32"  # or bf16, half, ...
+        return "bf16" if "b" in name else "fp32" if "32" in name else "fp16"
+
+    @property
     def augments(self) -> bool:
         """Whether training sees other images than evaluation would."""
         recipe, (_, size, _) = self.recipe, self.image_shape

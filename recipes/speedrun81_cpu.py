@@ -1,6 +1,6 @@
 """81% of the test images on two CPU cores in less than a minute, from the start of the process to the number printed.
 
-    uv run python cifar10_deepspeed.py --recipe speedrun81_cpu
+uv run python cifar10_deepspeed.py --recipe speedrun81_cpu
 """
 
 from cifar10.recipe import Experiment, Recipe
@@ -8,7 +8,7 @@ from cifar10.recipe import Experiment, Recipe
 EXPERIMENT = Experiment(
     Recipe(
         model="speednet_small",
-        epochs=3,
+        epochs=2.5,
         warmup_epochs=0,
         lr_shape="linear",
         val_images=0,

@@ -81,9 +81,8 @@ def make_engine(here: World, model: nn.Module, *, global_images: int = 32, accum
     sizes = {"train_batch_size": global_images, "gradient_accumulation_steps": accumulation}
     resolved, _, _ = ds_json.resolve({"optimizer": SGD, "gradient_clipping": 1.0, **sizes, **config}, here.size)
     model = model.to(here.device)
-    deepspeed_engine, _, _, _ = prepare().initialize(
-        model=model, model_parameters=model.parameters(), optimizer=own_optimizer(model, resolved), config=resolved
-    )
+    given = {"model_parameters": model.parameters(), "optimizer": own_optimizer(model, resolved), "config": resolved}
+    deepspeed_engine, _, _, _ = prepare().initialize(model=model, **given)
     deepspeed_engine.train()
     return Engine(deepspeed_engine, here)
 

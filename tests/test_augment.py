@@ -223,3 +223,41 @@ def test_draws_are_the_same_on_every_platform() -> None:
     assert cells(0, 0)[:12].tolist() == [52, 124, 161, 126, 31, 75, 68, 126, 95, 158, 11, 9]
     another = draws.below(162, 2**31 - 1, 49, torch.arange(12))
     assert another.tolist() == [130, 128, 120, 39, 58, 161, 68, 116, 21, 149, 83, 110]
+
+
+@pytest.mark.parametrize("size", [20, 24, 31])
+def test_smaller_images_are_torchvisions_resized_once(size: int) -> None:
+    pixels = torch.randint(0, 256, (7, 32, 32, 3), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)
+    store = augment.pack(pixels, padding=2, resize=size)
+    assert (store.resize, store.stored, store.side, store.size) == (0, size + 4, size + 4, size), "nothing is left to resize"
+    ours = augment.centre(store, torch.arange(7))
+    theirs = tv.resize(pixels.permute(0, 3, 1, 2), [size, size], antialias=True)
+    assert torch.equal(ours, theirs)
+
+
+def test_alternating_images_are_mirrored_in_every_other_epoch(images: Tensor) -> None:
+    many = images[:1].expand(2_000, -1, -1, -1)
+    store, indices = augment.pack(many, padding=0), torch.arange(2_000)
+
+    def mirrored(epoch: int, alternate: bool = True) -> Tensor:
+        crops = augment.random_crop_and_mirror(store, indices, seed=3, epoch=epoch, flip=True, alternate=alternate)
+        return (crops != crops[0]).flatten(1).any(dim=1) ^ (crops[0] == images[0].permute(2, 0, 1)).logical_not().any()
+
+    first, second, third = (mirrored(epoch) for epoch in range(3))
+    assert torch.equal(first, ~second)
+    assert torch.equal(first, third)
+    assert torch.equal(first, mirrored(0, alternate=False)), "it begins as by chance"
+    assert 800 < first.sum() < 1_200
+    assert not torch.equal(mirrored(1, alternate=False), ~mirrored(0, alternate=False))
+
+
+def test_pixels_normalised_once_are_what_autocast_makes_of_them(images: Tensor) -> None:
+    store, normalise = augment.pack(images, padding=3), augment.Normalise(MEAN, STD, CPU)
+    once = augment.normalised(store, normalise)
+    indices = torch.arange(4).repeat(25)
+    for epoch in range(3):
+        crops = [augment.random_crop_and_mirror(s, indices, seed=1, epoch=epoch, flip=True) for s in (store, once)]
+        plain, ready = map(normalise, crops)
+        assert ready.dtype == torch.bfloat16
+        assert ready.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(plain.to(torch.bfloat16), ready)

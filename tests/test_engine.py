@@ -204,6 +204,7 @@ OPTIMIZERS = {
     "SGD, dampening": DAMPENED,
     "AdamW": {"type": "AdamW", "params": {"lr": 0.001}},
     "RMSprop": {"type": "RMSprop", "params": {"lr": 0.001, "momentum": 0.9, "weight_decay": 0.01}},
+    "MuonWithSGD": {"type": "MuonWithSGD", "params": {"lr": 0.1, "bias_lr": 0.05, "decay": 0.01}},
 }
 CASES = [
     *[(optimizer, bad_images, at) for optimizer in OPTIMIZERS for at in (0, 2)],
@@ -233,7 +234,7 @@ def test_a_bad_step_is_as_if_it_had_not_been(optimizer: str, fault: Callable, at
 
 
 @pytest.mark.parametrize("limit", [0.0, 1.0])
-@pytest.mark.parametrize("optimizer", ["SGD", "SGD, dampening", "AdamW", "RMSprop"])
+@pytest.mark.parametrize("optimizer", ["SGD", "SGD, dampening", "AdamW", "RMSprop", "MuonWithSGD"])
 def test_a_bad_step_in_fp16_changes_nothing(optimizer: str, limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """There the loss scaler skips as well; a step that overflows only because of its scale counts as skipped too."""
     monkeypatch.setattr("deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED", False)  # and put back afterwards

@@ -39,7 +39,7 @@ PARTS: dict[str, set[str]] = {
     "sinks": {"metrics", "preflight", "state"},
     "patience": {"recipe", "state"},
     "augment": {"draws"},
-    "loader": {"augment", "draws"},
+    "loader": {"augment", "draws", "ds_json", "recipe", "world"},
     "muon": set(),
     "recorder": set(),
     "tta": set(),

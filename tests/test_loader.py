@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from cifar10 import augment, loader
+from cifar10.ds_json import Batch
 from cifar10.loader import EvaluationLoader, MicroBatch, TrainLoader
+from cifar10.recipe import Recipe
 from tests.helpers import MEAN, STD
 
 CPU = torch.device("cpu")
@@ -146,3 +149,23 @@ def test_evaluation_sees_every_image_exactly_once(pixels: Tensor, num_images: in
     assert seen.sort().values.tolist() == list(range(num_images))
     for images, labels in batches:
         assert torch.equal(images, normalise(augment.centre(store, labels)))
+
+
+def test_the_first_epochs_are_on_smaller_images(pixels: Tensor) -> None:
+    recipe = Recipe(epochs=4, warmup_epochs=0, val_images=0, first_sizes=(16, 24), first_epochs=(2, 1), crop_padding=2)
+    here = SimpleNamespace(device=CPU, rank=0, size=1)
+    one = TrainLoader.of(pixels.numpy(), torch.arange(NUM_IMAGES).numpy(), recipe, Batch(60, 60, 1, 1), here)
+    whole = dataclasses.replace(one, first_stores=())
+    sizes = [{images.shape[-1] for step in one.epoch(epoch) for images, _ in step} for epoch in range(5)]
+    assert sizes == [{16}, {16}, {24}, {32}, {32}]
+    for epoch in range(4):
+        labels = [torch.cat([labels for _, labels in step]) for step in one.epoch(epoch)]
+        assert all(map(torch.equal, labels, [torch.cat([labels for _, labels in step]) for step in whole.epoch(epoch)]))
+    assert same_batches(list(one.epoch(3)), list(whole.epoch(3)))
+    assert same_batches(list(one.epoch(1, first_step=7)), list(one.epoch(1))[7:])
+
+
+def test_the_first_images_are_not_augmented(pixels: Tensor) -> None:
+    one = train_loader(pixels)
+    expected = one.normalise(pixels[:5].permute(0, 3, 1, 2))
+    assert torch.equal(one.first_images(5), expected)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cifar10_deepspeed as story
+from cifar10 import data
 from cifar10.recipe import model_names
 from tests.launching import PROJECT, environment
 
@@ -22,6 +23,8 @@ PARAMETERS = {
     "lenet": 62_006,
     "mnist_cnn": 215_370,
     "smooth_cnn": 11_642,
+    "speednet": 1_971_328,
+    "speednet_small": 294_336,
     "vgg19": 139_611_210,
 }
 
@@ -123,3 +126,27 @@ print(Net.__module__, CNNModelEnhanced.__module__, CIFAR10CNNEnhanced.__module__
 def test_a_name_that_the_script_does_not_have_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'NetEnhanced'"):
         _ = story.NetEnhanced
+
+
+def test_speednet_whitens_patches_of_the_images_it_starts_from():
+    model = story.build_model("speednet_small", 0)
+    images = data.synthetic("train", 500, seed=0).pixels
+    images = torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - 0.5
+    model.start_from_images(images)
+    patches = F.conv2d(images, model.whitening)
+    half = patches[:, :12].permute(0, 2, 3, 1).reshape(-1, 12)
+    moments = half.T @ half / len(half)
+    assert torch.allclose(moments - torch.diag(moments.diagonal()), torch.zeros(12, 12), atol=1e-3)
+    assert moments.diagonal().max() < 1.01  # eigenvalue / (eigenvalue + 5e-4)
+    assert torch.equal(patches[:, 12:], -patches[:, :12])
+
+
+def test_speednet_passes_signals_through_at_the_start():
+    first = story.build_model("speednet_small", 0).groups[0].conv2
+    images = torch.randn(2, 32, 8, 8)
+    assert torch.equal(first(images), images)
+
+
+def test_speednet_answers_for_images_of_any_size():
+    model = story.build_model("speednet_small", 0)
+    assert all(model(torch.randn(2, 3, size, size)).shape == (2, 10) for size in (16, 24, 28, 32))

@@ -225,3 +225,22 @@ def test_steps_per_print_is_the_log_interval_unless_a_flag_says_another(json_fil
     said = {} if steps_per_print is None else {"steps_per_print": steps_per_print}
     json_file.write_text(json.dumps({"train_batch_size": 32, "optimizer": SGD, **said}))
     assert plan("--deepspeed_config", str(json_file), *argv.split()).options.log_every_steps == due
+
+
+@pytest.mark.parametrize(
+    ("said", "precision"),
+    [
+        ({}, "fp32"),
+        ({"bf16": {"enabled": True}}, "bf16"),
+        ({"fp16": {"enabled": True}}, "fp16"),
+        ({"torch_autocast": {"enabled": True}}, "bf16"),
+        ({"torch_autocast": {"enabled": False, "dtype": "float16"}}, "fp32"),
+        *[({"torch_autocast": {"enabled": True, "dtype": name}}, "bf16") for name in ("bfloat16", "bf16")],
+        *[({"torch_autocast": {"enabled": True, "dtype": name}}, "fp16") for name in ("float16", "fp16", "half")],
+    ],
+)
+def test_the_precision_that_a_json_comes_to(tmp_path, said, precision):
+    config = {"train_batch_size": 32, "optimizer": SGD, **said}
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(config))
+    assert plan(f"--deepspeed_config={file}").precision == precision

@@ -111,6 +111,28 @@ def test_switches_and_triples():
     assert recipe.mean == (0.5, 0.4, 0.3)
 
 
+def test_first_sizes_and_their_epochs():
+    recipe, _ = parse("--first-sizes 24 28 --first-epochs 2 1".split())
+    assert (recipe.first_sizes, recipe.first_epochs) == ((24, 28), (2, 1))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--first-sizes 24",
+        "--first-epochs 2",
+        "--first-sizes 24 28 --first-epochs 2",
+        "--first-sizes 24 --first-epochs 0",
+        "--first-sizes 4 --first-epochs 1",
+        "--first-sizes 4000 --first-epochs 1",
+    ],
+)
+def test_first_sizes_without_their_epochs_and_impossible_ones_are_refused(argv):
+    message = refusal(*argv.split())
+    assert "--first-" in message
+    assert "type" in message
+
+
 # --- values that cannot be meant --------------------------------------------------------------------------------------
 
 IMPOSSIBLE = {  # flag -> values that its type admits and its meaning does not
@@ -127,6 +149,7 @@ IMPOSSIBLE = {  # flag -> values that its type admits and its meaning does not
     "plateau_lr_factor": "0 -1 nan inf",
     "max_skipped_in_a_row": "0 -1",
     "lr_reference_batch": "-1",
+    "tta_below": "0 -1 1.5 nan",
     "seed": "-1 99999999999",
     "split_seed": "-1",
     "lr": "0 -0.1 nan inf",

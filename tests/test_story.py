@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import cifar10_deepspeed as story
 from cifar10 import report
 from cifar10.datasets import DATASETS
+from cifar10.loader import EvaluationLoader
 from cifar10.recipe import Recipe, load
 from cifar10.state import RunState, Sums
 from cifar10_deepspeed import CIFAR10CNNEnhanced, calculate_accuracy, get_lr_schedule, lr_multiplier
@@ -225,7 +226,7 @@ def evaluation_loader(rank: int, size: int, labels: np.ndarray | None = None, ba
     labels = rng.integers(0, 10, NUM_IMAGES) if labels is None else labels
     here = SimpleNamespace(device=CPU, rank=rank, size=size)
     recipe = Recipe(epochs=1, warmup_epochs=0, val_images=0)
-    loader = story.evaluation_loader(images, labels, recipe, here)
+    loader = EvaluationLoader.of(images, labels, recipe, here)
     plain = (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - torch.tensor(recipe.mean)[:, None, None]) / (
         torch.tensor(recipe.std)[:, None, None]
     )

@@ -1,0 +1,123 @@
+"""cifar10/muon.py: updates that are nearly orthogonal, groups that fit the model, and SGD that is PyTorch's."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import cifar10_deepspeed as story
+from cifar10 import UsageError, ds_json, muon
+from cifar10.muon import MuonWithSGD, orthogonalised, parameter_groups
+from tests.helpers import batch
+
+PARAMS = {"lr": 0.1, "momentum": 0.6, "bias_lr": 0.05, "head_lr": 0.5, "sgd_momentum": 0.85, "decay": 0.001}
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (2, 8, 72), (3, 64, 27)])
+def test_the_singular_values_of_an_update_are_near_one(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 1e-3
+    spread = torch.linalg.svdvals(orthogonalised(matrices, iterations=6))
+    assert spread.min() > 0.5
+    assert spread.max() < 1.4
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    nearest = u @ v
+    found = orthogonalised(matrices, iterations=6)
+    assert ((found * nearest).sum(dim=(1, 2)) / found.norm(dim=(1, 2)) / nearest.norm(dim=(1, 2)) > 0.97).all()
+
+
+def test_each_matrix_of_a_batch_is_treated_alone():
+    matrices = (
+        torch.randn(3, 12, 30, generator=torch.Generator().manual_seed(2)) * torch.tensor([1e-6, 1.0, 1e4])[:, None, None]
+    )
+    together = orthogonalised(matrices)
+    for alone, among in zip(matrices, together, strict=True):
+        assert torch.allclose(orthogonalised(alone[None])[0], among, atol=0.02)
+
+
+def test_a_zero_gradient_gives_a_zero_update():
+    assert orthogonalised(torch.zeros(1, 4, 8)).abs().max() == 0
+
+
+def names(model: nn.Module, group: dict) -> set[str]:
+    return {name for name, p in model.named_parameters() if any(p is other for other in group["params"])}
+
+
+def test_hidden_weights_are_muons_and_biases_and_the_head_are_sgds():
+    model = story.build_model("bn_cnn", 0)
+    hidden, vectors, head = parameter_groups(model, PARAMS)
+    assert (hidden["kind"], vectors["kind"], head["kind"]) == ("muon", "sgd", "sgd")
+    assert names(model, hidden) == {"conv1.weight", "conv2.weight", "fc1.weight"}
+    assert names(model, head) == {"fc2.weight"}
+    assert names(model, vectors) == {n for n, p in model.named_parameters() if p.dim() == 1}
+    assert [group["lr"] for group in (hidden, vectors, head)] == [0.1, 0.05, 0.5]
+    assert head["weight_decay"] == pytest.approx(0.001 / 0.5)
+
+
+def test_what_is_not_muons_moves_as_in_pytorchs_sgd():
+    model = story.build_model("bn_cnn", 0)
+    twin = copy.deepcopy(model)
+    ours = MuonWithSGD(parameter_groups(model, PARAMS))
+    rest = parameter_groups(twin, PARAMS)[1:]
+    given = [{k: group[k] for k in ("params", "lr", "momentum", "weight_decay")} for group in rest]
+    theirs = torch.optim.SGD(given, momentum=0.85, nesterov=True)
+    for step in range(5):
+        images, labels = batch(8, seed=step)
+        for net in (model, twin):
+            net.zero_grad()
+            F.cross_entropy(net(images), labels).backward()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            q.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+    for group, other in zip(ours.param_groups[1:], rest, strict=True):
+        assert all(torch.allclose(p, q, rtol=0, atol=1e-6) for p, q in zip(group["params"], other["params"], strict=True))
+
+
+def test_filters_keep_their_norm_and_other_weights_their_scale():
+    model = story.build_model("bn_cnn", 0)
+    before = model.fc1.weight.detach().clone()
+    optimizer = MuonWithSGD(parameter_groups(model, {**PARAMS, "lr": 1e-6}))
+    images, labels = batch(8)
+    F.cross_entropy(model(images), labels).backward()
+    optimizer.step()
+    assert model.conv1.weight.norm().item() == pytest.approx(16**0.5, rel=1e-3)
+    assert model.conv2.weight.norm().item() == pytest.approx(32**0.5, rel=1e-3)
+    assert torch.allclose(model.fc1.weight, before, atol=1e-5)
+
+
+def test_muon_learns_what_it_is_shown():
+    model = story.build_model("speednet_small", 0)
+    optimizer = MuonWithSGD(parameter_groups(model, {"lr": 0.1, "bias_lr": 0.05, "head_lr": 20}))
+    images, labels = batch(32)
+    losses = []
+    for _ in range(30):
+        loss = F.cross_entropy(model(images[..., :16, :16]), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+# --- in DeepSpeed's JSON ----------------------------------------------------------------------------------------------
+
+
+def config(**changes) -> dict:
+    return {"train_batch_size": 8, "optimizer": {"type": muon.NAME, "params": PARAMS}, **changes}
+
+
+def test_zero_is_refused_because_it_takes_matrices_apart():
+    ds_json.resolve(config(), 1)
+    for stage in (1, 2, 3):
+        with pytest.raises(UsageError, match=r"MuonWithSGD .*stage to 0"):
+            ds_json.resolve(config(zero_optimization={"stage": stage}), 1)
+
+
+@pytest.mark.parametrize("wrong", [{"learning_rate": 1}, {"bias_lr": 0}, {"head_lr": "fast"}, {"decay": -1}])
+def test_what_its_params_cannot_mean_is_refused(wrong):
+    with pytest.raises(UsageError):
+        ds_json.check({"train_batch_size": 8, "optimizer": {"type": muon.NAME, "params": {**PARAMS, **wrong}}})
