@@ -182,16 +182,19 @@ def evaluate(model: nn.Module, loader: EvaluationLoader, here: World, keep: list
 # --- one step, one epoch ------------------------------------------------------------------------------------------------
 
 
+def learn(engine: Engine, images: Tensor, labels: Tensor, multiplier: float, smoothing: float) -> tuple[Tensor, Tensor]:
+    """Forward, loss and backward of a micro-batch, and the update after a step's last: its loss, and how many are right."""
+    logits = engine.forward(images).float()
+    loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    engine.backward(loss)
+    engine.step(multiplier)
+    return loss.detach(), (logits.detach().argmax(dim=1) == labels).sum()
+
+
 def train_step(engine: Engine, micro_batches: list[MicroBatch], multiplier: float, smoothing: float, tape: Tape) -> None:
     """One update of the weights; what it measured goes on the tape, and the host waits for nothing."""
-    losses, corrects = [], []
-    for images, labels in micro_batches:
-        logits = engine.forward(images).float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
-        engine.backward(loss)
-        engine.step(multiplier)
-        losses.append(loss.detach())
-        corrects.append((logits.detach().argmax(dim=1) == labels).sum())
+    measured = [engine.micro_step(learn, *batch, multiplier, smoothing) for batch in micro_batches]
+    losses, corrects = zip(*measured, strict=True)
     mean_loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
     correct = corrects[0] if len(corrects) == 1 else torch.stack(corrects).sum()
     tape.write(mean_loss, correct, engine.grad_norm, engine.skipped)
@@ -359,7 +362,7 @@ def finish(run: Run, state: RunState, ended_by: str) -> None:
             "the trained weights could not be written; make room, and the same command goes on from its last checkpoint"
         )
     tested = report.tested(measure_best_model(run, state), run.plan.dataset)
-    results = {**tested, "weights_sha256": weights_sha256(weights), "ended_by": ended_by}
+    results = {**tested, **run.here.peak_memory, "weights_sha256": weights_sha256(weights), "ended_by": ended_by}
     summary = summarise(run, state, "finished", **results)
     run.metrics.say([*report.closing_lines(summary, len(run.val), run.plan), f"written to {run.folder}"])
     run.metrics.finished(summary)
@@ -383,7 +386,7 @@ def start_run(plan: Plan, here: World, folder: Path, model: nn.Module) -> tuple[
         model=model, model_parameters=model.parameters(), optimizer=own, config=plan.ds_config
     )
     world.limit_waiting(options.timeout_minutes)
-    engine = Engine(deepspeed_engine, here, recipe.seed)
+    engine = Engine(deepspeed_engine, here, recipe.seed, options.engine_level)
     start_from = None if options.resume in ("auto", "never") else run_folder.find_checkpoint(options.resume)
     state = checkpoint.resume(folder / "checkpoints", start_from, engine, here, plan.settings)
     num_steps = total_steps(recipe, train_loader.steps_per_epoch)

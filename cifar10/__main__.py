@@ -21,6 +21,7 @@ COMMANDS = {  # command -> (the file in cifar10/ whose `run` it is, what it does
     "leaderboard": ("leaderboard", "all finished runs in some folders as a table in Markdown"),
     "doctor": ("doctor", "whether this machine can train, and what to type where it cannot"),
     "bench": ("bench", "images per second beside a plain PyTorch loop and a stock DeepSpeed one"),
+    "scaling": ("scaling", "what more ranks gain, and what the engine costs at each ZeRO stage and precision"),
     "recipes": ("catalogue", "the recipes as a table in Markdown: network, parameters, and what was measured"),
 }
 PROGRAM = "python -m cifar10"

@@ -1,5 +1,7 @@
 """How fast this program trains beside two loops that anyone would write, in one run: `python -m cifar10 bench`.
 
+(With `--gpu` it is another measurement: see bench_levels.py.)
+
     plain PyTorch     the loop of the tutorials: torchvision's CIFAR10 and transforms in a DataLoader with two workers,
                       torch's SGD and clipping, `.item()` of the loss and the accuracy at every step
     stock DeepSpeed   the same loop, to the letter, through `deepspeed.initialize` with the document's JSON as it is
@@ -13,10 +15,12 @@ machines cannot be compared; the ratios of one run can. The losses show that all
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import count, islice
 from pathlib import Path
 from statistics import fmean, median
@@ -29,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from cifar10 import UsageError, ds_json, preflight, run_folder, world
+from cifar10 import UsageError, bench_levels, ds_json, preflight, run_folder, world
 from cifar10.engine import Engine, prepare
 from cifar10.loader import MicroBatch
 from cifar10.preflight import Plan
@@ -240,6 +244,20 @@ def show(rows: dict[str, Any], ratios: list[dict[str, Any]], console: Console) -
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def measuring(threads: int | None, console: Console) -> Iterator[tuple[World, dict[str, Any]]]:
+    """This process as a world of one, for as long as something is measured; and on what, which is printed."""
+    here = world.join(threads)
+    try:
+        facts = {"cores": world.cores(), "threads": torch.get_num_threads(), "device": here.device_name}
+        environment = run_folder.environment(["python", "-m", "cifar10", *sys.argv[1:]], facts)
+        environment["load"] = [round(load, 2) for load in os.getloadavg()]
+        console.print("\n".join(f"{key}: {value}" for key, value in environment.items()), soft_wrap=True)
+        yield here, environment
+    finally:
+        world.leave()
+
+
 def run(
     dataset: Literal["cifar10", "synthetic"] = "cifar10",
     data_dir: Path | None = None,
@@ -248,6 +266,7 @@ def run(
     warmup_steps: int = 20,
     threads: int | None = None,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    gpu: bool = False,
 ) -> None:
     """Images per second of this program beside a plain PyTorch loop and a stock DeepSpeed one, and the ratios.
 
@@ -259,22 +278,32 @@ def run(
         warmup_steps: Steps before them that are not.
         threads: CPU threads of the training process (default: cores of this machine).
         json_file: Where to write the numbers of every round.
+        gpu: On a GPU, in place of the above: the engine's levels beside plain PyTorch's step, in fp32 and bf16, at batches of
+            64 and 512 images.
     """
     if min(rounds, steps, warmup_steps + 1) < 1:
         raise UsageError("--rounds and --steps must be whole numbers from 1 up, --warmup-steps from 0 up")
-    flags = {"--recipe": RECIPE, "--dataset": dataset, "--data-dir": data_dir, "--threads": threads}
+    images, sizes = (
+        {"--dataset": dataset, "--data-dir": data_dir},
+        {"rounds": rounds, "steps": steps, "warmup_steps": warmup_steps},
+    )
+    console = Console(highlight=False)
+    if gpu:
+        bench_levels.refuse_without_gpu()
+        with measuring(threads, console) as (here, environment):
+            cells = bench_levels.measure(images, here, **sizes)
+        bench_levels.show("the engine's levels beside plain PyTorch", cells, console)
+        if json_file is not None:
+            settings = {"recipe": bench_levels.RECIPE, "dataset": dataset, **sizes}
+            run_folder.write_json(json_file, {"environment": environment, "settings": settings, "cells": cells})
+        return
+    flags = {"--recipe": RECIPE, **images, "--threads": threads}
     plan = preflight.check([f"{flag}={value}" for flag, value in flags.items() if value is not None], 1, "bench")
-    console, here = Console(highlight=False), world.join(threads)
-    try:
-        facts = {"cores": world.cores(), "threads": torch.get_num_threads(), "device": str(here.device)}
-        environment = run_folder.environment(["python", "-m", "cifar10", *sys.argv[1:]], facts)
-        console.print("\n".join(f"{key}: {value}" for key, value in environment.items()), soft_wrap=True)
+    with measuring(threads, console) as (here, environment):
         rows = measure(plan, here, rounds, warmup_steps, steps, console)
-    finally:
-        world.leave()
     ratios = compare(rows)
     show(rows, ratios, console)
     if json_file is not None:
-        sizes = {"batch_images": plan.batch.global_images, "rounds": rounds, "steps": steps, "warmup_steps": warmup_steps}
+        sizes = {"batch_images": plan.batch.global_images, **sizes}
         settings = {"recipe": RECIPE, "dataset": dataset, "data_loader_workers": WORKERS, **sizes}
         run_folder.write_json(json_file, {"environment": environment, "settings": settings, "rows": rows, "ratios": ratios})

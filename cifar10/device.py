@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
+import sysconfig
 from functools import cache
 from pathlib import Path
 
@@ -46,3 +48,16 @@ def native_precisions() -> tuple[str, ...]:
 def name() -> str:
     """`GPU` or `CPU`, for messages."""
     return "GPU" if count_gpus() else "CPU"
+
+
+def missing_for_compiling() -> str | None:
+    """What PyTorch's compiler would miss here, and the remedy; None if nothing."""
+    gpu = count_gpus() > 0
+    variable, usual = ("CC", ("gcc", "clang")) if gpu else ("CXX", ("clang++",) if sys.platform == "darwin" else ("g++",))
+    compilers = (os.environ[variable],) if os.environ.get(variable) else usual
+    if not any(shutil.which(word) for word in (compiler.split()[0] for compiler in compilers)):
+        kind = "C" if gpu else "C++"
+        return f"a {kind} compiler, and there is no {compilers[0]}: install one, or name it in {variable}"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "Python.h: install Python's headers (python3-dev), or a Python that has them (uv python install)"
+    return None

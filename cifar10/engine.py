@@ -9,6 +9,7 @@ Everything goes through DeepSpeed's forward, backward and step. What this file a
 - A step whose loss or gradient is not finite on any rank is skipped on all. At stage 0 DeepSpeed would apply it; here the
   fused optimizer is told on the device (`found_inf`) and BatchNorm's statistics are put back. ZeRO does its own check.
 - fp16's loss scale under ZeRO, where DeepSpeed clips gradients that are still scaled (see loss_scale.py).
+- The levels of `--engine-level` (see levels.py): DeepSpeed's compile(), and CUDA graphs of what it does.
 - At world size 1 there is nothing to reduce, so the flatten, all-reduce and copy back of every gradient are left out.
 """
 
@@ -19,14 +20,17 @@ import inspect
 import logging
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cifar10 import UsageError, muon
+from cifar10.levels import Level
 from cifar10.loss_scale import LossScale
 from cifar10.muon import MuonWithSGD
+from cifar10.recorder import CudaRecorder, Kept, RecordedForward, RecordedStep, Recorder
 from cifar10.world import World
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # DeepSpeed's own
@@ -57,10 +61,13 @@ def own_optimizer(model: nn.Module, config: dict[str, Any]) -> torch.optim.Optim
 class Engine:
     """One model in training: forward, backward, step, and the weights as anyone can load them.
 
-    `deepspeed_engine` is what `deepspeed.initialize` returned for a config that `ds_json.resolve` made; `seed` is dropout's.
+    `deepspeed_engine` is what `deepspeed.initialize` returned for a config that `ds_json.resolve` made; `seed` is dropout's;
+    `level` is one that `levels.settle` allows, and CUDA graphs are its `recorder`'s.
     """
 
-    def __init__(self, deepspeed_engine: Any, world: World, seed: int = 0) -> None:
+    def __init__(
+        self, deepspeed_engine: Any, world: World, seed: int = 0, level: Level = "eager", recorder: Recorder | None = None
+    ) -> None:
         self.deepspeed = deepspeed_engine
         self.module: nn.Module = deepspeed_engine.module
         self._world = world
@@ -69,6 +76,7 @@ class Engine:
         # ZeRO makes a new Adagrad in place of the one that was asked for, which stays behind as basic_optimizer
         self.optimizer = deepspeed_engine.optimizer.optimizer if self._zero else deepspeed_engine.basic_optimizer
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self._lrs = list(self.base_lrs)  # of the last step, while no scheduler of the JSON moves them
         self._accumulation = deepspeed_engine.gradient_accumulation_steps()
         self._micro_batch = 0  # of the step under way
         self._seed = seed
@@ -84,6 +92,31 @@ class Engine:
             self._start_momentum_at_zero()
             if world.size == 1:
                 deepspeed_engine.enable_backward_allreduce = False
+        self._recorder: Recorder | None = None
+        self._recordings: dict[Any, RecordedStep] = {}  # at the level "captured": steps, by the shape of their images
+        self._is_recording = False
+        self._take_level(level, recorder)
+
+    def _take_level(self, level: Level, recorder: Recorder | None) -> None:
+        if level == "compile":
+            for hook in (self.deepspeed.module_forward_pre_hook, self.deepspeed.module_forward_post_hook):
+                hook.remove()  # they start and stop timers, and read a count of steps: each step would be compiled anew
+            self.deepspeed.compile(compile_kwargs={"dynamic": False})  # each size of images is compiled for itself
+        if level not in ("graph", "captured"):
+            return
+        if recorder is None and self._world.device.type != "cuda":
+            raise UsageError(f"--engine-level {level} needs a GPU, for CUDA graphs; take --engine-level eager, or compile")
+        recorder = recorder or CudaRecorder()
+        if level == "graph":
+            RecordedForward(self.module, recorder, self._world.device)
+            return
+        host_decides = self.deepspeed.lr_scheduler or self.deepspeed.torch_autocast_z0_gradscaler or not self._skips_on_device
+        if self._zero or self._world.size > 1 or self._accumulation > 1 or host_decides:
+            raise UsageError("--engine-level captured is for one rank, one pass a step, no ZeRO, and fused SGD or MuonWithSGD")
+        self._recorder = recorder
+        self.deepspeed._config.steps_per_print = None  # its line would read the learning rate from the device
+        for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = torch.tensor(lr, dtype=torch.float32, device=self._world.device)  # which recordings read
 
     def _take_over_loss_scale(self) -> None:
         scale = LossScale.from_json(self.deepspeed.config.get("fp16", {}))
@@ -119,11 +152,31 @@ class Engine:
 
     # --- one step, in the order it happens -------------------------------------------------------------------------
 
+    def micro_step(self, learn: Callable[..., Any], images: Tensor, labels: Tensor, multiplier: float, *settings: Any) -> Any:
+        """`learn(self, images, labels, multiplier, *settings)`, which calls forward, backward and step, in this order.
+
+        At the level "captured" it is called once, to be recorded, for each shape of images; after that its recording is
+        replayed, and returns the same tensors with new values. What of it the host does, is done here.
+        """
+        if self._recorder is None:
+            return learn(self, images, labels, multiplier, *settings)
+        key = learn, images.shape, *settings
+        if key not in self._recordings:
+            self._recordings[key] = self._record(learn, images, labels, multiplier, *settings)
+        recording, engine = self._recordings[key], self.deepspeed
+        self._move_lr(multiplier)
+        if self._has_dropout:
+            self._seed_dropout()  # a replay draws from the seed of its moment
+        measured, self._grad_norm, self._skipped = recording(images, labels)
+        engine.global_steps, engine.micro_steps = engine.global_steps + 1, engine.micro_steps + 1
+        engine.global_samples += engine.train_batch_size()
+        return measured
+
     def forward(self, images: Tensor) -> Tensor:
         """float32 [B, C, S, S] -> logits [B, classes], through DeepSpeed's forward."""
         if self._micro_batch == 0:
             self._remember_buffers()
-        if self._has_dropout:
+        if self._has_dropout and not self._is_recording:
             self._seed_dropout()
         return self.deepspeed(images)
 
@@ -141,9 +194,8 @@ class Engine:
         """
         last = self._micro_batch == self._accumulation
         if last:
-            if self.deepspeed.lr_scheduler is None:  # else the learning rate is the JSON's scheduler's
-                for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-                    group["lr"] = base * lr_multiplier
+            if self.deepspeed.lr_scheduler is None and not self._is_recording:  # else it is the JSON's scheduler's
+                self._move_lr(lr_multiplier)
             if not self._zero and not self.deepspeed.gradient_clipping():
                 self._measure_and_clip()
         self.deepspeed.step()
@@ -156,7 +208,7 @@ class Engine:
     @property
     def lr(self) -> float:
         """The learning rate of the last step (of the first parameter group)."""
-        return self.optimizer.param_groups[0]["lr"]
+        return self._lrs[0] if self.deepspeed.lr_scheduler is None else self.optimizer.param_groups[0]["lr"]
 
     @property
     def grad_norm(self) -> Tensor:
@@ -169,6 +221,31 @@ class Engine:
         return self._skipped
 
     # --- what happens inside ----------------------------------------------------------------------------------------
+
+    def _move_lr(self, multiplier: float) -> None:
+        self._lrs = [base * multiplier for base in self.base_lrs]
+        for group, lr in zip(self.optimizer.param_groups, self._lrs, strict=True):
+            if self._recorder is None:
+                group["lr"] = lr
+            else:
+                group["lr"].fill_(lr)
+
+    def _record(self, learn: Callable[..., Any], images: Tensor, labels: Tensor, *settings: Any) -> RecordedStep:
+        """A step on images of this shape, recorded. All that this has moved stands where it stood before."""
+        kept = Kept(self.module, self.optimizer, self._world.device)
+        counters = {name: getattr(self.deepspeed, name) for name in (*COUNTERS, "micro_steps")}
+
+        def step(own_images: Tensor, own_labels: Tensor) -> tuple[Any, Tensor, Tensor]:
+            return learn(self, own_images, own_labels, *settings), self._grad_norm, self._skipped
+
+        self._is_recording = True
+        try:
+            return RecordedStep(self._recorder, step, images, labels)
+        finally:
+            self._is_recording, self._micro_batch = False, 0
+            kept.put_back()
+            for name, value in counters.items():
+                setattr(self.deepspeed, name, value)
 
     def _seed_dropout(self) -> None:
         """Make dropout a function of (seed, step, micro-batch, rank): nothing has to be saved, and ranks differ."""
@@ -251,7 +328,7 @@ class Engine:
             "loss_scale": {k: scaler.state_dict()[k] for k in SCALE} if scaler is not None else None,
             "scheduler": scheduler.state_dict() if scheduler is not None else None,
             "scheduler_name": type(scheduler).__name__ if scheduler is not None else None,
-            "groups": [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups],
+            "groups": self._group_settings(),
             "counters": {name: getattr(engine, name) for name in COUNTERS},
         }
 
@@ -262,6 +339,7 @@ class Engine:
         nothing, if the weights are another model's or the optimizer state another optimizer's.
         """
         self._refuse_others(saved)
+        self._recordings.clear()  # the optimizer's state will lie elsewhere
         for name, parameter in self.module.named_parameters():
             self._set(parameter, saved["parameters"][name].to(self._world.device))
         self._set_optimizer_state(saved["optimizer"])
@@ -307,6 +385,11 @@ class Engine:
         return shape is not None and (
             state.dim() == 0 or tuple(state.shape) == shape or type(self.optimizer).__name__ == "Adafactor"
         )
+
+    def _group_settings(self) -> list[dict[str, Any]]:
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        plain = self._lrs if self.deepspeed.lr_scheduler is None else [group["lr"] for group in groups]
+        return [{**group, "lr": lr} for group, lr in zip(groups, plain, strict=True)]
 
     def _loss_scaler(self) -> Any:
         """What keeps fp16's loss scale, at whichever ZeRO stage; None in other precisions."""

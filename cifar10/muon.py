@@ -78,7 +78,7 @@ class MuonWithSGD(torch.optim.Optimizer):
             if group["kind"] == "muon":
                 self._muon(parameters, directions, group)
             else:
-                torch._foreach_add_(parameters, directions, alpha=-group["lr"])
+                torch._foreach_add_(parameters, torch._foreach_mul(directions, -group["lr"]))  # which may lie on the device
             for parameter, old in zip(parameters, before, strict=False):
                 torch.where(self.found_inf.bool(), old, parameter, out=parameter)
 
@@ -106,4 +106,4 @@ class MuonWithSGD(torch.optim.Optimizer):
                 parameter = parameters[place]
                 if parameter.dim() == 4:  # a filter bank; what BatchNorm does not follow keeps its scale
                     parameter.mul_(shape[0] ** 0.5 / parameter.norm())
-                parameter.add_(update.view(shape), alpha=-group["lr"])
+                parameter.add_(update.view(shape) * -group["lr"])

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from cifar10 import UsageError, datasets, device, ds_json, run_folder, weights
+from cifar10 import UsageError, datasets, device, ds_json, levels, run_folder, weights
 from cifar10.datasets import DATASETS, DataSet, Images, Split
 from cifar10.recipe import RECIPE_DEFAULTS, Options, Precisions, Recipe, parse
 
@@ -115,7 +115,8 @@ def check(argv: list[str], world_size: int, program: str, description: str | Non
     recipe, options = parse(argv, program, description)
     config, batch, notes = _settle(recipe, options, world_size)
     log_every = options.log_every_steps or config.get("steps_per_print") or 100
-    plan = Plan(recipe, dataclasses.replace(options, log_every_steps=log_every), config, batch, notes)
+    level = levels.settle(options.engine_level, config, world_size, sync_bn=recipe.sync_bn)
+    plan = Plan(recipe, dataclasses.replace(options, log_every_steps=log_every, engine_level=level), config, batch, notes)
     _check_sizes(recipe, options, batch, plan.dataset)
     _check_images(recipe, plan.dataset)
     if recipe.sync_bn and not device.count_gpus():

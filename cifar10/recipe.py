@@ -151,6 +151,10 @@ class Options:
     num_workers: _Whole = None
     """Changes nothing, and is here for command lines of other programs: there are no worker processes, a batch is cut out of
     images that lie on the device."""
+    engine_level: Literal["auto", "eager", "compile", "graph", "captured"] = "auto"
+    """How a step is carried out: eager, one operation after another; compile, as kernels that PyTorch's compiler makes; graph,
+    forward and backward as CUDA graphs; captured, the whole step as one (one GPU, no ZeRO). auto is eager, on GPUs too: none of
+    the others has been measured on one yet."""
     deterministic: bool = False
     """On a GPU, algorithms that give the same bits each time, where there are any; a CPU's do anyway."""
     log_every_steps: _Whole = None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -63,6 +66,16 @@ class World:
             "mpirun": f"mpirun -n {self.size} python",
         }[self.launcher]
 
+    @property
+    def peak_memory(self) -> dict[str, list[int]]:
+        """The most memory that each rank has held so far, in MiB: its process's, and on a GPU what tensors took there. Every
+        rank must ask."""
+        most = {"peak_memory_mib": _peak_resident_mib()}
+        if self.device.type == "cuda":
+            most["peak_gpu_memory_mib"] = torch.cuda.max_memory_allocated(self.device) >> 20
+        ranks = self.gather(most)
+        return {name: [rank[name] for rank in ranks] for name in most}
+
     def total(self, values: Tensor) -> Tensor:
         """The sum over ranks, elementwise; the same on every rank."""
         if self.size > 1:
@@ -106,6 +119,15 @@ class World:
         if isinstance(outcome[0], Exception):
             raise outcome[0]
         return outcome[0]
+
+
+def _peak_resident_mib() -> int:
+    """Linux keeps it for each program that a process runs; elsewhere it is asked for, in KiB, or in bytes on a Mac."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) >> 10
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
 
 def cores() -> int:

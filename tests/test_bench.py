@@ -6,12 +6,17 @@ import json
 import re
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
 
-from cifar10 import UsageError, bench
+from cifar10 import UsageError, bench, bench_levels, device, scaling, world
+from tests.helpers import one_rank
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOPS = ["plain PyTorch", "stock DeepSpeed", "this program"]
@@ -48,6 +53,118 @@ def test_the_tables_and_the_numbers_behind_them(tmp_path: Path) -> None:
 def test_what_cannot_be_measured_is_refused(impossible: dict[str, int]) -> None:
     with pytest.raises(UsageError):
         bench.run(dataset="synthetic", **impossible)
+
+
+def test_a_gpu_is_asked_for_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "count_gpus", lambda: 0)
+    with pytest.raises(UsageError, match=r"--gpu needs a GPU, and this machine has none .* leave it out"):
+        bench.run(dataset="synthetic", gpu=True)
+
+
+def check(rows: dict[str, dict[str, Any]], names: list[str], rounds: int) -> None:
+    """Quotients of what was measured; and losses that only loops have which train the same network on the same images."""
+    assert list(rows) == names
+    plain = rows[names[0]]
+    for row in rows.values():
+        assert len(row["images_per_second"]) == rounds
+        assert row["ratio"] == median(row["images_per_second"]) / median(plain["images_per_second"])
+        quotients = zip(row["images_per_second"], plain["images_per_second"], strict=True)
+        assert row["per_round"] == [this / that for this, that in quotients]
+        assert row["final_loss"] == pytest.approx(plain["final_loss"], abs=2e-3)
+        assert row["waits_per_step"] is None
+
+
+def test_the_levels_that_a_cpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code behind `bench --gpu`, on what there is here; traced as ever, but no machine code is made of it."""
+    monkeypatch.setattr("deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED", False)  # and put back afterwards
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **how: torch_compile(model, **{**how, "backend": "eager"}))
+    monkeypatch.setattr(device, "missing_for_compiling", lambda: None)
+    flags = {"--dataset": "synthetic", "--model": "smooth_cnn"}
+    sizes: dict[str, Any] = {"rounds": 2, "steps": 4, "warmup_steps": 1, "precisions": ("bf16",), "batches": (8,)}
+    cells = bench_levels.measure(flags, one_rank(), **sizes)
+    assert list(cells) == ["bf16, batch 8"]
+    check(cells["bf16, batch 8"], ["plain PyTorch", "eager", "compile"], rounds=2)
+    shown = StringIO()
+    bench_levels.show("levels", cells, Console(file=shown, width=140))
+    for name, row in cells["bf16, batch 8"].items():
+        line = next(line for line in shown.getvalue().splitlines() if f"│ {name} " in line)
+        assert all(word in line for word in (f"{row['median']:,.0f}", f"{row['ratio']:.2f}", f"{row['final_loss']:.4f}"))
+
+
+def test_what_the_engine_costs_at_each_zero_stage() -> None:
+    flags = {"--recipe": "bn_cnn", "--dataset": "synthetic", "--model": "smooth_cnn"}
+    cells = scaling.measure_engine(flags, one_rank(), 8, ("fp32",), rounds=1, steps=3, warmup_steps=0)
+    check(cells["fp32"], ["plain PyTorch", "ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3"], rounds=1)
+
+
+def test_ranks_are_compared_with_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU of two cores; the memory is the most that a rank of this number had in any round."""
+    runs = iter(
+        [
+            (1, 100.0, [50]),
+            (2, 150.0, [40, 41]),
+            (4, 120.0, [30] * 4),
+            (1, 80.0, [52]),
+            (2, 160.0, [42, 40]),
+            (4, 140.0, [31] * 4),
+        ]
+    )
+
+    def summary_of_run(flags: list[str], ranks: int) -> dict[str, Any]:
+        wanted, speed, memory = next(runs)
+        assert (flags, ranks) == (["--flag"], wanted)
+        return {"images_per_second": speed, "peak_memory_mib": memory}
+
+    monkeypatch.setattr(scaling, "summary_of_run", summary_of_run)
+    monkeypatch.setattr(device, "count_gpus", lambda: 0)
+    monkeypatch.setattr(world, "cores", lambda: 2)
+    rows = scaling.measure_ranks(["--flag"], (1, 2, 4), 2, Console(quiet=True))
+    assert [row["median"] for row in rows.values()] == [90, 155, 130]
+    assert [row["per_round"] for row in rows.values()] == [[1, 1], [1.5, 2.0], [1.2, 1.75]]
+    assert [row["efficiency"] for row in rows.values()] == pytest.approx([1, 155 / 90 / 2, 130 / 90 / 2])
+    assert [row["peak_memory_mib"] for row in rows.values()] == [[52], [42, 41], [31] * 4]
+
+
+def test_a_run_on_two_ranks_says_how_fast_it_was_and_in_how_much_memory() -> None:
+    flags = "--dataset synthetic --max-steps 3 --threads 1 --val-images 0 --test-images 0".split()
+    summary = scaling.summary_of_run(flags, 2)
+    assert (summary["world_size"], summary["steps"]) == (2, 3)
+    assert summary["images_per_second"] > 0
+    assert len(summary["peak_memory_mib"]) == 2
+    assert all(100 < rank < 100_000 for rank in summary["peak_memory_mib"])
+
+
+def test_a_run_that_fails_ends_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess([], 1, "", "much\nerror: the reason\n")
+    monkeypatch.setattr(scaling.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(UsageError, match="2 ranks ended with 1: error: the reason"):
+        scaling.summary_of_run(["--threads", "1"], 2)
+
+
+def test_peak_memory_is_the_most_that_was_held() -> None:
+    """Of a process of its own, whose memory is known; what it has given back counts on."""
+    look = """
+from cifar10 import world
+here = world.join(1)
+peaks = [here.peak_memory["peak_memory_mib"]]
+held = bytearray(b"x" * (1 << 20)) * 700
+peaks.append(here.peak_memory["peak_memory_mib"])
+del held
+peaks.append(here.peak_memory["peak_memory_mib"])
+world.leave()
+print(peaks)
+"""
+    done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    (before,), (holding,), (after,) = json.loads(done.stdout)
+    assert 650 < holding - before < 800
+    assert after >= holding
+
+
+@pytest.mark.parametrize("impossible", [{"rounds": 0}, {"ranks": ()}, {"ranks": (1, 0)}, {"threads": 0}, {"warmup_steps": -1}])
+def test_what_cannot_be_scaled_is_refused(impossible: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        scaling.run(dataset="synthetic", **impossible)
 
 
 def test_importing_it_starts_nothing() -> None:

@@ -25,6 +25,7 @@ PARTS: dict[str, set[str]] = {
     "ds_json": {"settings"},
     "device": set(),
     "launchers": set(),
+    "levels": {"device"},
     "loss_scale": set(),
     "world": {"launchers"},
     "models": set(),
@@ -49,8 +50,9 @@ PARTS: dict[str, set[str]] = {
     "augment": {"draws"},
     "loader": {"augment", "draws", "ds_json", "recipe", "world"},
     "muon": set(),
+    "recorder": set(),
     "tta": set(),
-    "engine": {"loss_scale", "muon", "world"},
+    "engine": {"levels", "loss_scale", "muon", "recorder", "world"},
     "stop": {"world"},
     "tape": {"state", "world"},
     "checkpoint": {"engine", "files", "settings", "state", "world"},
@@ -59,14 +61,17 @@ PARTS: dict[str, set[str]] = {
         "datasets",
         "device",
         "ds_json",
+        "levels",
         "recipe",
         "run_folder",
         "weights",
     },  # the edge: reads a command line, no torch
 }
 # What people start beside the story, and what only these share; they see everything, and no part sees them.
-PROGRAMS = set("__main__ bench catalogue doctor evaluate export leaderboard predict reporting trained".split())
-WITHOUT_TORCH = set("__init__ launchers recipe ds_json data datasets mnist files settings run_folder preflight".split())
+PROGRAMS = set(
+    "__main__ bench bench_levels catalogue doctor evaluate export leaderboard predict reporting scaling trained".split()
+)
+WITHOUT_TORCH = set("__init__ launchers levels recipe ds_json data datasets mnist files settings run_folder preflight".split())
 WITHOUT_TORCH |= {"record", "measures", "pictures", "pages", "sweep"}  # main.py --seeds compares runs
 
 

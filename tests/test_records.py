@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 import pytest
 
@@ -59,6 +59,28 @@ def test_the_benchmark_in_the_readme_is_the_one_that_was_run() -> None:
         assert f"| {name} | {row['median']:,.0f} |" in README
     for ratio in measured["ratios"]:
         assert re.search(rf"{ratio['of']}.{{0,80}}{ratio['ratio']:.2f}", README, re.S), ratio
+
+
+def test_scaling_in_the_readme_is_what_was_measured() -> None:
+    folder = PROJECT / "records" / "2026-11-21_scaling_cpu"
+    measured, page = json.loads((folder / "scaling.json").read_text()), (folder / "README.md").read_text(encoding="utf-8")
+    one = measured["ranks"]["1"]
+    for ranks, row in measured["ranks"].items():
+        times, efficiency = median(row["images_per_second"]) / median(one["images_per_second"]), f"{row['efficiency']:.2f}"
+        rounds = [this / that for this, that in zip(row["images_per_second"], one["images_per_second"], strict=True)]
+        assert row["efficiency"] == pytest.approx(times / min(int(ranks), measured["environment"]["cores"]))
+        cells = f"{times:.2f} | {min(rounds):.2f} .. {max(rounds):.2f} | {efficiency} | {max(row['peak_memory_mib']):,} |"
+        assert f"| {ranks} | {median(row['images_per_second']):,.0f} | {cells}" in page
+    times = [f"{row['times']:.2f}" for row in measured["ranks"].values()]
+    assert f"{times[1]} and {times[2]} times the images per second of one" in README
+    for precision, rows in measured["engine"].items():
+        plain, stages = rows.pop("plain PyTorch")["images_per_second"], []
+        for row in rows.values():
+            ratio = median(row["images_per_second"]) / median(plain)
+            rounds = [this / that for this, that in zip(row["images_per_second"], plain, strict=True)]
+            stages.append((f"{ratio:.2f}", f"{ratio:.2f} ({min(rounds):.2f} .. {max(rounds):.2f})"))
+        assert f"| {precision} | {median(plain):,.0f} | {' | '.join(cell for _, cell in stages)} |" in page
+        assert f"{', '.join(short for short, _ in stages)} in {precision}" in README
 
 
 def test_the_readmes_recipes_are_what_the_command_prints() -> None:

@@ -1,0 +1,191 @@
+"""What a step costs beside plain PyTorch's, in one run: `python -m cifar10 bench --gpu`, and half of `scaling`.
+
+Every loop trains the recipe's network from the same weights on the same images, cut out by one loader that lies on the
+device. `plain PyTorch` is forward, loss, backward, clipping and fused SGD as anyone would write them for speed: no engine,
+no guard against bad steps, nothing counted but the loss, and nothing read back until a round is over. The others are this
+program's own step at the levels of `--engine-level`. Loops take turns, round by round, so that whatever else the machine
+does meets all of them, and only ratios of one run mean something.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from statistics import fmean, median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from cifar10 import UsageError, device, preflight
+from cifar10.engine import Engine, own_optimizer, prepare
+from cifar10.levels import LEVELS
+from cifar10.loader import MicroBatch, TrainLoader
+from cifar10.preflight import Plan
+from cifar10.tape import Tape
+from cifar10.world import World
+from cifar10_deepspeed import build_model, get_cifar10_dataloaders, train_step
+
+PLAIN = "plain PyTorch"
+RECIPE, PRECISIONS, BATCHES = "bn_cnn", ("fp32", "bf16"), (64, 512)
+CPU_LEVELS = ("eager", "compile")
+LAST_STEPS = 50  # whose mean loss is reported
+WATCHED_STEPS = 10  # whose waits for the device are counted
+
+Step = Callable[[list[MicroBatch]], Tensor]  # and its loss, on the device
+
+
+@dataclass
+class Loop:
+    """One way to take a step, and what it came to."""
+
+    step: Step
+    batches: Iterator[list[MicroBatch]]
+    losses: list[float]
+
+    def seconds(self, steps: int) -> float:
+        """The wall time of the next steps, until the device has done them."""
+        started = time.perf_counter()
+        losses = [self.step(next(self.batches)) for _ in range(steps)]
+        self.losses += torch.stack(losses).tolist()  # waits for the device
+        return time.perf_counter() - started
+
+    def waits(self) -> int | None:
+        """How often the host waits for the device in a step; None on a CPU, which has no such thing."""
+        if not torch.cuda.is_available():
+            return None
+        batches = [next(self.batches) for _ in range(WATCHED_STEPS)]  # the loader's own are not the step's
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            for batch in batches:
+                self.step(batch)
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchron" in str(one.message) for one in seen) // WATCHED_STEPS
+
+
+def plain_step(plan: Plan, here: World) -> Step:
+    """PyTorch alone, with the JSON's optimizer, clipping and precision."""
+    model, autocast = (
+        build_model(plan.recipe.model, plan.recipe.seed).to(here.device).train(),
+        plan.ds_config.get("torch_autocast", {}),
+    )
+    params, limit = plan.ds_config["optimizer"]["params"], plan.ds_config["gradient_clipping"]
+    optimizer, parameters = torch.optim.SGD(model.parameters(), **params), list(model.parameters())
+    dtype = getattr(torch, autocast.get("dtype", "bfloat16"))
+
+    def step(batch: list[MicroBatch]) -> Tensor:
+        ((images, labels),) = batch
+        with torch.autocast(here.device.type, dtype, enabled=autocast.get("enabled", False)):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=plan.recipe.label_smoothing)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+class _OneRow(Tape):
+    """A tape that keeps the loss of the last step alone; the work on the device is the same."""
+
+    def last_loss(self) -> Tensor:
+        self._used = 0
+        return self._rows[0, 0].clone()
+
+
+def engine_step(plan: Plan, here: World) -> Step:
+    """What `train_one_epoch` does for a step: the engine at the plan's level, its guard, and the tape."""
+    model, config = build_model(plan.recipe.model, plan.recipe.seed).to(here.device), plan.ds_config
+    optimizer = own_optimizer(model, config)
+    started, _, _, _ = prepare().initialize(
+        model=model, model_parameters=model.parameters(), optimizer=optimizer, config=config
+    )
+    started.train()
+    engine, tape = Engine(started, here, plan.recipe.seed, plan.options.engine_level), _OneRow(1, here.device)
+
+    def step(batch: list[MicroBatch]) -> Tensor:
+        train_step(engine, batch, 1.0, plan.recipe.label_smoothing, tape)
+        return tape.last_loss()
+
+    return step
+
+
+def steps_of(loader: TrainLoader) -> Iterator[list[MicroBatch]]:
+    return (step for epoch in count() for step in loader.epoch(epoch))
+
+
+def take_turns(
+    steps: dict[str, Step], loader: TrainLoader, rounds: int, warmup_steps: int, timed_steps: int
+) -> dict[str, dict[str, Any]]:
+    """Images per second of each way to take a step, its times as fast as plain PyTorch, and the loss that it came to."""
+    loops = {name: Loop(step, steps_of(loader), []) for name, step in steps.items()}
+    speeds: dict[str, list[float]] = {name: [] for name in loops}
+    for loop in loops.values():  # compilers and libraries do once what they do once
+        loop.seconds(max(3, warmup_steps))
+    for _ in range(rounds):
+        for name, loop in loops.items():
+            loop.seconds(max(1, warmup_steps))
+            speeds[name].append(timed_steps * loader.global_images / loop.seconds(timed_steps))
+    rows = {}
+    for name, loop in loops.items():
+        per_round = [ours / plain for ours, plain in zip(speeds[name], speeds[PLAIN], strict=True)]
+        row = {"images_per_second": speeds[name], "median": median(speeds[name]), "per_round": per_round}
+        ratio = {"ratio": median(speeds[name]) / median(speeds[PLAIN])}
+        rows[name] = {**row, **ratio, "final_loss": fmean(loop.losses[-LAST_STEPS:]), "waits_per_step": loop.waits()}
+    return rows
+
+
+def show(title: str, cells: dict[str, dict[str, dict[str, Any]]], console: Console) -> None:
+    """A row for each cell and way to take a step."""
+    heads = ("images/s, median", "times plain PyTorch", "min .. max of rounds", f"loss, last {LAST_STEPS}", "waits a step")
+    table = Table("", "step", *heads, title=title)
+    for cell, rows in cells.items():
+        for name, row in rows.items():
+            spread = f"{min(row['per_round']):.2f} .. {max(row['per_round']):.2f}"
+            waits = "-" if row["waits_per_step"] is None else str(row["waits_per_step"])
+            table.add_row(cell, name, f"{row['median']:,.0f}", f"{row['ratio']:.2f}", spread, f"{row['final_loss']:.4f}", waits)
+        table.add_section()
+    for column in table.columns[2:]:
+        column.justify = "right"
+    console.print(table)
+
+
+def refuse_without_gpu() -> None:
+    if not device.count_gpus():
+        raise UsageError("--gpu needs a GPU, and this machine has none that PyTorch can use; leave it out to measure the CPU")
+
+
+def plan_for(flags: dict[str, Any], precision: str, batch: int, level: str = "eager") -> Plan:
+    words = {**flags, "--precision": precision, "--global-batch-size": batch, "--engine-level": level}
+    return preflight.check([f"{flag}={value}" for flag, value in words.items() if value is not None], 1, "bench")
+
+
+def measure(
+    flags: dict[str, Any],
+    here: World,
+    *,
+    rounds: int,
+    steps: int,
+    warmup_steps: int,
+    precisions: tuple[str, ...] = PRECISIONS,
+    batches: tuple[int, ...] = BATCHES,
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Every level that this machine has, beside plain PyTorch: {"fp32, batch 64": {"eager": {...}, ...}, ...}."""
+    levels = LEVELS if here.device.type == "cuda" else CPU_LEVELS
+    cells = {}
+    for precision in precisions:
+        for batch in batches:
+            plans = {level: plan_for({"--recipe": RECIPE, **flags}, precision, batch, level) for level in levels}
+            loader, _ = get_cifar10_dataloaders(plans["eager"], here)
+            ways = {PLAIN: plain_step(plans["eager"], here)} | {name: engine_step(plan, here) for name, plan in plans.items()}
+            cells[f"{precision}, batch {batch}"] = take_turns(ways, loader, rounds, warmup_steps, steps)
+    return cells

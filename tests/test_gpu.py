@@ -1,0 +1,112 @@
+"""On a GPU: the levels agree, nothing waits for the device, and every precision trains at every ZeRO stage.
+
+Nothing here has run yet: no machine with a GPU was to be had while it was written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cifar10 import device
+from cifar10.engine import Engine
+from cifar10.tape import Tape
+from cifar10_deepspeed import build_model, train_step
+from tests.helpers import batch, largest_difference, make_engine, one_rank, one_step
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
+
+MUON = {"type": "MuonWithSGD", "params": {"lr": 0.02, "bias_lr": 0.1, "head_lr": 0.1}}
+
+
+@pytest.fixture(autouse=True)
+def one_precision_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED", False)  # and put back afterwards
+
+
+def data(num_images: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    images, labels = batch(num_images, seed)
+    return images.to(one_rank().device), labels.to(one_rank().device)
+
+
+def at_level(level: str, model: nn.Module, **config: Any) -> Engine:
+    eager = make_engine(one_rank(), model, **config)
+    return eager if level == "eager" else Engine(eager.deepspeed, one_rank(), 0, level)
+
+
+def smooth_net(dropout: float) -> nn.Module:
+    model = build_model("smooth_cnn", 0)
+    return nn.Sequential(model, nn.Dropout(dropout)) if dropout else model
+
+
+@pytest.mark.parametrize("optimizer", [None, MUON], ids=["SGD", "Muon"])
+@pytest.mark.parametrize(("level", "dropout"), [("compile", 0.0), ("graph", 0.2), ("captured", 0.2)])
+def test_two_hundred_steps_are_the_eager_ones(level: str, dropout: float, optimizer: Any) -> None:
+    """To rounding, bad steps included; dropout draws the same numbers, but for compiled code."""
+    config = {"optimizer": optimizer} if optimizer else {}
+    if level == "compile" and (missing := device.missing_for_compiling()):
+        pytest.skip(f"needs {missing}")
+    engines = [at_level(name, smooth_net(dropout), **config) for name in ("eager", level)]
+    tapes = [Tape(200, one_rank().device) for _ in engines]
+    for step in range(200):
+        images, labels = data(32, seed=step)
+        if step % 50 == 0:
+            images[3] = float("nan")
+        for engine, tape in zip(engines, tapes, strict=True):
+            train_step(engine, [(images, labels)], (step + 1) / 400, 0.1, tape)
+    eager, ours = (tape.read(one_rank()) for tape in tapes)
+    assert [row[3] for row in ours] == [row[3] for row in eager] == [step % 50 == 0 for step in range(200)]
+    assert [row[0] for row in ours if not row[3]] == pytest.approx([row[0] for row in eager if not row[3]], abs=1e-3)
+    tolerance = 1e-3 if not optimizer else 1e-1  # Muon's matrix products are in bfloat16
+    assert largest_difference(engines[1].portable_state(), engines[0].portable_state()) < tolerance
+    assert [engine.deepspeed.global_steps for engine in engines] == [200, 200]
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[Any]:
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("level", ["eager", "graph", "captured"])
+def test_a_step_waits_for_nothing(level: str, no_waiting: Any) -> None:
+    engine, tape, batches = (
+        at_level(level, build_model("bn_cnn", 0)),
+        Tape(20, one_rank().device),
+        [data(32, s) for s in range(10)],
+    )
+    for one in batches[:5]:
+        train_step(engine, [one], 0.5, 0.1, tape)
+    torch.cuda.synchronize()
+    no_waiting()
+    for one in batches[5:]:
+        train_step(engine, [one], 0.5, 0.1, tape)
+    with pytest.raises(RuntimeError, match="synchron"):
+        tape.read(one_rank())  # which this mode can see
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_precision_trains_at_every_stage(precision: str, stage: int) -> None:
+    """With BatchNorm, on one batch again and again: the loss falls, and what is kept is finite and fp32."""
+    sections = {precision: {"enabled": True}} if precision != "fp32" else {}
+    engine = make_engine(one_rank(), build_model("bn_cnn", 0), zero_optimization={"stage": stage}, **sections)
+    losses = [one_step(engine, [data(32)], 0.1).item() for _ in range(30)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert engine.skipped.item() == 0
+    state = engine.portable_state()
+    assert {value.dtype for name, value in state.items() if not name.endswith("num_batches_tracked")} == {torch.float32}
+    assert all(torch.isfinite(value).all() for value in state.values())
+
+
+def test_sync_bn_of_one_rank_is_batch_norm() -> None:
+    plain = make_engine(one_rank(), build_model("bn_cnn", 0))
+    synced = make_engine(one_rank(), nn.SyncBatchNorm.convert_sync_batchnorm(build_model("bn_cnn", 0)))
+    for step in range(5):
+        for engine in (plain, synced):
+            one_step(engine, [data(32, seed=step)], 0.1)
+    assert largest_difference(synced.portable_state(), plain.portable_state()) < 1e-4

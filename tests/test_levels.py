@@ -1,0 +1,165 @@
+"""--engine-level: what each level refuses, before any rank starts; and that a compiled step is the eager one."""
+
+from __future__ import annotations
+
+import shutil
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from cifar10 import UsageError, device, ds_json, levels, preflight
+from cifar10.engine import Engine
+from cifar10_deepspeed import initial_model, start_run
+from tests.helpers import SGD, batch, largest_difference, make_engine, one_rank, one_step, snapshot
+from tests.launching import COMMANDS, SHORT, run
+
+
+def settle(level: str, world_size: int = 1, *, sync_bn: bool = False, **config: Any) -> str:
+    resolved, _, _ = ds_json.resolve({"train_batch_size": 64, "optimizer": SGD, **config}, world_size)
+    return levels.settle(level, resolved, world_size, sync_bn=sync_bn)
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were one: what is refused follows from the JSON alone."""
+    monkeypatch.setattr(device, "count_gpus", lambda: 1)
+    monkeypatch.setattr(device, "missing_for_compiling", lambda: None)
+
+
+@pytest.mark.usefixtures("gpus")
+def test_what_each_level_takes_on_a_gpu() -> None:
+    everything = {"fp16": {"enabled": True}, "zero_optimization": {"stage": 3}, "gradient_accumulation_steps": 2}
+    assert settle("auto") == "eager", "as long as nobody has measured the others"
+    assert settle("eager", 4, sync_bn=True, **everything) == "eager"
+    assert settle("compile", 4, zero_optimization={"stage": 2}, gradient_accumulation_steps=2) == "compile"
+    assert settle("graph", 4, zero_optimization={"stage": 2}, fp16={"enabled": True}) == "graph"
+    assert settle("captured", sync_bn=True, bf16={"enabled": True}) == "captured"
+    assert settle("captured", optimizer={"type": "MuonWithSGD", "params": {"lr": 0.1}}) == "captured"
+
+
+ADAM, PLAIN = {"type": "AdamW", "params": {"lr": 0.1}}, {"type": "SGD", "params": {"lr": 0.1, "foreach": True}}
+DAMPENED = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}}
+IN_PASSES = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 16}
+REFUSED: list[tuple[str, int, dict[str, Any], str]] = [
+    ("compile", 1, {"zero_optimization": {"stage": 3}}, "does not go with ZeRO 3, .* take stage 2"),
+    ("graph", 2, {"zero_optimization": {"stage": 3}}, "does not go with ZeRO 3, .* take stage 2"),
+    ("graph", 2, {"sync_bn": True}, "does not go with --sync-bn"),
+    ("compile", 2, {"sync_bn": True}, "does not go with --sync-bn"),
+    ("graph", 2, IN_PASSES, "one pass, and these are 2; type --micro-batch-size 32"),
+    ("captured", 1, IN_PASSES, "one pass, and these are 4; type --micro-batch-size 64"),
+    ("captured", 2, {}, "is for one rank, and these are 2; take --engine-level graph"),
+    ("captured", 1, {"zero_optimization": {"stage": 1}}, "ZeRO 1, .* set zero_optimization.stage to 0"),
+    ("captured", 1, {"fp16": {"enabled": True}}, "fp16, .* take --precision bf16"),
+    ("captured", 1, {"scheduler": {"type": "WarmupLR"}}, "scheduler, .* take --engine-level graph"),
+    ("captured", 1, {"optimizer": ADAM}, "knows SGD and MuonWithSGD, not AdamW; take --engine-level graph"),
+    ("captured", 1, {"optimizer": PLAIN}, 'needs SGD with "fused": true'),
+    ("captured", 1, {"optimizer": DAMPENED}, "no dampening"),
+    ("captured", 1, {"timers": {"throughput": {"enabled": True}}}, "timers.throughput; leave it out"),
+    ("captured", 1, {"wall_clock_breakdown": True}, "wall_clock_breakdown; leave it out"),
+    ("compile", 1, {"flops_profiler": {"enabled": True}}, "flops_profiler; leave it out"),
+    ("captured", 1, {"csv_monitor": {"enabled": True}}, "csv_monitor; leave it out"),
+]
+
+
+@pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize(("level", "world_size", "config", "said"), REFUSED)
+def test_what_a_level_cannot_do_is_refused_with_the_remedy(
+    level: str, world_size: int, config: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UsageError, match=f"^--engine-level {level} (.* )?{said}") as refused:
+        settle(level, world_size, **config)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("level", ["graph", "captured"])
+def test_graphs_are_refused_without_a_gpu(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "count_gpus", lambda: 0)
+    with pytest.raises(UsageError, match=f"--engine-level {level} needs a GPU, .* take --engine-level eager, or compile"):
+        preflight.check(["--dataset", "synthetic", "--engine-level", level], 1, "test")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "variables", "there", "missing"),
+    [
+        (0, {}, ["g++"], None),
+        (0, {}, [], r"a C\+\+ compiler, and there is no g\+\+: install one, or name it in CXX"),
+        (0, {"CXX": "clang++ -O2"}, ["clang++"], None),
+        (0, {"CXX": "mine"}, ["g++"], "there is no mine"),
+        (1, {}, ["clang"], None),
+        (1, {}, ["g++"], "a C compiler, and there is no gcc: install one, or name it in CC"),
+    ],
+)
+def test_compiling_needs_a_compiler(
+    gpus: int, variables: dict[str, str], there: list[str], missing: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(device, "count_gpus", lambda: gpus)
+    monkeypatch.setattr(device.sys, "platform", "linux")
+    monkeypatch.setattr(shutil, "which", lambda word: word if word in there else None)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    if missing is None:
+        assert settle("compile") == "compile"
+        (tmp_path / "Python.h").unlink()
+        missing = "Python.h: install Python's headers"
+    with pytest.raises(UsageError, match=f"--engine-level compile needs (.* )?{missing}.*; or take --engine-level eager"):
+        settle("compile")
+
+
+def test_the_launcher_starts_nothing_at_a_level_that_cannot_be(tmp_path: Path) -> None:
+    done = run([*COMMANDS["main.py, 2 ranks"], *SHORT, "--engine-level", "captured", "--output-dir", str(tmp_path / "run")])
+    assert done.returncode == 2
+    assert done.stderr.strip().startswith("error: --engine-level captured needs a GPU"), done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+COMPILES = device.missing_for_compiling() is None
+
+
+def tiny_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(256, 10))
+
+
+@pytest.mark.skipif(not COMPILES, reason="needs a C++ compiler and Python.h")
+def test_compiled_steps_are_the_eager_ones() -> None:
+    """To rounding, after two hundred, a bad one among them; names, counters, and evaluation stay as they are."""
+    torch._dynamo.reset()
+    eager, ours = (make_engine(one_rank(), tiny_net(), global_images=8) for _ in range(2))
+    ours = Engine(ours.deepspeed, one_rank(), 0, "compile")
+    torch._dynamo.utils.counters.clear()
+    for step in range(200):
+        images, labels = batch(8, seed=step)
+        if step == 50:
+            images[0] = float("nan")
+        for engine in (eager, ours):
+            one_step(engine, [(images, labels)], 0.1)
+            assert engine.skipped.item() == (step == 50)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "it was compiled, whole, and once"
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert largest_difference(ours.portable_state(), eager.portable_state()) < 1e-5
+    assert largest_difference(eager.portable_state(), tiny_net().state_dict()) > 1e-2, "there was something to learn"
+    assert list(snapshot(ours)) == list(snapshot(eager))
+    assert ours.deepspeed.global_steps == eager.deepspeed.global_steps == 200
+    resumed = make_engine(one_rank(), tiny_net(), global_images=8)
+    resumed.restore(ours.full_state())
+    for engine in (ours, resumed):
+        one_step(engine, [batch(8, seed=200)], 0.1)
+    assert largest_difference(ours.portable_state(), resumed.portable_state()) < 1e-6
+
+
+def test_the_story_takes_the_level_that_was_asked_for(tmp_path: Path) -> None:
+    """Compiling itself waits for the first step, and there is none here."""
+    for level in ("auto", "compile") if COMPILES else ("auto",):
+        plan = preflight.check(["--dataset", "synthetic", "--engine-level", level], 1, "test")
+        (tmp_path / level / "checkpoints").mkdir(parents=True)
+        run, _ = start_run(plan, one_rank(), tmp_path / level, initial_model(plan)[0])
+        run.metrics.close()
+        assert run.engine.deepspeed.is_compiled == (level == "compile")

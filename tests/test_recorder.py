@@ -1,0 +1,271 @@
+"""cifar10/recorder.py and the engine at the levels of CUDA graphs, on a CPU: what a graph replays is stood in for by the
+operations that PyTorch was asked for, carried out again. So all but CUDA itself is tested here; that is in test_gpu.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cifar10 import UsageError, checkpoint
+from cifar10.engine import Engine
+from cifar10.recorder import Forward, Work
+from cifar10.state import RunState
+from cifar10.tape import Tape
+from cifar10_deepspeed import train_step
+from tests.helpers import CountOperations, batch, make_engine, one_rank, one_step, same_bits, snapshot
+
+MUON = {"type": "MuonWithSGD", "params": {"lr": 0.05, "bias_lr": 0.1, "head_lr": 0.2, "decay": 0.001}}
+READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
+
+
+class Operations(TorchDispatchMode):
+    """Keeps the operations that are carried out under it, to carry them out again on the same tensors.
+
+    As under a CUDA graph, Python is not run again, and what would read a value on the host is an error.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(read in str(function) for read in READS):
+            raise RuntimeError(f"{function} reads from the device")
+        results = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, tensors_in(results)))
+        return results
+
+    @torch.no_grad()
+    def again(self) -> None:
+        for function, args, kwargs, results in self.calls:
+            for old, new in zip(results, tensors_in(function(*args, **kwargs)), strict=True):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def tensors_in(results: Any) -> list[Tensor]:
+    if isinstance(results, Tensor):
+        return [results.detach()]
+    return [tensor for part in results for tensor in tensors_in(part)] if isinstance(results, (tuple, list)) else []
+
+
+class CpuRecorder:
+    """In place of CUDA's. `recorded` counts what was recorded, `replayed` how often it was replayed."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+        self.modules: list[nn.Module] = []
+
+    def warm_up(self, work: Work) -> None:
+        for _ in range(3):
+            work()
+            torch.rand(5)
+
+    def record(self, work: Work) -> Work:
+        seeded = RuntimeError("seeded while recording")  # which CUDA refuses
+        with Operations() as operations, patch("torch.manual_seed", side_effect=seeded):
+            results = work()
+        self.recorded += 1
+
+        def replay() -> Any:
+            self.replayed += 1
+            operations.again()
+            return results
+
+        return replay
+
+    def record_module(self, module: nn.Module, images: Tensor) -> Forward:
+        """As make_graphed_callables does, a few forwards to warm up; the module's own forward is then called again."""
+        hooks = [*module._forward_hooks, *module._forward_pre_hooks, *module._backward_hooks]
+        assert not hooks, "graphs refuse them"
+        for _ in range(3):
+            module(images)
+        self.recorded += 1
+        self.modules.append(module)
+
+        def replay(images: Tensor) -> Tensor:
+            self.replayed += 1
+            return module(images)
+
+        return replay
+
+
+def at_level(level: str, model: nn.Module, recorder: CpuRecorder | None = None, **config: Any) -> Engine:
+    eager = make_engine(one_rank(), model, **config)
+    return eager if level == "eager" else Engine(eager.deepspeed, one_rank(), 0, level, recorder or CpuRecorder())
+
+
+def small_net(dropout: float = 0.0) -> nn.Module:
+    """Two convolutions with BatchNorm, for images of any size."""
+    torch.manual_seed(1)
+    convolutions = [layer for c in (3, 4) for layer in (nn.Conv2d(c, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU())]
+    drop = [nn.Dropout(dropout)] if dropout else []
+    return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(2), nn.Flatten(), *drop, nn.Linear(16, 10))
+
+
+def train(engine: Engine, steps: range, smoothing: float = 0.1) -> list[Any]:
+    """Steps as the story has them, one in ten on images that are not numbers; what the tape says of them."""
+    tape = Tape(len(steps), one_rank().device)
+    for step in steps:
+        images, labels = batch(8, seed=step)
+        if step % 10 == 3:
+            images[2] = float("nan")
+        train_step(engine, [(images, labels)], (step + 1) / 200, smoothing, tape)
+        torch.rand(2)  # others draw random numbers too
+    return [repr(row) for row in tape.read(one_rank())]  # a NaN equals nothing, but looks like itself
+
+
+def counters(engine: Engine) -> list[Any]:
+    deepspeed = engine.deepspeed
+    numbers = [deepspeed.global_steps, deepspeed.micro_steps, deepspeed.global_samples, deepspeed.skipped_steps]
+    return [*numbers, engine.lr, repr(engine.grad_norm.item()), engine.skipped.item()]
+
+
+CASES = {
+    "captured, SGD": ("captured", 0.0, {}),
+    "captured, Muon": ("captured", 0.3, {"optimizer": MUON}),
+    "captured, no momentum": ("captured", 0.3, {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}, "gradient_clipping": 0.0}),
+    "captured, bf16": ("captured", 0.0, {"bf16": {"enabled": True}}),
+    "graph, SGD": ("graph", 0.3, {}),
+    "graph, ZeRO 2": ("graph", 0.0, {"zero_optimization": {"stage": 2}}),
+}
+
+
+@pytest.mark.parametrize(("level", "dropout", "config"), CASES.values(), ids=CASES)
+def test_two_hundred_steps_are_the_eager_ones_to_the_bit(
+    level: str, dropout: float, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, momentum, statistics, losses, norms, skipped steps, counters and learning rate; dropout draws the same."""
+    monkeypatch.setattr("deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED", False)  # and put back afterwards
+    recorder = CpuRecorder()
+    eager, ours = (at_level(name, small_net(dropout), recorder, global_images=8, **config) for name in ("eager", level))
+    names, start = list(ours.module.state_dict()), snapshot(ours)
+    assert train(ours, range(200)) == train(eager, range(200))
+    assert same_bits(snapshot(ours), snapshot(eager))
+    assert counters(ours) == counters(eager)
+    assert counters(ours)[:3] == [200, 200, 1600]
+    assert not same_bits(snapshot(ours), start)
+    assert list(ours.portable_state()) == names
+    assert (recorder.recorded, recorder.replayed) == (1, 200)
+
+
+@pytest.mark.parametrize("bad_first", [False, True])
+@pytest.mark.parametrize("optimizer", [None, MUON], ids=["SGD", "Muon"])
+def test_recording_leaves_no_trace(optimizer: Any, bad_first: bool) -> None:
+    """Its warm-up steps are as if they had not been, also where the first step is skipped, and with other sizes later."""
+    config = {"optimizer": optimizer} if optimizer else {}
+    eager, ours = (at_level(name, small_net(), global_images=8, **config) for name in ("eager", "captured"))
+    for step, size in enumerate((16, 16, 32, 16, 24, 32)):
+        images, labels = batch(8, seed=step)
+        images = images[:, :, :size, :size] * (float("nan") if bad_first and step == 0 else 1.0)
+        for engine in (eager, ours):
+            torch.manual_seed(step)
+            train_step(engine, [(images, labels)], 0.5, 0.0, Tape(1, one_rank().device))
+            assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(step)))
+        assert same_bits(state_of(ours), state_of(eager)), step
+        assert counters(ours) == counters(eager)
+    assert ours._recorder.recorded == 3, "one for each size"
+
+
+def state_of(engine: Engine) -> dict[str, Tensor]:
+    return {name: value.nan_to_num(7.0) for name, value in snapshot(engine).items()}
+
+
+@pytest.mark.parametrize("optimizer", [None, MUON], ids=["SGD", "Muon"])
+def test_a_run_goes_on_at_another_level(optimizer: Any, tmp_path: Path) -> None:
+    """From a checkpoint of either, also in an engine that has recorded steps already; what is saved is plain numbers."""
+    config, here = {"optimizer": optimizer} if optimizer else {}, one_rank()
+    undisturbed = at_level("eager", small_net(0.3), global_images=8, **config)
+    train(undisturbed, range(40))
+    engine = at_level("captured", small_net(0.3), global_images=8, **config)
+    train(engine, range(10))
+    for step, level in ((10, "captured"), (20, "eager"), (30, "captured")):
+        saved = engine.full_state()
+        assert [group["lr"] for group in saved["groups"]] == [base * (step / 200) for base in engine.base_lrs]
+        checkpoint.save(tmp_path / str(step), engine, RunState(step=step), here, {}, keep=1)
+        engine = at_level(level, small_net(0.3), global_images=8, **config)
+        train(engine, range(3))
+        checkpoint.resume(tmp_path / str(step), None, engine, here, {})
+        train(engine, range(step, step + 10))
+    assert same_bits(snapshot(engine), snapshot(undisturbed))
+    assert counters(engine) == counters(undisturbed)
+
+
+def test_what_is_left_beside_a_replay() -> None:
+    """The images and labels put where the recording reads them, the learning rate, and a line on the tape."""
+    engine, tape = at_level("captured", small_net(0.3), global_images=8), Tape(4, one_rank().device)
+    train_step(engine, [batch(8)], 0.5, 0.1, tape)
+    (recording,) = engine._recordings.values()
+    results = recording._replay()
+    recording._replay = lambda: results
+    with CountOperations() as beside:
+        train_step(engine, [batch(8, seed=1)], 0.4, 0.1, tape)
+    random = {"aten.randn.generator": 1, "aten.randint.low_generator": 1, "aten.clone.default": 1}  # of `batch`
+    views = {"aten.select.int": 1}
+    launched = {"aten.copy_.default": 2, "aten.fill_.Scalar": 1, "aten._to_copy.default": 1, "aten.stack.out": 1}
+    assert beside.counts["core"] == Counter({**random, **views, **launched})
+
+
+def test_a_forward_is_recorded_only_where_it_trains() -> None:
+    """In evaluation the module answers as it is, with the statistics of training; and parts and names stay its own."""
+    recorder = CpuRecorder()
+    eager, ours = (at_level(name, small_net(), recorder, global_images=8) for name in ("eager", "graph"))
+    for step, size in enumerate((16, 32, 16)):
+        images, labels = batch(8, seed=step)
+        for engine in (eager, ours):
+            one_step(engine, [(images[:, :, :size, :size], labels)])
+    assert (recorder.recorded, recorder.replayed) == (2, 3)
+    twin = recorder.modules[0]
+    assert twin is not ours.module
+    assert all(one is other for one, other in zip(twin.parameters(), ours.module.parameters(), strict=True))
+    ours.module.eval()
+    eager.module.eval()
+    with torch.no_grad():
+        assert torch.equal(ours.module(batch(3)[0]), eager.module(batch(3)[0]))
+    assert recorder.replayed == 3
+    assert same_bits(snapshot(ours), snapshot(eager))
+
+
+def test_what_the_host_decides_cannot_be_recorded() -> None:
+    """The stand-in refuses what CUDA would: a value read on the host while a step is recorded."""
+
+    def peeks(engine: Engine, images: Tensor, labels: Tensor, multiplier: float) -> Tensor:
+        loss = nn.functional.cross_entropy(engine.forward(images), labels)
+        engine.backward(loss * (2.0 if loss.item() > 1 else 1.0))
+        engine.step(multiplier)
+        return loss.detach()
+
+    engine = at_level("captured", small_net(), global_images=8)
+    before = snapshot(engine)
+    with pytest.raises(RuntimeError, match="reads from the device"):
+        engine.micro_step(peeks, *batch(8), 1.0)
+    assert same_bits(snapshot(engine), before)
+
+
+REFUSED = {
+    "accumulation": {"accumulation": 2},
+    "ZeRO": {"zero_optimization": {"stage": 1}},
+    "an optimizer that skips on the host": {"optimizer": {"type": "RMSprop", "params": {"lr": 0.001}}},
+}
+
+
+@pytest.mark.parametrize("config", REFUSED.values(), ids=REFUSED)
+def test_the_engine_refuses_to_capture_what_it_cannot(config: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="captured is for one rank, one pass a step, no ZeRO"):
+        at_level("captured", small_net(), global_images=8, **config)
+
+
+@pytest.mark.parametrize("level", ["graph", "captured"])
+def test_without_a_gpu_there_is_no_graph(level: str) -> None:
+    """However the engine was reached: the stand-in of this file is no choice of the program's."""
+    engine = make_engine(one_rank(), small_net(), global_images=8)
+    with pytest.raises(UsageError, match=f"--engine-level {level} needs a GPU, for CUDA graphs; take --engine-level eager"):
+        Engine(engine.deepspeed, one_rank(), 0, level)
