@@ -1,0 +1,20 @@
+"""The default's network in a fraction of its time: Muon, batch 500, bf16 where the machine computes in it, 24 epochs.
+
+uv run python main.py --recipe bn_cnn_fast
+"""
+
+from cifar10.recipe import Experiment, Recipe
+
+EXPERIMENT = Experiment(
+    Recipe(
+        epochs=24,
+        warmup_epochs=0,
+        lr_shape="linear",
+        val_images=5_000,
+        crop_padding=3,
+        alternate_flip=True,
+        label_smoothing=0.1,
+    ),
+    deepspeed_config="recipes/bn_cnn_fast.json",
+    precision=("bf16", "fp32"),
+)
