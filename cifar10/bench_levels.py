@@ -4,7 +4,9 @@ Every loop trains the recipe's network from the same weights on the same images,
 device. `plain PyTorch` is forward, loss, backward, clipping and fused SGD as anyone would write them for speed: no engine,
 no guard against bad steps, nothing counted but the loss, and nothing read back until a round is over. The others are this
 program's own step at the levels of `--engine-level`. Loops take turns, round by round, so that whatever else the machine
-does meets all of them, and only ratios of one run mean something.
+does meets all of them, and only ratios of one run mean something. Where others use the same cores, the time that this process
+computed says more than the time that went by: `times by CPU time` is plain PyTorch's over a loop's own. (On a GPU it is the
+host's share, and the other column is the answer.)
 """
 
 from __future__ import annotations
@@ -49,12 +51,12 @@ class Loop:
     batches: Iterator[list[MicroBatch]]
     losses: list[float]
 
-    def seconds(self, steps: int) -> float:
-        """The wall time of the next steps, until the device has done them."""
-        started = time.perf_counter()
+    def seconds(self, steps: int) -> tuple[float, float]:
+        """The wall time of the next steps, until the device has done them, and the CPU time of all threads of this process."""
+        started, computed = time.perf_counter(), time.process_time()
         losses = [self.step(next(self.batches)) for _ in range(steps)]
         self.losses += torch.stack(losses).tolist()  # waits for the device
-        return time.perf_counter() - started
+        return time.perf_counter() - started, time.process_time() - computed
 
     def waits(self) -> int | None:
         """How often the host waits for the device in a step; None on a CPU, which has no such thing."""
@@ -129,16 +131,21 @@ def take_turns(
     """Images per second of each way to take a step, its times as fast as plain PyTorch, and the loss that it came to."""
     loops = {name: Loop(step, steps_of(loader), []) for name, step in steps.items()}
     speeds: dict[str, list[float]] = {name: [] for name in loops}
+    computed: dict[str, list[float]] = {name: [] for name in loops}  # seconds of CPU time
     for loop in loops.values():  # compilers and libraries do once what they do once
         loop.seconds(max(3, warmup_steps))
     for _ in range(rounds):
         for name, loop in loops.items():
             loop.seconds(max(1, warmup_steps))
-            speeds[name].append(timed_steps * loader.global_images / loop.seconds(timed_steps))
+            wall_seconds, cpu_seconds = loop.seconds(timed_steps)
+            speeds[name].append(timed_steps * loader.global_images / wall_seconds)
+            computed[name].append(cpu_seconds)
     rows = {}
     for name, loop in loops.items():
         per_round = [ours / plain for ours, plain in zip(speeds[name], speeds[PLAIN], strict=True)]
         row = {"images_per_second": speeds[name], "median": median(speeds[name]), "per_round": per_round}
+        by_cpu = [plain / ours for ours, plain in zip(computed[name], computed[PLAIN], strict=True)]
+        row |= {"cpu_seconds": computed[name], "cpu_ratio": median(by_cpu), "cpu_per_round": by_cpu}
         ratio = {"ratio": median(speeds[name]) / median(speeds[PLAIN])}
         rows[name] = {**row, **ratio, "final_loss": fmean(loop.losses[-LAST_STEPS:]), "waits_per_step": loop.waits()}
     return rows
@@ -146,13 +153,15 @@ def take_turns(
 
 def show(title: str, cells: dict[str, dict[str, dict[str, Any]]], console: Console) -> None:
     """A row for each cell and way to take a step."""
-    heads = ("images/s, median", "times plain PyTorch", "min .. max of rounds", f"loss, last {LAST_STEPS}", "waits a step")
+    heads = ("images/s, median", "times plain", "min .. max of rounds", "times by CPU time", "min .. max of rounds")
+    heads = (*heads, f"loss, last {LAST_STEPS}", "waits a step")
     table = Table("", "step", *heads, title=title)
     for cell, rows in cells.items():
         for name, row in rows.items():
-            spread = f"{min(row['per_round']):.2f} .. {max(row['per_round']):.2f}"
+            spread, by_cpu = (f"{min(row[key]):.2f} .. {max(row[key]):.2f}" for key in ("per_round", "cpu_per_round"))
             waits = "-" if row["waits_per_step"] is None else str(row["waits_per_step"])
-            table.add_row(cell, name, f"{row['median']:,.0f}", f"{row['ratio']:.2f}", spread, f"{row['final_loss']:.4f}", waits)
+            times = f"{row['median']:,.0f}", f"{row['ratio']:.2f}", spread, f"{row['cpu_ratio']:.2f}", by_cpu
+            table.add_row(cell, name, *times, f"{row['final_loss']:.4f}", waits)
         table.add_section()
     for column in table.columns[2:]:
         column.justify = "right"

@@ -138,7 +138,7 @@ def run(
         dataset: The images: the real data set, or synthetic ones that need no download.
         data_dir: Where CIFAR-10 lies, or is downloaded to (default: $CIFAR10_DIR, else data/).
         recipe: What is trained.
-        ranks: Numbers of ranks, the first being what the others are compared with.
+        ranks: Numbers of ranks, the first being what the others are compared with; with none, only the engine is measured.
         batch: Images per step over all ranks.
         rounds: How often each is measured, in turns.
         run_steps: Steps of a run on several ranks.
@@ -148,7 +148,7 @@ def run(
         precisions: Those in which one rank is measured.
         json_file: Where to write the numbers of every round.
     """
-    if min(len(ranks), *ranks, batch, rounds, run_steps, steps, warmup_steps + 1, threads) < 1:
+    if min(*ranks, batch, rounds, run_steps, steps, warmup_steps + 1, threads) < 1:
         raise UsageError("--ranks, --batch, --rounds, --run-steps, --steps and --threads must be whole numbers from 1 up")
     images = {"--recipe": recipe, "--dataset": dataset, "--data-dir": data_dir}
     of_run = {"--global-batch-size": batch, "--max-steps": run_steps, "--threads": threads, "--log-every-steps": 100}
@@ -156,9 +156,10 @@ def run(
     flags = [str(word) for pair in {**images, **of_run, **whole}.items() if pair[1] is not None for word in pair]
     console, sizes = Console(highlight=False), {"rounds": rounds, "steps": steps, "warmup_steps": warmup_steps}
     with measuring(threads, console) as (here, environment):
-        by_ranks = measure_ranks(flags, ranks, rounds, console)
+        by_ranks = measure_ranks(flags, ranks, rounds, console) if ranks else {}
         cells = measure_engine(images, here, batch, precisions, **sizes)
-    show_ranks(by_ranks, batch, console)
+    if ranks:
+        show_ranks(by_ranks, batch, console)
     bench_levels.show(f"one rank's step, {batch} images, {threads} threads", cells, console)
     if json_file is not None:
         settings = {"recipe": recipe, "dataset": dataset, "batch_images": batch, "run_steps": run_steps, **sizes}
