@@ -40,7 +40,7 @@ PARTS: dict[str, set[str]] = {
     "to_wandb": {"files", "metrics"},
     "record": {"datasets", "predictions", "recipe", "run_folder", "settings"},
     "measures": {"predictions"},
-    "samples": {"augment", "data", "datasets", "loader", "measures", "predictions", "recipe"},
+    "samples": {"augment", "data", "datasets", "draws", "measures", "predictions", "recipe"},
     "pictures": {"measures", "record", "samples"},
     "pages": {"files", "measures", "metrics", "pictures", "recipe", "record", "samples", "settings"},
     "sweep": {"measures", "pages", "record"},

@@ -106,7 +106,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setitem(DATASETS, name, dataclasses.replace(dataset, train_images=200, test_images=200))
 
 
-RECIPES = ["--dataset synthetic", "--recipe mnist_synthetic", "--dataset synthetic --resize 40 --image-size 32"]
+RECIPES = [
+    "--dataset synthetic",
+    "--recipe mnist_synthetic",
+    "--dataset synthetic --resize 40 --image-size 32",
+    "--dataset synthetic --resize 24 --crop-padding 1 --alternate-flip",
+    "--dataset synthetic --first-sizes 16 24 --first-epochs 1 1 --crop-padding 2 --alternate-flip",
+]
 
 
 @pytest.mark.parametrize("flags", RECIPES)
@@ -123,6 +129,15 @@ def test_the_augmented_images_are_those_that_the_story_trains_on(flags, ranks, s
     normalise = augment.Normalise(plan.recipe.mean, plan.recipe.std, torch.device("cpu"))
     assert its_labels.tolist() == labels.tolist()
     assert torch.equal(normalise(shown), images)
+
+
+def test_a_sheet_takes_the_memory_of_the_images_that_it_shows(small, monkeypatch):
+    packed = []
+    pack = augment.pack
+    monkeypatch.setattr(augment, "pack", lambda images, *how: packed.append(len(images)) or pack(images, *how))
+    recipe = dataclasses.replace(load("bn_cnn").recipe, dataset="synthetic", val_images=50)
+    samples.first_augmented(recipe, samples.read_images(recipe, "train", Path("nowhere")))
+    assert packed == [samples.SHOWN]
 
 
 def test_the_sheet_shows_the_worst_mistakes_with_their_images():
