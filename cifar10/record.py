@@ -144,7 +144,8 @@ def open_record(folder: Path) -> Record:
     config = read_json(folder / "ds_config.json") or {}
     epochs, steps = _epochs(folder / "metrics.csv"), _steps(folder / "steps.csv")
     record = Record(folder, str(recipe.get("recipe", "?")), settings, config, summary or {}, starts, epochs, steps)
-    for key in ("train_accuracy", "val_accuracy", "test_accuracy", "steps", "epochs", "train_seconds", "seed", "test_images"):
+    accuracies = ("train_accuracy", "val_accuracy", "test_accuracy", "test_accuracy_tta")
+    for key in (*accuracies, "steps", "epochs", "train_seconds", "seed", "test_images"):
         record.number(key)
     return record
 

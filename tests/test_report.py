@@ -269,6 +269,24 @@ def test_a_run_under_way_is_reported_with_what_there_is(tmp_path):
     assert "not started" in words(folder / "report.html")
 
 
+def test_accuracy_with_several_views_stands_beside_the_plain_one(tmp_path):
+    folder = make_run(tmp_path / "run", tta="mirror+translate")
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"test_accuracy_tta": 0.5321}))
+    pages.make_report(folder, tmp_path)
+    said = words(folder / "report.html")
+    assert "test accuracy 50.00%" in said
+    assert "test accuracy, several views 53.21% the same images, with test-time augmentation (mirror+translate)" in said
+
+
+def test_where_nothing_is_held_out_no_validation_has_chosen_the_model(tmp_path):
+    folder = make_run(tmp_path / "run", val_images=0)
+    pages.make_report(folder, tmp_path)
+    said = words(folder / "report.html")
+    assert "last model, 200 images" in said
+    assert "validation chose" not in said
+
+
 def test_without_the_data_set_the_sheets_are_left_out_and_it_is_said(tmp_path):
     folder = make_run(tmp_path / "run")
     with_answers(folder)
