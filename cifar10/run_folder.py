@@ -51,6 +51,12 @@ def choose(output_dir: Path | None, recipe: str) -> Path:
     raise UsageError("runs/ is full of runs of this second; name an --output-dir")
 
 
+def title(folder: Path) -> str:
+    """What people call a run: its folder's name, with the one above it where that is needed to know a seed_0 from another."""
+    place = folder.absolute()
+    return f"{place.parent.name}/{place.name}" if place.name.startswith("seed_") else place.name
+
+
 def refuse_unwritable(folder: Path) -> None:
     """Raise UsageError unless `folder`, or the nearest folder above it that exists, can be written to."""
     try:

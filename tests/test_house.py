@@ -37,7 +37,7 @@ PARTS: dict[str, set[str]] = {
     "report": {"datasets", "metrics", "overview", "preflight", "state", "tta"},
     "predictions": {"files"},
     "to_tensorboard": {"metrics"},
-    "to_wandb": {"files", "metrics"},
+    "to_wandb": {"metrics", "run_folder"},
     "record": {"datasets", "predictions", "recipe", "run_folder", "settings"},
     "measures": {"predictions"},
     "samples": {"augment", "data", "datasets", "draws", "measures", "predictions", "recipe"},
