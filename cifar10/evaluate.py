@@ -8,7 +8,6 @@ test split the accuracy is the one in summary.json.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,14 +40,9 @@ CONFUSIONS = 5  # that are shown
 # --- the images of a split ----------------------------------------------------------------------------------------------
 
 
-def data_folder(data_dir: Path | None) -> Path:
-    """--data-dir, else $CIFAR10_DIR, else data/."""
-    return data_dir or Path(os.environ.get("CIFAR10_DIR") or "data")
-
-
 def split_images(found: Trained, split: Split, data_dir: Path | None) -> Images:
     """All images of a split as the run had it, in their fixed order. Raises UsageError if there are none."""
-    recipe, folder = found.recipe, data_folder(data_dir)
+    recipe, folder = found.recipe, datasets.folder(data_dir)
     if split == "val" and not recipe.val_images:
         raise UsageError(f"--split val: recipe {recipe.model} held no images out (val_images is 0); type --split train or test")
     if found.dataset.ensure:

@@ -5,7 +5,9 @@ environment.json                versions, commit, hardware, command of each star
 metrics.csv  steps.csv          what was measured; tensorboard/ and wandb/ hold the same for their viewers
 wandb_run.json                  the run's id at Weights & Biases
 summary.json                    how it stands: running, stopped, failed or finished, and the results
-checkpoints/                    see checkpoint.py
+test_predictions.npz            what best_model answered; evaluate leaves those of other splits beside it
+report.html  report/            the run as a page, and its pictures
+checkpoints/                    see checkpoint.py; export/ is made from one
 """
 
 from __future__ import annotations
