@@ -95,7 +95,8 @@ def initial_model(plan: Plan) -> tuple[nn.Module, list[str]]:
     model = build_model(recipe.model, recipe.seed)
     notes = load(model, recipe.model, recipe.weights)
     refuse_not_finite(model, recipe.model)
-    refuse_other_images(model, recipe.model, plan.image_shape, len(plan.dataset.classes))
+    for shape in (plan.image_shape, *((plan.dataset.channels, size, size) for size in recipe.first_sizes)):
+        refuse_other_images(model, recipe.model, shape, len(plan.dataset.classes))
     return model, notes
 
 

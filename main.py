@@ -264,6 +264,8 @@ def train_seeds(machines: Machines, ranks: int, flags: list[str], plan: Plan, ou
     seeds, of_each = range(plan.recipe.seed, plan.recipe.seed + (machines.seeds or 1)), replace(machines, seeds=None)
     for seed in seeds:
         preflight.check(sweep.flags_of(flags, output, seed), ranks, "main.py")
+    if len(seeds) > 1:  # each is a run of its own at W&B, whose id a sweep's agent chooses for one
+        os.environ.pop("WANDB_RUN_ID", None)
     for number in SIGNALS:  # between two runs; a run in progress has its own way to stop
         signal.signal(number, lambda *_: sys.exit(RESUMABLE))
 

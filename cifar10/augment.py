@@ -115,10 +115,10 @@ def normalised(store: PixelStore, normalise: Normalise) -> PixelStore:
     return replace(store, pixels=words.view(torch.int64).view(-1))
 
 
-def random_crop_and_mirror(
+def draw(
     store: PixelStore, indices: Tensor, *, seed: int, epoch: int, flip: bool, alternate: bool = False
-) -> Tensor:
-    """Each image's own crop and mirroring for this epoch: int64 [B] -> uint8 [B, C, size, size].
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each image's own crop and mirroring for this epoch: int64 [B] -> top, left, mirrored, int64 [B] each.
 
     One draw a sample picks a cell of (side - size + 1)^2 crops, times two if images are mirrored at random. If mirroring
     alternates (Jordan 2024, arXiv 2404.00498), the draw of epoch 0 says how an image begins.
@@ -129,7 +129,14 @@ def random_crop_and_mirror(
     if flip and alternate:
         first = draws.below(offsets * offsets * sides, seed, 0, indices) % sides
         mirrored = (first + epoch) % 2
-    return gather(store, indices, crop // offsets, crop % offsets, mirrored)
+    return crop // offsets, crop % offsets, mirrored
+
+
+def random_crop_and_mirror(
+    store: PixelStore, indices: Tensor, *, seed: int, epoch: int, flip: bool, alternate: bool = False
+) -> Tensor:
+    """These images, cropped and mirrored as `draw` says: int64 [B] -> uint8 or bf16 [B, C, size, size]."""
+    return gather(store, indices, *draw(store, indices, seed=seed, epoch=epoch, flip=flip, alternate=alternate))
 
 
 def centre(store: PixelStore, indices: Tensor) -> Tensor:

@@ -16,11 +16,17 @@ def _measured(name: str) -> str:
     runs = [run for run in summaries if run["recipe"] == name and run["status"] == "finished"]
     if not runs:
         return "not measured"
-    accuracies, recipe = [100 * run["test_accuracy"] for run in runs], load(name).recipe
-    spread = f" ± {stdev(accuracies):.2f}" if len(runs) > 1 else ""
+    recipe = load(name).recipe
     cut = "" if runs[0]["epochs"] == recipe.epochs else f" of its {recipe.epochs:g}"
     how = f"n = {len(runs)}, {runs[0]['epochs']:g}{cut} epochs"
-    return f"{mean(accuracies):.2f}{spread}% of {recipe.dataset}'s test images ({how})"
+    views = [run["test_accuracy_tta"] for run in runs if run.get("test_accuracy_tta") is not None]
+    also = f"; {_spread(views)} with test-time augmentation" if len(views) == len(runs) else ""
+    return f"{_spread([run['test_accuracy'] for run in runs])} of {recipe.dataset}'s test images ({how}){also}"
+
+
+def _spread(accuracies: list[float]) -> str:
+    percent = [100 * accuracy for accuracy in accuracies]
+    return f"{mean(percent):.2f}{f' ± {stdev(percent):.2f}' if len(percent) > 1 else ''}%"
 
 
 def table() -> str:

@@ -317,10 +317,15 @@ def load_cifar10(data_dir: Path, split: Literal["train", "test"]) -> Images:
 
     Call `ensure_cifar10` first; a file that is damaged here and now is a UsageError.
     """
-    batches = [_unpickled(data_dir / FOLDER / name) for name in SPLIT_FILES[split]]
-    pixels = np.empty((sum(len(labels) for _, labels in batches), 32, 32, 3), np.uint8)
-    np.concatenate([pixels for pixels, _ in batches], out=pixels)
-    return Images(pixels, np.concatenate([np.asarray(labels, np.int64) for _, labels in batches]))
+    labels: list[int] = []
+    pixels = np.empty((0, 32, 32, 3), np.uint8)
+    for number, name in enumerate(SPLIT_FILES[split]):  # one in memory at a time; all have equally many images
+        its_pixels, its_labels = _unpickled(data_dir / FOLDER / name)
+        if number == 0:
+            pixels = np.empty((len(SPLIT_FILES[split]) * len(its_labels), 32, 32, 3), np.uint8)
+        pixels[len(labels) : len(labels) + len(its_labels)] = its_pixels
+        labels += its_labels
+    return Images(pixels, np.array(labels, np.int64))
 
 
 def _words(key: int, stream: int) -> np.random.Philox:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,11 @@ DATASETS: dict[str, DataSet] = {
         " chance",
     ),
 }
+
+
+def folder(data_dir: Path | None) -> Path:
+    """Where data sets lie: --data-dir, else $CIFAR10_DIR, else data/."""
+    return data_dir or Path(os.environ.get("CIFAR10_DIR") or "data")
 
 
 def load(name: str, split: Split, data_dir: Path, seed: int) -> Images:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json as json_format
-import netrc
 import os
 import platform
 import re
@@ -489,34 +488,30 @@ def check_ports(_: Patient) -> Iterator[Finding]:
         yield Finding("ports", OK, f"{host}:{port} can be reached")
 
 
-def _wandb_login() -> tuple[str, str]:
-    """(the key, where it is from); the key is empty if there is none."""
-    if key := os.environ.get("WANDB_API_KEY"):
-        return key, "WANDB_API_KEY"
-    server = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
-    files = [os.environ.get("NETRC"), Path.home() / ".netrc", Path.home() / "_netrc"]
-    for file in filter(None, files):
-        with contextlib.suppress(OSError, netrc.NetrcParseError):
-            if found := netrc.netrc(str(file)).authenticators(server):
-                return found[2] or "", str(file)
-    return "", ""
-
-
 def check_wandb(_: Patient) -> Iterator[Finding]:
     if importlib.util.find_spec("wandb") is None:
         yield Finding("W&B", WARN, "wandb is not installed: runs are not logged there", "uv sync, if they should be")
         return
-    key, source = _wandb_login()
-    mode = os.environ.get("WANDB_MODE", "online")
-    if mode in ("disabled", "offline", "dryrun"):
-        yield Finding("W&B", OK, f"WANDB_MODE is {mode}")
-    elif not key:
+    try:
+        from cifar10.to_wandb import choose_mode, find_key, has_login
+    except ImportError as error:
+        yield Finding("W&B", FAIL, f"not known: {error}", "uv sync")
+        return
+    mode, (key, source) = choose_mode("auto", os.environ), find_key(os.environ)
+    if mode == "offline":
+        yield Finding("W&B", OK, f"WANDB_MODE is {os.environ['WANDB_MODE']}: runs are recorded for wandb sync")
+    elif mode == "off" and has_login(os.environ):
+        yield Finding("W&B", OK, "WANDB_MODE or WANDB_DISABLED switches it off")
+    elif mode == "off":
         yield Finding("W&B", OK, "nobody is logged in, so runs are not logged there; wandb login would change that")
-    elif len(key) < 40:
+    elif not has_login(os.environ):
+        cure = "wandb login, or export WANDB_MODE=offline; a run trains on without it"
+        yield Finding("W&B", WARN, "WANDB_MODE is online, and there is no key", cure)
+    elif key and len(key) < 40:
         cure = "wandb login --relogin with a key from https://wandb.ai/authorize, or unset WANDB_API_KEY"
         yield Finding("W&B", WARN, f"the key in {source} has {len(key)} characters; wandb takes none below 40", cure)
     else:
-        yield Finding("W&B", OK, f"a key is in {source}: runs can be logged there")
+        yield Finding("W&B", OK, f"a key is in {source or 'WANDB_IDENTITY_TOKEN_FILE'}: runs are logged there")
 
 
 def check_slurm(_: Patient) -> Iterator[Finding]:

@@ -8,8 +8,8 @@ test split the accuracy is the one in summary.json.
 from __future__ import annotations
 
 import json
-import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -40,14 +40,9 @@ CONFUSIONS = 5  # that are shown
 # --- the images of a split ----------------------------------------------------------------------------------------------
 
 
-def data_folder(data_dir: Path | None) -> Path:
-    """--data-dir, else $CIFAR10_DIR, else data/."""
-    return data_dir or Path(os.environ.get("CIFAR10_DIR") or "data")
-
-
 def split_images(found: Trained, split: Split, data_dir: Path | None) -> Images:
     """All images of a split as the run had it, in their fixed order. Raises UsageError if there are none."""
-    recipe, folder = found.recipe, data_folder(data_dir)
+    recipe, folder = found.recipe, datasets.folder(data_dir)
     if split == "val" and not recipe.val_images:
         raise UsageError(f"--split val: recipe {recipe.model} held no images out (val_images is 0); type --split train or test")
     if found.dataset.ensure:
@@ -137,6 +132,11 @@ def predictions_file(split: Split, which: str, tta: Tta) -> str:
     return f"{split}_predictions{extra}.npz"
 
 
+def looks_again_below(found: Trained, tta: Tta) -> float:
+    """Of which images there are more views: those that the recipe's own test looks at again, else all of them."""
+    return found.recipe.tta_below if tta == found.recipe.tta else 1.0
+
+
 def measure(found: Trained, here: World, split: Split, tta: Tta, data_dir: Path | None, num_images: int | None) -> Evaluation:
     """Evaluate, and keep the logits of a whole split in the run's folder, if the model lies in one."""
     whole = split_images(found, split, data_dir)
@@ -146,7 +146,7 @@ def measure(found: Trained, here: World, split: Split, tta: Tta, data_dir: Path 
     plain, predictions = answers(found.model, images, found, here)
     with_views = None
     if tta != "none":
-        with_views, predictions = answers(Augmented(found.model, tta), images, found, here)
+        with_views, predictions = answers(Augmented(found.model, tta, looks_again_below(found, tta)), images, found, here)
     written = None
     if found.run is not None and len(images) == len(whole):
         file = found.run / predictions_file(split, found.which, tta)
@@ -157,16 +157,21 @@ def measure(found: Trained, here: World, split: Split, tta: Tta, data_dir: Path 
 # --- saying it ----------------------------------------------------------------------------------------------------------
 
 
-def beside_the_runs_own(done: Evaluation) -> str | None:
-    """How the accuracy compares with the one in the run's summary.json; None where that is of something else."""
+def beside_the_runs_own(done: Evaluation) -> Iterator[str]:
+    """How accuracies compare with those in the run's summary.json; nothing where these are of something else."""
     found = done.found
     summary = (run_folder.read_json(found.run / "summary.json") if found.run else None) or {}
-    own = summary.get("test_accuracy")
-    if done.split != "test" or found.which != "best_model" or own is None or summary.get("test_images") != done.images:
-        return None
-    if own == done.plain.accuracy:
-        return f"the run's own test came to the same {own:.2%}"
-    return f"the run's own test came to {own:.2%}: other ranks, threads or libraries round differently"
+    if done.split != "test" or found.which != "best_model" or summary.get("test_images") != done.images:
+        return
+    results = [("own test", "test_accuracy", done.plain)]
+    if done.with_views and done.tta == found.recipe.tta:
+        results.append((f"own test with {done.tta}", "test_accuracy_tta", done.with_views))
+    for name, key, result in results:
+        own = summary.get(key)
+        if own == result.accuracy:
+            yield f"the run's {name} came to the same {own:.2%}"
+        elif own is not None:
+            yield f"the run's {name} came to {own:.2%}: other ranks, threads or libraries round differently"
 
 
 def _percent(value: float | None) -> str:
@@ -182,11 +187,13 @@ def show(done: Evaluation, console: Console) -> None:
     console.print(f"{done.split} accuracy {done.plain.accuracy:.2%}  loss {done.plain.loss:.4f}")
     if done.with_views:
         gain = 100 * (done.with_views.accuracy - done.plain.accuracy)
+        below = looks_again_below(found, done.tta)
+        unsure = f" of images of which the model is less than {below:.0%} sure" if below < 1 else ""
         console.print(
             f"{done.split} accuracy {done.with_views.accuracy:.2%}  loss {done.with_views.loss:.4f}"
-            f"  with --tta {done.tta} ({gain:+.2f} points); all that follows is with it"
+            f"  with --tta {done.tta}{unsure} ({gain:+.2f} points); all that follows is with it"
         )
-    if line := beside_the_runs_own(done):
+    for line in beside_the_runs_own(done):
         console.print(line)
     console.print(f"calibration error {calibration(done.predictions).error:.2%}  (ECE, {BINS} bins)")
     table = Table("class", "images", "answered right", "answers that are right")
@@ -219,6 +226,7 @@ def run(
         where: A run's folder, its checkpoints/best_model or checkpoints/final, a file of weights, or an export's folder.
         split: train and val as the run split them; train images are not augmented here.
         tta: Test-time augmentation: the mean of the logits for several views of each image: mirror, or also shifted by a pixel.
+            The kind that the recipe has is done as the run's own test did it, also with its tta_below.
         which: Of a run's folder, the model that validation chose or the last one.
         data_dir: Where the data set lies, or is downloaded to (default: $CIFAR10_DIR, else data/).
         images: Only the first so many; nothing is written then.

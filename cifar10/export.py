@@ -22,6 +22,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import time
 import warnings
@@ -112,6 +113,14 @@ def how_to_feed(found: Trained) -> dict[str, str]:
     }
 
 
+def _model_source(name: str) -> str:
+    """A file of cifar10/models, with those of them that it imports in the place of the imports."""
+    source = inspect.getsource(importlib.import_module(f"cifar10.models.{name}"))
+    others = re.compile(r"^from cifar10\.models\.(\w+) import .*\n", re.M)
+    before = "".join(re.sub(r"^build = .*\n", "", _model_source(other), flags=re.M) for other in others.findall(source))
+    return before + others.sub("", source)
+
+
 def network_source(found: Trained) -> str:
     """A Python file that builds the network with PyTorch alone, and normalises for it."""
     feed, about = how_to_feed(found), found.about
@@ -122,7 +131,7 @@ def network_source(found: Trained) -> str:
         body = f"{imports}\n\n{inspect.getsource(story.CIFAR10CNNEnhanced)}"
         build = f"CIFAR10CNNEnhanced({CHANNELS[name]!r})"
     else:
-        body = inspect.getsource(importlib.import_module(f"cifar10.models.{name}")).replace("\nbuild = ", "\nbuild_network = ")
+        body = _model_source(name).replace("\nbuild = ", "\nbuild_network = ")
         body = body.replace("\ndef build(", "\ndef build_network(")
         build = "build_network()"
     doc = (
@@ -144,7 +153,8 @@ def network_source(found: Trained) -> str:
         "    import torch\n\n"
         "    return (images - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]\n"
     )
-    return doc + body + tail
+    first = "from __future__ import annotations\n"  # which must come first, and once
+    return doc + first + "\n" + body.replace(first, "") + tail
 
 
 # --- writing, and reading back ------------------------------------------------------------------------------------------

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+from os.path import relpath
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import quote
 
 import tyro
 
@@ -66,8 +69,8 @@ def _commits(group: Sequence[Record]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Names are text: nothing of them starts another cell, a line or a tag."""
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+    """Names are text: nothing of them starts another cell, a line, a link or a tag."""
+    return " ".join(re.sub(r"([\\|\[\]])", r"\\\1", text).replace("<", "&lt;").split())
 
 
 def _row(label: str, link: str, group: Sequence[Record]) -> tuple[tuple[str, float], str]:
@@ -92,8 +95,11 @@ def _row(label: str, link: str, group: Sequence[Record]) -> tuple[tuple[str, flo
     return (dataset, -(tested.mean if tested else -1.0)), f"| {' | '.join(cells)} |"
 
 
-def page(folders: Sequence[Path]) -> str:
-    """Markdown: a row for each experiment in each campaign, a folder of runs; by data set, the best first."""
+def page(folders: Sequence[Path], output: Path | None = None) -> str:
+    """Markdown: a row for each experiment in each campaign, a folder of runs; by data set, the best first.
+
+    Links to campaigns lead there from the folder of `output`, or, if there is none, from the folder that they were found in.
+    """
     groups, links = [], []
     for root in folders:
         campaigns: dict[Path, list[Record]] = {}
@@ -102,7 +108,7 @@ def page(folders: Sequence[Path]) -> str:
         for campaign, records in campaigns.items():
             for group in by_experiment(records):
                 groups.append(group)
-                links.append(f"{campaign.relative_to(root).as_posix()}/")
+                links.append(f"{quote(Path(relpath(campaign, output.parent if output else root)).as_posix())}/")
     rows = sorted(_row(*one) for one in zip(group_labels(groups), links, groups, strict=True))
     right = {"epochs", "n", "minutes"}
     head = [f"| {' | '.join(COLUMNS)} |", f"|{'|'.join('---:' if name in right else '---' for name in COLUMNS)}|"]
@@ -119,7 +125,7 @@ def run(
         folders: Folders that hold runs, at any depth.
         output: Write the table to this file instead.
     """
-    text = page(folders)
+    text = page(folders, output)
     if output is None:
         print(text, end="")
         return

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from cifar10.datasets import DATASETS
 from cifar10.metrics import Section
 from cifar10.preflight import Plan
+from cifar10.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import nn
@@ -97,34 +99,38 @@ def model_section(model: nn.Module, image_shape: tuple[int, int, int]) -> Sectio
     return Section("model", [(*row[:-1], row[-1].rjust(digits)) for row in rows], ("layer", "kind", "output", "parameters"))
 
 
+def augmentation(recipe: Recipe) -> str:
+    """What training makes of an image before the network sees it, in words; "" if it stays as evaluation has it."""
+    dataset = DATASETS[recipe.dataset]
+    whole, words, epoch = recipe.resize or dataset.size, [], 1
+    for size, epochs in zip(recipe.first_sizes, recipe.first_epochs, strict=True):
+        when = f"epoch {epoch}" if epochs == 1 else f"epochs {epoch} to {epoch + epochs - 1}"
+        words.append(f"{'' if words else 'resized to '}{size}x{size} in {when}")
+        epoch += epochs
+    if recipe.resize and recipe.resize != dataset.size:
+        words.append(f"resized to {whole}x{whole}{' after them' if words else ''}")
+    cut = recipe.image_size or whole
+    if recipe.crop_padding or cut < whole:
+        padding = f" after padding by {recipe.crop_padding}" if recipe.crop_padding else ""
+        words.append(f"a random crop{'' if recipe.first_sizes else f' of {cut}x{cut}'}{padding}")
+    if recipe.flip:
+        words.append("mirrored in every other epoch" if recipe.alternate_flip else "mirrored at random")
+    return ", ".join(words)
+
+
 def data_section(plan: Plan) -> Section:
     """The images as they are on disk, and what training makes of them."""
     recipe, dataset = plan.recipe, plan.dataset
     kind = "grey" if dataset.channels == 1 else "colour"
-    padding = f" after {recipe.crop_padding} black pixels on each side" if recipe.crop_padding else ""
-    crop = [f"a random crop of {_times(plan.image_shape[1:])}{padding}"]
-    resized = [f"resized to {recipe.resize}x{recipe.resize}"] if recipe.resize else []
-    is_cropped = recipe.crop_padding > 0 or plan.image_shape[1] < (recipe.resize or dataset.size)
-    mirrored = ["mirrored every other epoch" if recipe.alternate_flip else "mirrored at random"]
-    phases = zip(recipe.first_sizes, recipe.first_epochs, strict=True)
-    first = [f"{count} at {size}x{size}" for size, count in phases]
-    resized += [f"first epochs: {', '.join(first)}"] if first else []
-    changes = [*resized, *(crop if is_cropped else []), *(mirrored if recipe.flip else [])]
     tested = dataset.test_images if plan.options.test_images is None else plan.options.test_images
-    test = f"{tested:,} test images are opened once, at the end" if tested else "the test images stay unopened"
+    again = "" if recipe.tta == "none" else ", without and with test-time augmentation"
+    test = f"{tested:,} test images are opened once, at the end{again}" if tested else "the test images stay unopened"
     rows = [
         ("images", f"{dataset.size}x{dataset.size}, {kind}, {len(dataset.classes)} classes; {test}"),
         ("classes", ", ".join(dataset.classes)),
-        ("augmentation", ", ".join(changes) or "none"),
+        ("augmentation", augmentation(recipe) or "none"),
     ]
     return Section("data set", rows)
-
-
-def _precision(config: dict[str, Any]) -> str:
-    autocast = config.get("torch_autocast", {})
-    if autocast.get("enabled"):
-        return f"torch_autocast {autocast.get('dtype', 'bfloat16')}, weights in fp32"
-    return next((name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled")), "fp32")
 
 
 def _learning_rate(plan: Plan) -> str:
@@ -133,8 +139,8 @@ def _learning_rate(plan: Plan) -> str:
         return f"moved by the JSON's {scheduler.get('type')}"
     warmup = min(recipe.warmup_epochs, recipe.epochs / 10)
     rises = f"a linear warmup over {warmup:g} epoch{'' if warmup == 1 else 's'}, then " if warmup else ""
-    shape = "a line" if recipe.lr_shape == "linear" else "a cosine"
-    return f"{rises}{shape} to 0, moving {recipe.lr_moves.replace('-', ' ')}"
+    falls = "a line" if recipe.lr_shape == "linear" else "a cosine"
+    return f"{rises}{falls} to 0, moving {recipe.lr_moves.replace('-', ' ')}"
 
 
 def training_section(plan: Plan) -> Section:
@@ -154,11 +160,12 @@ def training_section(plan: Plan) -> Section:
     watched = "validation" if recipe.val_images else "training"
     waits = f"after {recipe.patience} epochs in which the {watched} loss has not fallen by {recipe.min_improvement:g}"
     smoothing = f", label smoothing {recipe.label_smoothing:g}" if recipe.label_smoothing else ""
+    precision = "fp32" if plan.precision == "fp32" else f"{plan.precision} (torch_autocast), weights in fp32"
     rows = [
         ("batch", f"{batch.global_images} images a step: {ranks}{passes} x {batch.micro_images}; cross-entropy{smoothing}"),
         ("optimizer", f"{optimizer.get('type', 'the JSON has none')}: {words}" if words else str(optimizer.get("type"))),
         ("learning rate", _learning_rate(plan)),
-        ("precision", f"{_precision(config)}; ZeRO stage {stage}; {clipped}"),
+        ("precision", f"{precision}; ZeRO stage {stage}; {clipped}"),
         ("stops early", waits if recipe.patience else "never"),
     ]
     return Section("training", rows)

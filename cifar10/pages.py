@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cifar10 import UsageError, measures
+from cifar10 import UsageError, measures, overview
 from cifar10.files import written_whole
 from cifar10.measures import Spread, spread
 from cifar10.metrics import Sink
@@ -85,6 +85,7 @@ class Sheets:
 
     mistakes: list[Any]  # samples.Mistake
     augmented: list[tuple[np.ndarray, str]]  # pixels, class
+    augmentation: str  # in words
     left_out: list[str]
 
 
@@ -92,7 +93,7 @@ def _sheets(record: Record, data_dir: Path) -> Sheets:
     """Nothing is downloaded for a report."""
     from cifar10 import samples
 
-    mistakes, augmented, left_out = [], [], []
+    mistakes, augmented, words, left_out = [], [], "", []
     try:
         recipe = load(str(record.folder / "recipe.json")).recipe
         if record.predictions is not None:
@@ -102,9 +103,10 @@ def _sheets(record: Record, data_dir: Path) -> Sheets:
         pixels, labels = samples.first_augmented(recipe, images)
         names = record.classes(len(record.dataset.classes) if record.dataset else int(labels.max()) + 1)
         augmented = [(image, names[label]) for image, label in zip(pixels, labels, strict=True)]
+        words = overview.augmentation(recipe) or "neither cropped nor mirrored"
     except UsageError as error:
         left_out.append(f"the sheets of images: {error}")
-    return Sheets(mistakes, augmented, left_out)
+    return Sheets(mistakes, augmented, words, left_out)
 
 
 def _tiles(record: Record) -> list[dict[str, str]]:
@@ -112,13 +114,11 @@ def _tiles(record: Record) -> list[dict[str, str]]:
     tiles, images = [], record.number("test_images")
     if (test := record.number("test_accuracy")) is not None and images:
         low, high = measures.wilson(np.array(round(test * images)), np.array(images))
-        tiles.append(
-            {
-                "what": "test accuracy",
-                "value": percent(test),
-                "how": f"best model, {images:,.0f} images opened once; 95% interval {low:.1%} to {high:.1%}",
-            }
-        )
+        how = f"{_tested_model(record)}, {images:,.0f} images opened once; 95% interval {low:.1%} to {high:.1%}"
+        tiles.append({"what": "test accuracy", "value": percent(test), "how": how})
+    if (augmented := record.number("test_accuracy_tta")) is not None:
+        how = f"the same images, with test-time augmentation ({short(record.settings.get('tta', '?'))})"
+        tiles.append({"what": "test accuracy, several views", "value": percent(augmented), "how": how})
     if (val := record.number("val_accuracy")) is not None:
         held, which = record.settings.get("val_images"), "best model" if record.is_finished else "best model so far"
         how = f"{which}, {held:,} held-out images" if isinstance(held, int) else which
@@ -130,6 +130,15 @@ def _tiles(record: Record) -> list[dict[str, str]]:
         how = f"of training, at {speed:,.0f} images/s" if speed else "of training"
         tiles.append({"what": "time", "value": f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s", "how": how})
     return tiles
+
+
+def _holds_out(record: Record) -> bool:
+    return record.settings.get("val_images") != 0
+
+
+def _tested_model(record: Record) -> str:
+    """Where nothing is held out, best_model is the last one."""
+    return "best model" if _holds_out(record) else "last model"
 
 
 def _headline(record: Record) -> str:
@@ -151,19 +160,6 @@ def _train_means(record: Record) -> str:
     if record.settings.get("flip") or record.settings.get("crop_padding"):
         words.insert(0, "augmented images")
     return ", ".join([*words, f"targets smoothed by {smoothing:g}"] if isinstance(smoothing, float) and smoothing else words)
-
-
-def _augmentation(record: Record) -> str:
-    settings, words = record.settings, []
-    if settings.get("resize"):
-        words.append(f"resized to {short(settings['resize'])} pixels")
-    if settings.get("crop_padding"):
-        words.append(f"cropped at random out of {short(settings['crop_padding'])} pixels of black padding")
-    elif settings.get("image_size"):
-        words.append(f"cropped at random to {short(settings['image_size'])} pixels")
-    if settings.get("flip"):
-        words.append("mirrored at random")
-    return ", ".join(words) or "neither cropped nor mirrored"
 
 
 def _repeat(record: Record) -> str:
@@ -240,11 +236,12 @@ def make_report(folder: Path, data_dir: Path) -> Path:
         tiles=_tiles(record),
         plots={**dict.fromkeys(("curves", "optimisation", "confusion", "classes", "calibration")), **_uris(pngs)},
         train_means=_train_means(record),
+        holds_out=_holds_out(record),
         bins=measures.BINS,
         fewest=pictures.FEWEST,
         mistakes=[{"mistake": one, "image": data_uri(tile_png(one.pixels))} for one in sheets.mistakes],
         augmented=[{"name": name, "image": data_uri(tile_png(image))} for image, name in sheets.augmented],
-        augmentation=_augmentation(record),
+        augmentation=sheets.augmentation,
         left_out=[*left_out, *sheets.left_out],
         repeat=_repeat(record),
         started=[f"python {short(start['command'])}" for start in record.starts if "command" in start],

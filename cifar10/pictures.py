@@ -97,7 +97,8 @@ def curves(record: Record) -> Figure:
                 "linestyle": "none",
                 "markeredgecolor": "white",
             }
-            axes.plot([where], [rows[-1][measure]], label="test (best model)", zorder=5, **options)
+            which = "last" if record.settings.get("val_images") == 0 else "best"
+            axes.plot([where], [rows[-1][measure]], label=f"test ({which} model)", zorder=5, **options)
     above.set_title("Accuracy")
     above.yaxis.set_major_formatter(PercentFormatter(1.0))
     below.set_title("Loss (cross-entropy)")

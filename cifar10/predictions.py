@@ -15,7 +15,7 @@ import numpy as np
 from cifar10 import UsageError
 from cifar10.files import written_whole
 
-TEST_FILE = "test_predictions.npz"  # in a run's folder: best_model's, written by the run's own test
+TEST_FILE = "test_predictions.npz"  # in a run's folder: best_model's, written by the run's own test, and anew by evaluate
 
 
 @dataclass(frozen=True)

@@ -241,6 +241,8 @@ def check_recipe(recipe: Recipe) -> None:
     _check(recipe, "first_sizes", all(8 <= size <= 1024 for size in sizes), "pixels a side from 8 up")
     fits = len(epochs) == len(sizes) and all(count >= 1 for count in epochs)
     _check(recipe, "first_epochs", fits, f"{len(sizes)} whole numbers from 1 up, one for each of --first-sizes")
+    if recipe.lr_shape == "linear" and recipe.lr_moves == "per-epoch":
+        raise UsageError("--lr-shape linear moves at every step; type --lr-moves per-step, or --lr-shape cosine")
     for name in ("plateau_patience", "max_skipped_in_a_row"):
         _check(recipe, name, getattr(recipe, name) >= 1, "a whole number from 1 up")
     _check(recipe, "warmup_epochs", math.isfinite(recipe.warmup_epochs) and recipe.warmup_epochs >= 0, "a number from 0 up")

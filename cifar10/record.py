@@ -16,7 +16,7 @@ from cifar10 import UsageError
 from cifar10.datasets import DATASETS, DataSet
 from cifar10.predictions import TEST_FILE, Predictions, read
 from cifar10.recipe import RECIPE_DEFAULTS
-from cifar10.run_folder import read_json
+from cifar10.run_folder import read_json, title
 from cifar10.settings import FREE, flattened
 
 Row = dict[str, float]
@@ -45,9 +45,7 @@ class Record:
 
     @property
     def name(self) -> str:
-        """The folder's name; with the one above it where that is needed to know a seed_0 from another."""
-        place = self.folder.absolute()
-        return f"{place.parent.name}/{place.name}" if place.name.startswith("seed_") else place.name
+        return title(self.folder)
 
     @property
     def status(self) -> str:
@@ -144,7 +142,8 @@ def open_record(folder: Path) -> Record:
     config = read_json(folder / "ds_config.json") or {}
     epochs, steps = _epochs(folder / "metrics.csv"), _steps(folder / "steps.csv")
     record = Record(folder, str(recipe.get("recipe", "?")), settings, config, summary or {}, starts, epochs, steps)
-    for key in ("train_accuracy", "val_accuracy", "test_accuracy", "steps", "epochs", "train_seconds", "seed", "test_images"):
+    accuracies = ("train_accuracy", "val_accuracy", "test_accuracy", "test_accuracy_tta")
+    for key in (*accuracies, "steps", "epochs", "train_seconds", "seed", "test_images"):
         record.number(key)
     return record
 

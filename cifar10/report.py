@@ -121,7 +121,7 @@ def closing_lines(summary: dict[str, Any], val_images: int, plan: Plan) -> list[
     if summary.get("test_accuracy_tta") is not None:
         views = f"{VIEWS[plan.recipe.tta]} views of an image"
         unsure = f" of which the model is less than {plan.recipe.tta_below:.0%} sure" if plan.recipe.tta_below < 1 else ""
-        lines.append(f"               {summary['test_accuracy_tta']:.2%}  with test-time augmentation: {views}{unsure}")
+        lines.append(f"test accuracy  {summary['test_accuracy_tta']:.2%}  with test-time augmentation: {views}{unsure}")
     if plan.dataset.note:
         lines.append(f"note: {plan.dataset.note}")
     return lines

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from cifar10 import UsageError, pages
+from cifar10 import UsageError, datasets, pages
 
 
 def run(
@@ -26,7 +25,7 @@ def run(
     if not runs:
         raise UsageError("no RUN is given; type the folder of a run, as in python -m cifar10 report runs/mine")
     if len(runs) == 1 and output is None:
-        made = pages.make_report(runs[0], data_dir or Path(os.environ.get("CIFAR10_DIR") or "data"))
+        made = pages.make_report(runs[0], datasets.folder(data_dir))
     else:
         made = pages.make_comparison(runs, output or Path("compare.html"))
     print(f"report: {made}")

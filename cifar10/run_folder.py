@@ -5,7 +5,9 @@ environment.json                versions, commit, hardware, command of each star
 metrics.csv  steps.csv          what was measured; tensorboard/ and wandb/ hold the same for their viewers
 wandb_run.json                  the run's id at Weights & Biases
 summary.json                    how it stands: running, stopped, failed or finished, and the results
-checkpoints/                    see checkpoint.py
+test_predictions.npz            what best_model answered; evaluate leaves those of other splits beside it
+report.html  report/            the run as a page, and its pictures
+checkpoints/                    see checkpoint.py; export/ is made from one
 """
 
 from __future__ import annotations
@@ -49,6 +51,12 @@ def choose(output_dir: Path | None, recipe: str) -> Path:
         except OSError as error:
             raise UsageError(f"{folder} cannot be made ({error.strerror}); name an --output-dir") from None
     raise UsageError("runs/ is full of runs of this second; name an --output-dir")
+
+
+def title(folder: Path) -> str:
+    """What people call a run: its folder's name, with the one above it where that is needed to know a seed_0 from another."""
+    place = folder.absolute()
+    return f"{place.parent.name}/{place.name}" if place.name.startswith("seed_") else place.name
 
 
 def refuse_unwritable(folder: Path) -> None:

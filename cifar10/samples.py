@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cifar10 import augment, data, datasets
-from cifar10.loader import TrainLoader
+from cifar10 import augment, data, datasets, draws
 from cifar10.measures import worst_mistakes
 from cifar10.predictions import Predictions
 from cifar10.recipe import Recipe
@@ -37,17 +36,17 @@ def in_colour(pixels: np.ndarray) -> np.ndarray:
 def first_augmented(recipe: Recipe, images: data.Images, count: int = SHOWN) -> tuple[np.ndarray, np.ndarray]:
     """The first images that training saw, cropped and mirrored as it saw them: uint8 [count, S, S, 3], labels.
 
-    They come out of the loader itself, and are the same for any number of ranks; only the normalisation is undone.
+    Which they are and how they are cut is the loader's: functions of their places alone, the same for any number of ranks.
+    So only these few are packed, and not all that training saw.
     """
     train, _ = data.stratified_split(images.labels, recipe.val_images, recipe.split_seed)
-    cpu, count = torch.device("cpu"), min(count, len(train))
-    normalise = augment.Normalise(recipe.mean, recipe.std, cpu)
-    store = augment.pack(torch.from_numpy(images.pixels[train]), recipe.crop_padding, recipe.resize, recipe.image_size)
-    labels = torch.from_numpy(images.labels[train])
-    loader = TrainLoader(store, labels, normalise, recipe.flip, recipe.seed, count, count, rank=0, world_size=1)
-    seen, labels = next(loader.epoch(0))[0]
-    pixels = (seen * normalise.std + normalise.mean).mul(255).round().clamp(0, 255).to(torch.uint8)
-    return in_colour(pixels.permute(0, 2, 3, 1).numpy()), labels.numpy()
+    places = draws.permutation(len(train), recipe.seed, 0)[:count]  # among the training images
+    few = train[places.numpy()]
+    sizes = (recipe.first_sizes[0], 0) if recipe.first_sizes else (recipe.resize, recipe.image_size)
+    store = augment.pack(torch.from_numpy(images.pixels[few]), recipe.crop_padding, *sizes)
+    cut = augment.draw(store, places, seed=recipe.seed, epoch=0, flip=recipe.flip, alternate=recipe.alternate_flip)
+    seen = augment.gather(store, torch.arange(len(few)), *cut)
+    return in_colour(seen.permute(0, 2, 3, 1).numpy()), images.labels[few]
 
 
 def mistakes(predictions: Predictions, images: data.Images, classes: list[str], count: int = SHOWN) -> list[Mistake]:

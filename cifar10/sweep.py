@@ -43,18 +43,19 @@ def results(output: Path, seeds: Sequence[int]) -> list[Record]:
 
 
 def closing_lines(records: Sequence[Record]) -> list[str]:
-    """A line for each seed, and one for each split over the finished ones: mean, sample standard deviation, interval, n."""
+    """A line for each seed, and one for each accuracy over the finished ones: mean, sample standard deviation, interval, n."""
     done, splits = [record for record in records if record.is_finished], ("train", "val", "test")
     lines = [f"{len(done)} of {len(records)} seeds have finished:"]
     for record in records:
         accuracies = (f"{split} accuracy {percent(record.number(f'{split}_accuracy'))}" for split in splits)
         lines.append(f"{record.folder.name}: {record.status}; {', '.join(accuracies)}")
-    for split in splits:
-        values = [value for record in done if (value := record.number(f"{split}_accuracy")) is not None]
+    measured = {f"{split} accuracy": f"{split}_accuracy" for split in splits}
+    for words, key in {**measured, "test accuracy with test-time augmentation": "test_accuracy_tta"}.items():
+        values = [value for record in done if (value := record.number(key)) is not None]
         if values:
             found = spread(values)
             within = f", 95% interval of the mean {interval(found)}" if len(values) > 1 else ""
-            lines.append(f"{split} accuracy over seeds: {mean_and_sd(values)} (n = {len(values)}{within})")
+            lines.append(f"{words} over seeds: {mean_and_sd(values)} (n = {len(values)}{within})")
     return lines
 
 

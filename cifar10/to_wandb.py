@@ -32,6 +32,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from cifar10.metrics import EpochRow, Sink, SplitResult, StepRow, Steps
+from cifar10.run_folder import title
 
 Mode = Literal["online", "offline", "off"]
 PROJECT = "deepspeed-cifar10"
@@ -43,15 +44,22 @@ NOT_FINISHED = 75  # the exit code that W&B keeps of a run that has not come to 
 # --- whether, where -----------------------------------------------------------------------------------------------------
 
 
-def has_login(environment: Mapping[str, str]) -> bool:
-    """Whether wandb would find a key by itself: in the environment, or in .netrc, where `wandb login` puts it."""
-    if environment.get("WANDB_API_KEY") or environment.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
+def find_key(environment: Mapping[str, str]) -> tuple[str, str]:
+    """The key that wandb would find by itself, and where: in the environment, or in the file of `wandb login`; else "", ""."""
+    if key := environment.get("WANDB_API_KEY"):
+        return key, "WANDB_API_KEY"
     host = urlsplit(environment.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
-    file = Path(environment.get("NETRC") or "~/.netrc").expanduser()
-    with suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):
-        return bool((netrc.netrc(file).authenticators(host) or ("", "", ""))[2])
-    return False
+    named = environment.get("NETRC")
+    for file in map(Path, [named] if named else ["~/.netrc", "~/_netrc"]):
+        with suppress(OSError, RuntimeError, netrc.NetrcParseError, UnicodeDecodeError):  # RuntimeError: there is no home
+            if key := (netrc.netrc(file.expanduser()).authenticators(host) or ("", "", ""))[2]:
+                return key, str(file)
+    return "", ""
+
+
+def has_login(environment: Mapping[str, str]) -> bool:
+    """Whether wandb would know by itself who we are."""
+    return bool(environment.get("WANDB_IDENTITY_TOKEN_FILE") or find_key(environment)[0])
 
 
 def choose_mode(asked: str, environment: Mapping[str, str]) -> Mode:
@@ -215,7 +223,7 @@ def open_wandb(
 ) -> WandbSink | None:
     """The sink in the mode asked for, or offline where W&B cannot be reached, or none: said on stderr, and training goes on."""
     project = project or os.environ.get("WANDB_PROJECT") or PROJECT
-    name = name or os.environ.get("WANDB_NAME") or folder.resolve().name
+    name = name or os.environ.get("WANDB_NAME") or title(folder)
     modes = ("online", "offline") if mode == "online" and has_login(os.environ) else (mode,)
     for number, one in enumerate(modes):
         try:

@@ -157,6 +157,20 @@ def test_what_is_shown_was_printed(block):
     assert [line for line in block.lines if line != "..." and line not in printed] == []
 
 
+# --- links --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_leads_to_every_file_of_the_program_and_its_links_lead_somewhere():
+    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+    links = set(re.findall(r"\]\(([^)\s]+)\)", text))
+    files = {f"cifar10/{path.name}" for path in (PROJECT / "cifar10").glob("*.py")} - {"cifar10/__init__.py"}
+    assert files - links == set()
+    headings = re.findall(r"^#+ (.*)", text, re.M)
+    titles = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    places = {link for link in links if not link.startswith("http")}
+    assert [link for link in places if not (link[1:] in titles if link[0] == "#" else (PROJECT / link).exists())] == []
+
+
 # --- those that are run ---------------------------------------------------------------------------------------------------
 
 

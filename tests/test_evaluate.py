@@ -16,7 +16,7 @@ from cifar10 import data, evaluate
 from cifar10.evaluate import predictions_file
 from cifar10.measures import calibration, confusion
 from cifar10.predictions import TEST_FILE, Predictions, read
-from cifar10.trained import load
+from cifar10.trained import alone, load
 from cifar10.tta import Augmented
 from tests.small_trained import command
 
@@ -164,6 +164,26 @@ def test_with_views_both_results_are_given_and_the_logits_are_those_of_the_views
     assert (
         f"test accuracy {found['with_tta']['accuracy']:.2%}  loss {found['with_tta']['loss']:.4f}  with --tta mirror" in printed
     )
+
+
+def test_the_recipes_own_views_are_those_of_the_runs_own_test(copied, capsys):
+    run = copied("colour")
+    file = run / "checkpoints" / "best_model" / "mp_rank_00_model_states.pt"
+    content = torch.load(file)
+    content["recipe"] |= {"tta": "mirror", "tta_below": 0.7}
+    torch.save(content, file)
+    found, images = load(run), data.synthetic("test", 200, 0)
+    expected, _ = evaluate.answers(Augmented(found.model, "mirror", 0.7), images, found, alone(1))
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "test_accuracy_tta": expected.accuracy}))
+    own, all_again = (result(capsys, run, "--tta", kind)["with_tta"] for kind in ("mirror", "mirror+translate"))
+    assert own == {"loss": expected.loss, "accuracy": expected.accuracy}
+    every, _ = evaluate.answers(Augmented(found.model, "mirror+translate"), images, found, alone(1))
+    assert all_again["loss"] == every.loss != expected.loss
+    assert command("evaluate", run, "--tta", "mirror", "--threads", 1) == 0
+    printed = capsys.readouterr().out
+    assert "--tta mirror of images of which the model is less than 70% sure" in printed
+    assert f"the run's own test with mirror came to the same {expected.accuracy:.2%}" in printed
 
 
 # --- the measures -----------------------------------------------------------------------------------------------------

@@ -18,7 +18,9 @@ from cifar10.augment import centre
 from cifar10.export import FILES, FORMATS
 from cifar10.loader import EvaluationLoader
 from cifar10.predictions import TEST_FILE
-from cifar10.trained import load
+from cifar10.recipe import Recipe, model_names
+from cifar10.trained import Trained, load
+from cifar10_deepspeed import build_model
 from tests.helpers import WORKERS, one_rank, same_bits
 from tests.small_trained import command, cut_down
 
@@ -47,6 +49,27 @@ def exports(trained_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 NAMES = ["colour", "grey", "resized"]
+
+
+# --- network.py -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", model_names())
+def test_the_file_with_the_network_needs_nothing_of_this_program(model, monkeypatch):
+    recipe = Recipe(model=model, epochs=1, warmup_epochs=0, val_images=0)
+    with torch.device("meta"):
+        ours = build_model(model, 0)
+        found = Trained(ours, recipe, tuple(data.CLASSES), 1, None, Path("x"), None, "x")
+        source = export.network_source(found)
+        for name in [*BLOCKED, *(name for name in sys.modules if name.split(".")[0] in BLOCKED)]:
+            monkeypatch.setitem(sys.modules, name, None)
+        names: dict = {"__name__": "network"}
+        exec(compile(source, "network.py", "exec"), names)
+        theirs = names["build"]()
+    shapes = [{key: value.shape for key, value in network.state_dict().items()} for network in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    assert names["__doc__"].startswith(f"The network {model} of")
+    assert not theirs.training
 
 
 # --- the files --------------------------------------------------------------------------------------------------------

@@ -38,9 +38,18 @@ def test_campaigns_apart_stay_apart(tmp_path):
 
 
 def test_names_start_no_cell_no_line_and_no_tag(tmp_path):
-    make_run(tmp_path / "a" / "seed_0", name="x | y\n<b>")
+    make_run(tmp_path / "a (b)" / "seed_0", name="x | y\n<b> \\| ](javascript:1)")
     (row,) = rows(tmp_path)
-    assert row[0] == "[x \\| y &lt;b>](a/)"
+    assert row[0] == r"[x \| y &lt;b> \\\| \](javascript:1)](a%20%28b%29/)"
+
+
+def test_a_run_itself_is_a_row_as_well(tmp_path):
+    assert rows(make_run(tmp_path / "run", test=0.9))[0][0] == "[bn_cnn](../)"
+
+
+def test_links_lead_there_from_where_the_page_is(tmp_path):
+    make_run(tmp_path / "runs" / "three" / "seed_0")
+    assert "| [bn_cnn](../runs/three/) |" in leaderboard.page([tmp_path / "runs"], tmp_path / "docs" / "page.md")
 
 
 def test_a_damaged_run_and_no_folder_are_refused(tmp_path):
@@ -59,7 +68,7 @@ def test_the_command_prints_or_writes_the_same(tmp_path, capsys, monkeypatch):
     assert "| [bn_cnn](./) |" in printed
     sys.argv += ["--output", str(tmp_path / "page.md")]
     assert main() == 0
-    assert (tmp_path / "page.md").read_text(encoding="utf-8") == printed
+    assert (tmp_path / "page.md").read_text(encoding="utf-8") == printed.replace("](./)", "](runs/)")
     sys.argv[-1] = str(tmp_path / "nowhere" / "page.md")
     assert main() == 2
 

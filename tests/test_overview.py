@@ -118,12 +118,37 @@ def test_the_sections_say_what_the_settings_are() -> None:
         assert words in training, words
     assert "fp32; ZeRO stage 0; gradients clipped to norm 1" in training
     assert "never" in "\n".join(plain_lines(overview.training_section(plan("--patience", "0"))))
-    assert "torch_autocast bfloat16" in "\n".join(plain_lines(overview.training_section(plan("--precision", "bf16"))))
+    in_bf16 = plain_lines(overview.training_section(plan("--precision", "bf16")))
+    assert "bf16 (torch_autocast), weights in fp32" in "\n".join(in_bf16)
     assert "the JSON's WarmupLR" in "\n".join(plain_lines(overview.training_section(plan("--recipe", "lenet"))))
     data = "\n".join(plain_lines(overview.data_section(plan("--no-flip", "--crop-padding", "0"))))
     assert "augmentation  none" in data
     assert "10,000 test images" in data
     assert "unopened" in "\n".join(plain_lines(overview.data_section(plan("--test-images", "0"))))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("", "a random crop of 32x32 after padding by 3, mirrored at random"),
+        ("--resize 24 --alternate-flip", "resized to 24x24, a random crop of 24x24 after padding by 3, mirrored in"),
+        ("--resize 40 --image-size 32 --crop-padding 0 --no-flip", "resized to 40x40, a random crop of 32x32"),
+        ("--first-sizes 16 24 --first-epochs 3 1", "resized to 16x16 in epochs 1 to 3, 24x24 in epoch 4, a random crop after"),
+        ("--alternate-flip --crop-padding 0", "mirrored in every other epoch"),
+        ("--no-flip --crop-padding 0", ""),
+    ],
+)
+def test_augmentation_is_told_as_it_is(flags, words) -> None:
+    told = overview.augmentation(plan(*flags.split()).recipe)
+    assert told.startswith(words)
+    assert bool(told) == bool(words)
+
+
+def test_the_learning_rates_shape_and_the_second_test_are_told() -> None:
+    made = plan("--lr-shape", "linear", "--tta", "mirror")
+    told = [line for section in (overview.training_section(made), overview.data_section(made)) for line in plain_lines(section)]
+    assert any(", then a line to 0" in line for line in told)
+    assert any("without and with test-time augmentation" in line for line in told)
 
 
 SECTION = Section("model", [("a", "[bold]", "1"), ("long", "", "1,234")], ("layer", "kind", "parameters"))
@@ -151,6 +176,11 @@ def test_weights_that_are_not_finite_are_refused_by_name() -> None:
     model.fc1.weight.data[3, 4] = float("nan")
     with pytest.raises(UsageError, match=r"fc1\.weight that are not finite"):
         weights.refuse_not_finite(model, "bn_cnn")
+
+
+def test_first_sizes_that_the_network_does_not_take_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"--model bn_cnn does not take colour images of 24x24 pixels"):
+        story.initial_model(plan("--first-sizes", "24", "--first-epochs", "1"))
 
 
 def test_a_run_is_refused_whose_weights_are_not_finite(monkeypatch) -> None:

@@ -111,6 +111,10 @@ def test_switches_and_triples():
     assert recipe.mean == (0.5, 0.4, 0.3)
 
 
+def test_a_line_moves_at_every_step():
+    assert "--lr-moves per-step" in refusal(*"--lr-shape linear --lr-moves per-epoch".split())
+
+
 def test_first_sizes_and_their_epochs():
     recipe, _ = parse("--first-sizes 24 28 --first-epochs 2 1".split())
     assert (recipe.first_sizes, recipe.first_epochs) == ((24, 28), (2, 1))

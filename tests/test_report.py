@@ -106,7 +106,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setitem(DATASETS, name, dataclasses.replace(dataset, train_images=200, test_images=200))
 
 
-RECIPES = ["--dataset synthetic", "--recipe mnist_synthetic", "--dataset synthetic --resize 40 --image-size 32"]
+RECIPES = [
+    "--dataset synthetic",
+    "--recipe mnist_synthetic",
+    "--dataset synthetic --resize 40 --image-size 32",
+    "--dataset synthetic --resize 24 --crop-padding 1 --alternate-flip",
+    "--dataset synthetic --first-sizes 16 24 --first-epochs 1 1 --crop-padding 2 --alternate-flip",
+]
 
 
 @pytest.mark.parametrize("flags", RECIPES)
@@ -123,6 +129,15 @@ def test_the_augmented_images_are_those_that_the_story_trains_on(flags, ranks, s
     normalise = augment.Normalise(plan.recipe.mean, plan.recipe.std, torch.device("cpu"))
     assert its_labels.tolist() == labels.tolist()
     assert torch.equal(normalise(shown), images)
+
+
+def test_a_sheet_takes_the_memory_of_the_images_that_it_shows(small, monkeypatch):
+    packed = []
+    pack = augment.pack
+    monkeypatch.setattr(augment, "pack", lambda images, *how: packed.append(len(images)) or pack(images, *how))
+    recipe = dataclasses.replace(load("bn_cnn").recipe, dataset="synthetic", val_images=50)
+    samples.first_augmented(recipe, samples.read_images(recipe, "train", Path("nowhere")))
+    assert packed == [samples.SHOWN]
 
 
 def test_the_sheet_shows_the_worst_mistakes_with_their_images():
@@ -252,6 +267,24 @@ def test_a_run_under_way_is_reported_with_what_there_is(tmp_path):
         (folder / name).unlink()
     pages.make_report(folder, tmp_path / "nowhere")
     assert "not started" in words(folder / "report.html")
+
+
+def test_accuracy_with_several_views_stands_beside_the_plain_one(tmp_path):
+    folder = make_run(tmp_path / "run", tta="mirror+translate")
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"test_accuracy_tta": 0.5321}))
+    pages.make_report(folder, tmp_path)
+    said = words(folder / "report.html")
+    assert "test accuracy 50.00%" in said
+    assert "test accuracy, several views 53.21% the same images, with test-time augmentation (mirror+translate)" in said
+
+
+def test_where_nothing_is_held_out_no_validation_has_chosen_the_model(tmp_path):
+    folder = make_run(tmp_path / "run", val_images=0)
+    pages.make_report(folder, tmp_path)
+    said = words(folder / "report.html")
+    assert "last model, 200 images" in said
+    assert "validation chose" not in said
 
 
 def test_without_the_data_set_the_sheets_are_left_out_and_it_is_said(tmp_path):

@@ -364,3 +364,8 @@ def test_a_run_from_before_a_field_existed_goes_on_unless_the_field_is_used(tmp_
     run_folder.refuse_other_settings(tmp_path, settings, {"new": 0})
     with pytest.raises(UsageError, match="new 0 there, 1 here"):
         run_folder.refuse_other_settings(tmp_path, {**settings, "recipe": {"epochs": 5, "new": 1}}, {"new": 0})
+
+
+def test_a_seeds_run_is_called_by_its_campaign_too():
+    assert run_folder.title(Path("a/three/seed_0")) == "three/seed_0"
+    assert run_folder.title(Path("a/three/mine")) == "mine"

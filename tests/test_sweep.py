@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -62,6 +63,14 @@ def test_seeds_are_counted_from_the_given_one_and_each_has_a_folder(tmp_path, la
     assert "80.00 ± 10.00%" in (tmp_path / "compare.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(("seeds", "left"), [("1", "chosen"), ("2", None)])
+def test_several_seeds_are_several_runs_at_wandb(seeds, left, tmp_path, launched, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "chosen")  # by a sweep's agent, for one run
+    launched(0, 0)
+    assert start(tmp_path, "--seeds", seeds) == 0
+    assert os.environ.get("WANDB_RUN_ID") == left
+
+
 def test_a_stop_ends_it_and_the_same_command_goes_on_with_what_is_left(tmp_path, launched, capsys):
     flags = launched(0, 75)
     assert start(tmp_path, "--seeds", "3") == 75
@@ -111,6 +120,15 @@ def test_a_damaged_run_costs_the_comparison_and_nothing_else(tmp_path, capsys):
 def test_one_seed_has_neither_deviation_nor_interval(tmp_path):
     lines = sweep.closing_lines([open_record(make_run(tmp_path / "seed_0"))])
     assert lines[-1] == "test accuracy over seeds: 50.00% (n = 1)"
+
+
+def test_test_time_augmentation_has_a_line_of_its_own(tmp_path):
+    folder = make_run(tmp_path / "seed_0")
+    told = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(told | {"test_accuracy_tta": 0.75}))
+    plain, views = sweep.closing_lines([open_record(folder)])[-2:]
+    assert plain == "test accuracy over seeds: 50.00% (n = 1)"
+    assert views == "test accuracy with test-time augmentation over seeds: 75.00% (n = 1)"
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "x", ""])
