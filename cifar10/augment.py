@@ -139,6 +139,23 @@ def random_crop_and_mirror(
     return gather(store, indices, *draw(store, indices, seed=seed, epoch=epoch, flip=flip, alternate=alternate))
 
 
+def cut_out(images: Tensor, side: int, black: Tensor, *, seed: int, epoch: int, indices: Tensor) -> Tensor:
+    """Put a square of `side` pixels of `black` [C] somewhere in each image: [B, C, S, S] -> the same.
+
+    The square lies wholly inside the image, at a place of its own for each epoch (DeVries & Taylor 2017, arXiv 1708.04552).
+    """
+    size = images.shape[-1]
+    side = min(side, size)
+    places = size - side + 1
+    at = draws.below(places * places, seed, epoch, indices, draws.CUTOUT)
+    across = torch.arange(size, device=images.device)
+    rows, columns = (
+        (first[:, None] <= across) & (across < first[:, None] + side) for first in (at // places, at % places)
+    )  # [B, S]
+    inside = rows[:, None, :, None] & columns[:, None, None, :]
+    return torch.where(inside, black[:, None, None], images)
+
+
 def centre(store: PixelStore, indices: Tensor) -> Tensor:
     """The middle of the images, or all of them where crops are that large: int64 [B] -> uint8 [B, C, size, size]."""
     middle = torch.full_like(indices, round((store.side - store.size) / 2))  # to even, as torchvision does

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 _GOLDEN = -7046029254386353131  # 2^64 / golden ratio, as a signed 64-bit number
-_ORDER, _AUGMENTATION = 1, 2  # streams: the order of an epoch must not be correlated with its crops
+_ORDER, AUGMENTATION, CUTOUT = 1, 2, 3  # streams: the order of an epoch must not be correlated with its crops
 
 
 def _mix(z: Tensor) -> Tensor:
@@ -26,9 +26,9 @@ def _hash(seed: int, epoch: int, stream: int, indices: Tensor) -> Tensor:
     return _mix(indices * _GOLDEN + key)
 
 
-def below(limit: int, seed: int, epoch: int, indices: Tensor) -> Tensor:
+def below(limit: int, seed: int, epoch: int, indices: Tensor, stream: int = AUGMENTATION) -> Tensor:
     """One draw from 0 .. limit-1 for each sample: int64 [B] -> int64 [B]. The bias is below limit / 2^28."""
-    bits = (_hash(seed, epoch, _AUGMENTATION, indices) >> 24) & 0xFFFFFFF  # 28 bits
+    bits = (_hash(seed, epoch, stream, indices) >> 24) & 0xFFFFFFF  # 28 bits
     return (bits * limit) >> 28
 
 

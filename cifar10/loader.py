@@ -44,6 +44,7 @@ class TrainLoader:
     rank: int
     world_size: int
     alternate_flip: bool = False
+    cutout: int = 0  # pixels a side of the square that is cut out of a whole image; of a smaller one as large a part
     first_stores: tuple[tuple[int, augment.PixelStore], ...] = ()  # smaller images: until which epoch, in order
 
     @classmethod
@@ -69,6 +70,7 @@ class TrainLoader:
             normalise=normalise,
             flip=recipe.flip,
             alternate_flip=recipe.alternate_flip,
+            cutout=recipe.cutout,
             seed=recipe.seed,
             global_images=batch.global_images,
             micro_images=batch.micro_images,
@@ -79,6 +81,12 @@ class TrainLoader:
     def first_images(self, num_images: int) -> Tensor:
         """The first training images as evaluation would see them: [B, C, S, S]."""
         return self.normalise(augment.centre(self.store, torch.arange(num_images, device=self.labels.device)))
+
+    def _black(self, images: Tensor) -> Tensor:
+        """What normalising makes of a black pixel: [C], of the images' type."""
+        return self.normalise(torch.zeros(1, images.shape[1], 1, 1, dtype=torch.uint8, device=images.device))[0, :, 0, 0].to(
+            images.dtype
+        )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -103,6 +111,9 @@ class TrainLoader:
         how = {"flip": self.flip, "alternate": self.alternate_flip}
         images = augment.random_crop_and_mirror(store, flat, seed=self.seed, epoch=epoch, **how)
         images, labels = self.normalise(images), self.labels[flat]
+        if self.cutout:
+            side = round(self.cutout * store.size / self.store.size)
+            images = augment.cut_out(images, side, self._black(images), seed=self.seed, epoch=epoch, indices=flat)
         micro_batches = list(zip(images.split(self.micro_images), labels.split(self.micro_images), strict=True))
         accumulation = indices.shape[1] // self.micro_images
         for first in range(0, len(micro_batches), accumulation):

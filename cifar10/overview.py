@@ -115,6 +115,8 @@ def augmentation(recipe: Recipe) -> str:
         words.append(f"a random crop{'' if recipe.first_sizes else f' of {cut}x{cut}'}{padding}")
     if recipe.flip:
         words.append("mirrored in every other epoch" if recipe.alternate_flip else "mirrored at random")
+    if recipe.cutout:
+        words.append(f"a black square of {recipe.cutout}x{recipe.cutout} over it")
     return ", ".join(words)
 
 

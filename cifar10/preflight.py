@@ -52,7 +52,7 @@ class Plan:
     def augments(self) -> bool:
         """Whether training sees other images than evaluation would."""
         recipe, (_, size, _) = self.recipe, self.image_shape
-        return recipe.flip or recipe.crop_padding > 0 or size < (recipe.resize or self.dataset.size)
+        return recipe.flip or recipe.cutout > 0 or recipe.crop_padding > 0 or size < (recipe.resize or self.dataset.size)
 
     def images(self, split: Split) -> Images:
         """The data set's train or test images, all of them in their fixed order: uint8 [N, S, S, C], and labels."""

@@ -79,6 +79,8 @@ class Recipe:
     """Mirror every other training image, at random."""
     alternate_flip: bool = False
     """Mirror each image in every other epoch instead, which half of them in the first being left to chance."""
+    cutout: int = 0
+    """Pixels a side of a black square that is laid over each training image, anywhere inside it; 0 lays none."""
     label_smoothing: float = 0.0
     """Share of each training target spread evenly over all classes."""
     patience: int = 15
@@ -231,6 +233,7 @@ def check_recipe(recipe: Recipe) -> None:
     for name in ("min_improvement", "plateau_lr_factor"):
         value = getattr(recipe, name)
         _check(recipe, name, math.isfinite(value) and value > 0, positive)
+    _check(recipe, "cutout", 0 <= recipe.cutout <= 1024, "a whole number of pixels from 0 to 1024")
     _check(recipe, "crop_padding", 0 <= recipe.crop_padding <= 32, "a whole number from 0 to 32, the size of an image")
     for name in ("resize", "image_size"):
         _check(recipe, name, 0 <= getattr(recipe, name) <= 1024, "a whole number of pixels from 0 to 1024")

@@ -58,8 +58,10 @@ def tested(results: dict[str, SplitResult], dataset: DataSet) -> dict[str, Any]:
     if test is None:
         return {"test_accuracy": None, "test_images": 0, "quality": None}
     quality = quality_tier(test.accuracy, dataset.tiers)
-    summary = {"test_accuracy": test.accuracy, "test_images": test.images, "quality": quality}
-    return {**summary, "test_accuracy_tta": augmented.accuracy} if augmented else summary
+    summary = {"test_accuracy": test.accuracy, "test_images": test.images, "test_seconds": test.seconds, "quality": quality}
+    if augmented:
+        summary |= {"test_accuracy_tta": augmented.accuracy, "test_tta_seconds": augmented.seconds}
+    return summary
 
 
 def summary(state: RunState, steps_per_epoch: int) -> dict[str, Any]:

@@ -46,6 +46,11 @@ def first_augmented(recipe: Recipe, images: data.Images, count: int = SHOWN) -> 
     store = augment.pack(torch.from_numpy(images.pixels[few]), recipe.crop_padding, *sizes)
     cut = augment.draw(store, places, seed=recipe.seed, epoch=0, flip=recipe.flip, alternate=recipe.alternate_flip)
     seen = augment.gather(store, torch.arange(len(few)), *cut)
+    if recipe.cutout:
+        whole = recipe.image_size or recipe.resize or images.pixels.shape[1]
+        black = torch.zeros(seen.shape[1], dtype=torch.uint8)
+        side = round(recipe.cutout * store.size / whole)
+        seen = augment.cut_out(seen, side, black, seed=recipe.seed, epoch=0, indices=places)
     return in_colour(seen.permute(0, 2, 3, 1).numpy()), images.labels[few]
 
 

@@ -261,3 +261,23 @@ def test_pixels_normalised_once_are_what_autocast_makes_of_them(images: Tensor) 
         assert ready.dtype == torch.bfloat16
         assert ready.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(plain.to(torch.bfloat16), ready)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16])
+def test_a_square_is_cut_out_wholly_inside_and_anywhere(dtype: torch.dtype) -> None:
+    indices = torch.arange(3_000)
+    images = torch.full((3_000, 3, 16, 16), 9, dtype=dtype)
+    black = torch.tensor([1, 2, 3], dtype=dtype)
+    cut = augment.cut_out(images, 12, black, seed=1, epoch=2, indices=indices)
+    gone = (cut != 9).any(dim=1)
+    assert (gone.flatten(1).sum(dim=1) == 144).all()
+    assert (gone.any(dim=1).sum(dim=1) == 12).all(), "a square, not scattered pixels"
+    assert all(torch.equal(cut[:, c][gone], black[c].expand(144 * 3_000)) for c in range(3))
+    corners = gone.flatten(1).to(torch.uint8).argmax(dim=1)
+    counts = torch.bincount(corners // 16 * 5 + corners % 16, minlength=25)
+    assert len(counts) == 25
+    assert counts.min() > 70, "each of the 5 x 5 places"
+    again = augment.cut_out(images[5:9], 12, black, seed=1, epoch=2, indices=indices[5:9])
+    assert torch.equal(again, cut[5:9]), "a function of the image, not of its batch"
+    assert not torch.equal(augment.cut_out(images, 12, black, seed=1, epoch=3, indices=indices), cut)
+    assert (images == 9).all()

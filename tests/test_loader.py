@@ -169,3 +169,20 @@ def test_the_first_images_are_not_augmented(pixels: Tensor) -> None:
     one = train_loader(pixels)
     expected = one.normalise(pixels[:5].permute(0, 3, 1, 2))
     assert torch.equal(one.first_images(5), expected)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_what_is_cut_out_is_black(pixels: Tensor, bf16: bool) -> None:
+    recipe = Recipe(epochs=2, warmup_epochs=0, val_images=0, crop_padding=0, flip=False, cutout=10)
+    recipe = dataclasses.replace(recipe, first_sizes=(16,), first_epochs=(1,))
+    here = SimpleNamespace(device=CPU, rank=0, size=1)
+    given = torch.clamp(pixels, min=1).numpy(), torch.arange(NUM_IMAGES).numpy()  # nothing in them is black
+    one = TrainLoader.of(*given, recipe, Batch(60, 60, 1, 1), here, bf16=bf16)
+    plain = dataclasses.replace(one, cutout=0)
+    black = (torch.zeros(3) - torch.tensor(MEAN)) / torch.tensor(recipe.std)
+    for epoch, side in ((0, 5), (1, 10)):
+        (images, _), (whole, _) = next(one.epoch(epoch))[0], next(plain.epoch(epoch))[0]
+        changed = (images != whole).any(dim=1)
+        assert (changed.flatten(1).sum(dim=1) == side**2).all()
+        seen = images.permute(0, 2, 3, 1)[changed].float()
+        assert torch.allclose(seen, black.expand_as(seen), atol=0.01 if bf16 else 1e-6)

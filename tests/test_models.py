@@ -24,6 +24,7 @@ PARAMETERS = {
     "mnist_cnn": 215_370,
     "smooth_cnn": 11_642,
     "speednet": 1_971_328,
+    "speednet_large": 9_915_392,
     "speednet_small": 294_336,
     "vgg19": 139_611_210,
 }

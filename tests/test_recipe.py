@@ -146,6 +146,7 @@ IMPOSSIBLE = {  # flag -> values that its type admits and its meaning does not
     "resize": "-1 100000",
     "image_size": "-1 100000",
     "crop_padding": "-1 100000",
+    "cutout": "-1 100000",
     "label_smoothing": "-0.1 1 nan",
     "patience": "-1",
     "min_improvement": "0 -1e-5 nan",

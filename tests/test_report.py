@@ -111,6 +111,7 @@ RECIPES = [
     "--recipe mnist_synthetic",
     "--dataset synthetic --resize 40 --image-size 32",
     "--dataset synthetic --resize 24 --crop-padding 1 --alternate-flip",
+    "--dataset synthetic --first-sizes 16 --first-epochs 1 --cutout 10",
     "--dataset synthetic --first-sizes 16 24 --first-epochs 1 1 --crop-padding 2 --alternate-flip",
 ]
 

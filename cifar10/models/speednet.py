@@ -52,14 +52,29 @@ class Group(nn.Module):
         return F.silu(self.norm2(self.conv2(x)))
 
 
+class DeepGroup(nn.Module):
+    """Three convolutions, the first followed by pooling, the other two beside a shortcut: shapes as in Group."""
+
+    def __init__(self, channels_in: int, width: int) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = Conv(channels_in, width), BatchNorm(width)
+        self.conv2, self.norm2 = Conv(width, width), BatchNorm(width)
+        self.conv3, self.norm3 = Conv(width, width), BatchNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
+        inner = F.silu(self.norm2(self.conv2(x)))
+        return F.silu(self.norm3(self.conv3(inner)) + x)
+
+
 class SpeedNet(nn.Module):
     """Whitening, three groups of `widths` channels, a linear head on each channel's maximum."""
 
-    def __init__(self, widths: tuple[int, int, int] = (64, 256, 256)) -> None:
+    def __init__(self, widths: tuple[int, int, int] = (64, 256, 256), group: type[nn.Module] = Group) -> None:
         super().__init__()
         whitened = 2 * 3 * PATCH**2
         self.register_buffer("whitening", torch.randn(whitened, 3, PATCH, PATCH))
-        self.groups = nn.Sequential(*(Group(i, o) for i, o in zip((whitened, *widths[:-1]), widths, strict=True)))
+        self.groups = nn.Sequential(*(group(i, o) for i, o in zip((whitened, *widths[:-1]), widths, strict=True)))
         self.head = nn.Linear(widths[-1], 10, bias=False)
         with torch.no_grad():
             self.head.weight.div_(self.head.weight.std())
