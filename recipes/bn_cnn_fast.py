@@ -1,6 +1,8 @@
 """The default's network in a fraction of its time: Muon, batch 500, bf16 where the machine computes in it, 26 epochs.
 
     uv run python main.py --recipe bn_cnn_fast
+
+What was tried is in records/LOG.md.
 """
 
 from cifar10.recipe import Experiment, Recipe

@@ -2,9 +2,9 @@
 
     uv run python cifar10_deepspeed.py --recipe speedrun94_cpu
 
-Measured on the real CIFAR-10, one seed (records/2026-11-21_speedrun94_cpu): 92.82% of the test images, 93.45% with the mean of six
-views of each, 12.3 minutes after the process began, of which 10.3 were training and most of the rest the test with all views. The epochs and
-rates follow what entries for GPUs publish; nothing was tuned on the test images.
+Measured on the real CIFAR-10, one seed (records/2026-11-21_speedrun94_cpu): 92.82% of the test images, 93.45% with the mean of
+six views of each, 12.3 minutes after the process began, of which 10.3 were training and most of the rest the test with all
+views. The epochs and rates follow what entries for GPUs publish; nothing was tuned on the test images.
 """
 
 from cifar10.recipe import Experiment, Recipe
