@@ -104,7 +104,7 @@ def augmentation(recipe: Recipe) -> str:
     dataset = DATASETS[recipe.dataset]
     whole, words, epoch = recipe.resize or dataset.size, [], 1
     for size, epochs in zip(recipe.first_sizes, recipe.first_epochs, strict=True):
-        when = f"epoch {epoch}" if epochs == 1 else f"epochs {epoch} to {epoch + epochs - 1}"
+        when = f"epoch {epoch}" if epochs == 1 else f"epochs {epoch}-{epoch + epochs - 1}"
         words.append(f"{'' if words else 'resized to '}{size}x{size} in {when}")
         epoch += epochs
     if recipe.resize and recipe.resize != dataset.size:
@@ -116,7 +116,7 @@ def augmentation(recipe: Recipe) -> str:
     if recipe.flip:
         words.append("mirrored in every other epoch" if recipe.alternate_flip else "mirrored at random")
     if recipe.cutout:
-        words.append(f"a black square of {recipe.cutout}x{recipe.cutout} over it")
+        words.append(f"{recipe.cutout}x{recipe.cutout} cut out")
     return ", ".join(words)
 
 

@@ -94,7 +94,7 @@ def test_what_is_broken_is_a_line_with_its_cure_and_the_rest_is_looked_at_all_th
     assert "Traceback" not in done.stdout + done.stderr
     lines = done.stdout.splitlines()
     fails = [line.split()[1] for line in lines if line.startswith("FAIL")]
-    assert fails == ["config", "data", "memory", "gloo", "DeepSpeed"]
+    assert fails == ["config", "data", "memory", "W&B", "gloo", "DeepSpeed"]
     assert all(lines[number + 1].lstrip().startswith("-> ") for number, line in enumerate(lines) if line.startswith("FAIL"))
     assert "cannot be imported: ImportError: libcudart.so.11" in done.stdout
     assert "two ranks on this machine do not meet: " in done.stdout
