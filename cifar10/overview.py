@@ -105,7 +105,7 @@ def augmentation(recipe: Recipe) -> str:
     whole, words, epoch = recipe.resize or dataset.size, [], 1
     for size, epochs in zip(recipe.first_sizes, recipe.first_epochs, strict=True):
         when = f"epoch {epoch}" if epochs == 1 else f"epochs {epoch}-{epoch + epochs - 1}"
-        words.append(f"{'' if words else 'resized to '}{size}x{size} in {when}")
+        words.append(f"{size}x{size} in {when}")
         epoch += epochs
     if recipe.resize and recipe.resize != dataset.size:
         words.append(f"resized to {whole}x{whole}{' after them' if words else ''}")

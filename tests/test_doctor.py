@@ -99,7 +99,7 @@ def test_what_is_broken_is_a_line_with_its_cure_and_the_rest_is_looked_at_all_th
     assert "cannot be imported: ImportError: libcudart.so.11" in done.stdout
     assert "two ranks on this machine do not meet: " in done.stdout
     assert "nowhere0" in done.stdout
-    assert lines[-1] == "mend the 5 FAILs above first; then: python main.py"
+    assert lines[-1] == "mend the 6 FAILs above first; then: python main.py"
     looked_at = {line[6:19].strip() for line in lines if line.startswith((OK, WARN, FAIL))}
     assert looked_at >= {"python", "packages", "compiler", "disk", "ports", "W&B", "SLURM", "torch", "CPU", "shared memory"}
 

@@ -133,7 +133,7 @@ def test_the_sections_say_what_the_settings_are() -> None:
         ("", "a random crop of 32x32 after padding by 3, mirrored at random"),
         ("--resize 24 --alternate-flip", "resized to 24x24, a random crop of 24x24 after padding by 3, mirrored in"),
         ("--resize 40 --image-size 32 --crop-padding 0 --no-flip", "resized to 40x40, a random crop of 32x32"),
-        ("--first-sizes 16 24 --first-epochs 3 1", "resized to 16x16 in epochs 1 to 3, 24x24 in epoch 4, a random crop after"),
+        ("--first-sizes 16 24 --first-epochs 3 1", "16x16 in epochs 1-3, 24x24 in epoch 4, a random crop after"),
         ("--alternate-flip --crop-padding 0", "mirrored in every other epoch"),
         ("--no-flip --crop-padding 0", ""),
     ],
