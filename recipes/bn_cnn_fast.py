@@ -2,7 +2,8 @@
 
     uv run python main.py --recipe bn_cnn_fast
 
-What was tried is in records/LOG.md.
+Measured on the real CIFAR-10, 5 seeds (records/2026-11-21_bn_cnn_fast_cpu): 82.06 +- 0.23% of the test images, 0.24 less than
+the default's 82.30 +- 0.36 (n = 3), in 26 epochs in place of 50. What was tried is in records/LOG.md.
 """
 
 from cifar10.recipe import Experiment, Recipe
