@@ -5,7 +5,7 @@ nearest matrix whose singular values are all about one, found by a few Newton-Sc
 [out, in, k, k] counts as the matrix [out, in * k * k]. Biases and the last layer are not such matrices and take SGD with
 Nesterov's momentum. Scaling a filter bank that BatchNorm follows changes nothing but its effective learning rate, so each
 is kept at norm sqrt(out), as in airbench94 (github.com/KellerJordan/cifar10-airbench). Other hidden weights are kept there,
-too: for bn_cnn that took the place of weight decay, and overfits least of all that was tried (records/LOG.md).
+too: for bn_cnn that takes the place of weight decay (records/LOG.md).
 
 DeepSpeed's own `Muon` takes each matrix by itself, pairs it with Adam, and takes the last layer for a hidden one.
 """
@@ -105,5 +105,5 @@ class MuonWithSGD(torch.optim.Optimizer):
             matrices = torch.stack([directions[place].reshape(shape[0], -1) for place in places])
             for place, update in zip(places, orthogonalised(matrices, group["iterations"]), strict=True):
                 parameter = parameters[place]
-                parameter.mul_(shape[0] ** 0.5 / parameter.norm())
+                parameter.mul_(shape[0] ** 0.5 / parameter.norm().clamp_min(1e-7))  # a weight of zeros grows from its update
                 parameter.add_(update.view(shape) * -group["lr"])

@@ -1,4 +1,4 @@
-"""94% of the test images (with test-time augmentation) on one GPU, in about nine passes, the first six on smaller images.
+"""Meant for 94% of the test images (with test-time augmentation) on one GPU, in nine passes, six of them on smaller images.
 
     uv run python cifar10_deepspeed.py --recipe speedrun94
 

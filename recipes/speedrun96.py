@@ -1,4 +1,4 @@
-"""96% of the test images (with test-time augmentation) on one GPU: a network twice as wide, 36 epochs, cutout.
+"""Meant for 96% of the test images (with test-time augmentation) on one GPU: a network twice as wide, 36 epochs, cutout.
 
     uv run python cifar10_deepspeed.py --recipe speedrun96
 

@@ -89,6 +89,17 @@ def test_hidden_weights_keep_their_norm():
     assert torch.allclose(model.fc2.weight, head, atol=1e-4)
 
 
+def test_a_weight_of_zeros_grows_from_its_update():
+    weight, head = nn.Parameter(torch.zeros(4, 6)), nn.Parameter(torch.ones(2, 4))
+    optimizer = MuonWithSGD(
+        [{"params": [weight], "lr": 0.1, "momentum": 0.6, "kind": "muon", "weight_decay": 0, "iterations": 3}]
+    )
+    F.mse_loss(torch.randn(8, 6, generator=torch.Generator().manual_seed(3)) @ weight.T @ head.T, torch.ones(8, 2)).backward()
+    optimizer.step()
+    assert torch.isfinite(weight).all()
+    assert weight.abs().max() > 0
+
+
 def test_muon_learns_what_it_is_shown():
     model = story.build_model("speednet_small", 0)
     optimizer = MuonWithSGD(parameter_groups(model, {"lr": 0.1, "bias_lr": 0.05, "head_lr": 20}))
