@@ -31,6 +31,7 @@ class PixelStore:
     size: int  # height and width of a crop
     padding: int
     resize: int = 0  # height and width to which images are resized when they are gathered; 0: they are not
+    reflect: bool = False  # the padding is the image mirrored at its border, not black
 
     @property
     def is_normalised(self) -> bool:
@@ -43,10 +44,11 @@ class PixelStore:
         return self.resize + 2 * self.padding if self.resize else self.stored
 
 
-def pack(images: Tensor, padding: int, resize: int = 0, image_size: int = 0) -> PixelStore:
-    """uint8 [N, S, S, C] -> a store on the same device, of images of `resize` (0: S) pixels a side with black around them.
+def pack(images: Tensor, padding: int, resize: int = 0, image_size: int = 0, *, reflect: bool = False) -> PixelStore:
+    """uint8 [N, S, S, C] -> a store on the same device, of images of `resize` (0: S) pixels a side and the padding around them.
 
-    Crops are of `image_size` pixels (0: all but the padding). Black is added before normalising, as torchvision does.
+    Crops are of `image_size` pixels (0: all but the padding). The padding is black, which is added before normalising, as
+    torchvision does; or what `reflect` mirrors, without the border itself.
     """
     if resize and resize < images.shape[1]:
         images = torch.cat([_resize(part.permute(0, 3, 1, 2), resize) for part in images.split(AT_ONCE)])
@@ -55,9 +57,14 @@ def pack(images: Tensor, padding: int, resize: int = 0, image_size: int = 0) -> 
     now = 0 if resize else padding
     stored = size + 2 * now
     padded = torch.zeros(num_images, stored, stored, 1 if channels == 1 else 4, dtype=torch.uint8, device=images.device)
-    padded[:, now : now + size, now : now + size, :channels] = images
+    if reflect:
+        across = torch.arange(-now, size + now, device=images.device).abs()
+        across = torch.minimum(across, 2 * (size - 1) - across)
+        padded[..., :channels] = images[:, across][:, :, across]
+    else:
+        padded[:, now : now + size, now : now + size, :channels] = images
     pixels = padded.view(-1) if channels == 1 else padded.view(torch.int32).view(-1)
-    return PixelStore(pixels, stored, channels, image_size or resize or size, padding, resize)
+    return PixelStore(pixels, stored, channels, image_size or resize or size, padding, resize, reflect)
 
 
 def _cut(store: PixelStore, indices: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -78,7 +85,8 @@ def _resize(images: Tensor, size: int) -> Tensor:
 def _resized(store: PixelStore, indices: Tensor) -> PixelStore:
     """A store of these images alone, resized and padded."""
     every = torch.arange(store.stored, device=indices.device).expand(len(indices), -1)
-    return pack(_resize(_cut(store, indices, every, every), store.resize), store.padding, image_size=store.size)
+    images = _resize(_cut(store, indices, every, every), store.resize)
+    return pack(images, store.padding, image_size=store.size, reflect=store.reflect)
 
 
 def gather(store: PixelStore, indices: Tensor, top: Tensor, left: Tensor, mirrored: Tensor) -> Tensor:
@@ -103,6 +111,10 @@ class Normalise:
             return images.contiguous(memory_format=torch.channels_last)
         images = images.to(torch.float32, memory_format=torch.channels_last)
         return images.div_(255).sub_(self.mean).div_(self.std)
+
+    def undone(self, images: Tensor) -> Tensor:
+        """Normalised float32 [B, C, S, S] -> uint8, the nearest pixels that there are."""
+        return images.mul(self.std).add_(self.mean).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def normalised(store: PixelStore, normalise: Normalise) -> PixelStore:
@@ -154,6 +166,20 @@ def cut_out(images: Tensor, side: int, black: Tensor, *, seed: int, epoch: int, 
     )  # [B, S]
     inside = rows[:, None, :, None] & columns[:, None, None, :]
     return torch.where(inside, black[:, None, None], images)
+
+
+def jitter(images: Tensor, brightness: float, contrast: float, *, seed: int, epoch: int, indices: Tensor) -> Tensor:
+    """Normalised images, each with its own brightness and contrast for this epoch: [B, C, S, S] -> the same type.
+
+    To all pixels of an image one number in -brightness .. brightness is added; what results is multiplied by one in
+    1 - contrast .. 1 + contrast. (hiverge's, of the speed-run that models/speednet.py speaks of; torchvision's ColorJitter
+    multiplies pixels that are not normalised.)
+    """
+    shift, scale = (
+        draws.uniform(seed, epoch, indices, stream).to(images.dtype)[:, None, None, None]
+        for stream in (draws.BRIGHTNESS, draws.CONTRAST)
+    )
+    return images.add(brightness * shift).mul_(1 + contrast * scale)
 
 
 def centre(store: PixelStore, indices: Tensor) -> Tensor:

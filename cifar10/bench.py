@@ -69,7 +69,8 @@ def tutorial_loader(plan: Plan, round_steps: int) -> Iterable[MicroBatch]:
     from torchvision.datasets import CIFAR10
 
     recipe, batch = plan.recipe, plan.batch.global_images
-    augment = [transforms.RandomCrop(32, padding=recipe.crop_padding), transforms.RandomHorizontalFlip()]
+    crop = transforms.RandomCrop(32, recipe.crop_padding, padding_mode=recipe.padding_mode)
+    augment = [crop, transforms.RandomHorizontalFlip()]
     transform = transforms.Compose([*augment, transforms.ToTensor(), transforms.Normalize(recipe.mean, recipe.std)])
     if recipe.dataset == "cifar10":
         dataset = CIFAR10(plan.options.data_dir, train=True, transform=transform)

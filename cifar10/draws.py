@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 _GOLDEN = -7046029254386353131  # 2^64 / golden ratio, as a signed 64-bit number
-_ORDER, AUGMENTATION, CUTOUT = 1, 2, 3  # streams: the order of an epoch must not be correlated with its crops
+_ORDER, AUGMENTATION, CUTOUT, BRIGHTNESS, CONTRAST = range(
+    1, 6
+)  # streams: the order of an epoch must not be correlated with its crops
 
 
 def _mix(z: Tensor) -> Tensor:
@@ -30,6 +32,11 @@ def below(limit: int, seed: int, epoch: int, indices: Tensor, stream: int = AUGM
     """One draw from 0 .. limit-1 for each sample: int64 [B] -> int64 [B]. The bias is below limit / 2^28."""
     bits = (_hash(seed, epoch, stream, indices) >> 24) & 0xFFFFFFF  # 28 bits
     return (bits * limit) >> 28
+
+
+def uniform(seed: int, epoch: int, indices: Tensor, stream: int) -> Tensor:
+    """One draw from -1 to below 1 for each sample, in steps of 2^-23: int64 [B] -> float32 [B]."""
+    return below(2**24, seed, epoch, indices, stream) / 2**23 - 1
 
 
 def permutation(num_images: int, seed: int, epoch: int) -> Tensor:

@@ -45,6 +45,8 @@ class TrainLoader:
     world_size: int
     alternate_flip: bool = False
     cutout: int = 0  # pixels a side of the square that is cut out of a whole image; of a smaller one as large a part
+    brightness: float = 0.0
+    contrast: float = 0.0
     first_stores: tuple[tuple[int, augment.PixelStore], ...] = ()  # smaller images: until which epoch, in order
 
     @classmethod
@@ -59,7 +61,7 @@ class TrainLoader:
         normalise = augment.Normalise(recipe.mean, recipe.std, here.device)
 
         def packed(resize: int, image_size: int = 0) -> augment.PixelStore:
-            store = augment.pack(images, recipe.crop_padding, resize, image_size)
+            store = augment.pack(images, recipe.crop_padding, resize, image_size, reflect=recipe.padding_mode == "reflect")
             once = bf16 and here.device.type == "cpu" and store.channels == 3 and not store.resize
             return augment.normalised(store, normalise) if once else store
 
@@ -71,6 +73,8 @@ class TrainLoader:
             flip=recipe.flip,
             alternate_flip=recipe.alternate_flip,
             cutout=recipe.cutout,
+            brightness=recipe.brightness,
+            contrast=recipe.contrast,
             seed=recipe.seed,
             global_images=batch.global_images,
             micro_images=batch.micro_images,
@@ -111,6 +115,9 @@ class TrainLoader:
         how = {"flip": self.flip, "alternate": self.alternate_flip}
         images = augment.random_crop_and_mirror(store, flat, seed=self.seed, epoch=epoch, **how)
         images, labels = self.normalise(images), self.labels[flat]
+        if self.brightness or self.contrast:
+            how = {"seed": self.seed, "epoch": epoch, "indices": flat}
+            images = augment.jitter(images, self.brightness, self.contrast, **how)
         if self.cutout:
             side = round(self.cutout * store.size / self.store.size)
             images = augment.cut_out(images, side, self._black(images), seed=self.seed, epoch=epoch, indices=flat)

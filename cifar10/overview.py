@@ -111,10 +111,14 @@ def augmentation(recipe: Recipe) -> str:
         words.append(f"resized to {whole}x{whole}{' after them' if words else ''}")
     cut = recipe.image_size or whole
     if recipe.crop_padding or cut < whole:
-        padding = f" after padding by {recipe.crop_padding}" if recipe.crop_padding else ""
+        kind = " reflected pixels" if recipe.padding_mode == "reflect" else ""
+        padding = f" after padding by {recipe.crop_padding}{kind}" if recipe.crop_padding else ""
         words.append(f"a random crop{'' if recipe.first_sizes else f' of {cut}x{cut}'}{padding}")
     if recipe.flip:
         words.append("mirrored in every other epoch" if recipe.alternate_flip else "mirrored at random")
+    for name, most in (("brightness", recipe.brightness), ("contrast", recipe.contrast)):
+        if most:
+            words.append(f"{name} changed by up to {most:g}")
     if recipe.cutout:
         words.append(f"{recipe.cutout}x{recipe.cutout} cut out")
     return ", ".join(words)

@@ -52,7 +52,8 @@ class Plan:
     def augments(self) -> bool:
         """Whether training sees other images than evaluation would."""
         recipe, (_, size, _) = self.recipe, self.image_shape
-        return recipe.flip or recipe.cutout > 0 or recipe.crop_padding > 0 or size < (recipe.resize or self.dataset.size)
+        is_cut = recipe.crop_padding > 0 or size < (recipe.resize or self.dataset.size)
+        return is_cut or recipe.flip or any((recipe.cutout, recipe.brightness, recipe.contrast))
 
     def images(self, split: Split) -> Images:
         """The data set's train or test images, all of them in their fixed order: uint8 [N, S, S, C], and labels."""

@@ -74,13 +74,19 @@ class Recipe:
     first_epochs: _Sizes = ()
     """Epochs of each of --first-sizes."""
     crop_padding: int = 4
-    """Black pixels on each side of the image before the random crop; 0 with image size 0 turns the crop off."""
+    """Pixels added on each side of the image before the random crop; 0 with image size 0 turns the crop off."""
+    padding_mode: Literal["constant", "reflect"] = "constant"
+    """What they are: constant, black; reflect, the image mirrored at its border."""
     flip: bool = True
     """Mirror every other training image, at random."""
     alternate_flip: bool = False
     """Mirror each image in every other epoch instead, which half of them in the first being left to chance."""
     cutout: int = 0
     """Pixels a side of a black square that is laid over each training image, anywhere inside it; 0 lays none."""
+    brightness: float = 0.0
+    """The most that is added to all normalised pixels of a training image, or taken from them, at random; in deviations."""
+    contrast: float = 0.0
+    """The most by which the normalised pixels of a training image grow or shrink, at random; 0.1 is a factor of 0.9 to 1.1."""
     label_smoothing: float = 0.0
     """Share of each training target spread evenly over all classes."""
     patience: int = 15
@@ -235,6 +241,8 @@ def check_recipe(recipe: Recipe) -> None:
         _check(recipe, name, math.isfinite(value) and value > 0, positive)
     _check(recipe, "cutout", 0 <= recipe.cutout <= 1024, "a whole number of pixels from 0 to 1024")
     _check(recipe, "crop_padding", 0 <= recipe.crop_padding <= 32, "a whole number from 0 to 32, the size of an image")
+    for name in ("brightness", "contrast"):
+        _check(recipe, name, 0 <= getattr(recipe, name) <= 1, "a number from 0 to 1")
     for name in ("resize", "image_size"):
         _check(recipe, name, 0 <= getattr(recipe, name) <= 1024, "a whole number of pixels from 0 to 1024")
     for name in ("patience", "val_images", "lr_reference_batch", "seed", "split_seed"):
@@ -244,6 +252,9 @@ def check_recipe(recipe: Recipe) -> None:
     _check(recipe, "first_sizes", all(8 <= size <= 1024 for size in sizes), "pixels a side from 8 up")
     fits = len(epochs) == len(sizes) and all(count >= 1 for count in epochs)
     _check(recipe, "first_epochs", fits, f"{len(sizes)} whole numbers from 1 up, one for each of --first-sizes")
+    smallest = min((28, *sizes, *([recipe.resize] if recipe.resize else [])))
+    if recipe.padding_mode == "reflect" and recipe.crop_padding >= smallest:
+        raise UsageError(f"--padding-mode reflect has no pixels for a padding of {recipe.crop_padding}; type --crop-padding 2")
     if recipe.lr_shape == "linear" and recipe.lr_moves == "per-epoch":
         raise UsageError("--lr-shape linear moves at every step; type --lr-moves per-step, or --lr-shape cosine")
     for name in ("plateau_patience", "max_skipped_in_a_row"):

@@ -34,7 +34,7 @@ def in_colour(pixels: np.ndarray) -> np.ndarray:
 
 
 def first_augmented(recipe: Recipe, images: data.Images, count: int = SHOWN) -> tuple[np.ndarray, np.ndarray]:
-    """The first images that training saw, cropped and mirrored as it saw them: uint8 [count, S, S, 3], labels.
+    """The first images that training saw, augmented as it saw them: uint8 [count, S, S, 3], labels.
 
     Which they are and how they are cut is the loader's: functions of their places alone, the same for any number of ranks.
     So only these few are packed, and not all that training saw.
@@ -43,14 +43,19 @@ def first_augmented(recipe: Recipe, images: data.Images, count: int = SHOWN) -> 
     places = draws.permutation(len(train), recipe.seed, 0)[:count]  # among the training images
     few = train[places.numpy()]
     sizes = (recipe.first_sizes[0], 0) if recipe.first_sizes else (recipe.resize, recipe.image_size)
-    store = augment.pack(torch.from_numpy(images.pixels[few]), recipe.crop_padding, *sizes)
+    reflect = recipe.padding_mode == "reflect"
+    store = augment.pack(torch.from_numpy(images.pixels[few]), recipe.crop_padding, *sizes, reflect=reflect)
     cut = augment.draw(store, places, seed=recipe.seed, epoch=0, flip=recipe.flip, alternate=recipe.alternate_flip)
     seen = augment.gather(store, torch.arange(len(few)), *cut)
+    here = {"seed": recipe.seed, "epoch": 0, "indices": places}
+    if recipe.brightness or recipe.contrast:
+        normalise = augment.Normalise(recipe.mean, recipe.std, places.device)
+        seen = normalise.undone(augment.jitter(normalise(seen), recipe.brightness, recipe.contrast, **here))
     if recipe.cutout:
         whole = recipe.image_size or recipe.resize or images.pixels.shape[1]
         black = torch.zeros(seen.shape[1], dtype=torch.uint8)
         side = round(recipe.cutout * store.size / whole)
-        seen = augment.cut_out(seen, side, black, seed=recipe.seed, epoch=0, indices=places)
+        seen = augment.cut_out(seen, side, black, **here)
     return in_colour(seen.permute(0, 2, 3, 1).numpy()), images.labels[few]
 
 
