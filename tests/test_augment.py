@@ -162,6 +162,58 @@ def test_resizing_keeps_the_small_images_in_memory(images: Tensor) -> None:
     assert augment.pack(grey(images), 0).pixels.nbytes == 4 * 28 * 28
 
 
+@pytest.mark.parametrize(("size", "padding"), [(32, 2), (24, 3), (40, 1), (8, 7)])
+def test_reflected_borders_equal_torchvisions(images: Tensor, size: int, padding: int) -> None:
+    """Images as they are, made smaller once, and enlarged batch by batch."""
+    store = augment.pack(images, padding, size, reflect=True)
+    end = 2 * padding
+    some = list(itertools.product({0, end}, {0, padding, end}, (0, 1)))
+    top, left, mirrored = torch.tensor(some).T
+    for index, image in enumerate(images):
+        whole = augment.centre(augment.pack(image[None], 0, size), torch.tensor([0]))[0]
+        padded = tv.pad(whole, [padding], padding_mode="reflect")
+        crops = [tv.crop(padded, *corner, size, size) for *corner, _ in some]
+        theirs = torch.stack([tv.hflip(crop) if cell[2] else crop for crop, cell in zip(crops, some, strict=True)])
+        assert torch.equal(augment.gather(store, torch.full_like(top, index), top, left, mirrored), theirs)
+
+
+# --- brightness and contrast ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_image_has_one_brightness_and_one_contrast(dtype: torch.dtype) -> None:
+    few = torch.arange(500)
+    levels = torch.tensor([-1.0, 0.0, 1.0, 2.0])
+    given = levels.expand(500, 3, 2, 4).to(dtype, memory_format=torch.channels_last)
+    how = {"seed": 3, "epoch": 2}
+    seen = augment.jitter(given, 0.2, 0.5, **how, indices=few)
+    assert seen.dtype == dtype
+    assert seen.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(given, levels.expand_as(given).to(dtype)), "what was given is left as it was"
+    rows = seen[:, 0, 0].double()
+    scale = rows[:, 3] - rows[:, 2]
+    shift = rows[:, 1] / scale
+    close = {"atol": 0.02} if dtype == torch.bfloat16 else {"atol": 1e-5}
+    assert torch.allclose(seen.double(), ((levels + shift[:, None]) * scale[:, None])[:, None, None].expand_as(seen), **close)
+    for drawn, most in ((shift, 0.2), (scale - 1, 0.5)):
+        assert drawn.abs().max() <= most + close["atol"]
+        assert drawn.min() < -0.95 * most
+        assert drawn.max() > 0.95 * most
+        assert drawn.mean().abs() < 5 * most / (3 * 500) ** 0.5
+    assert abs(correlation(shift, scale)) < chance(500)
+    backwards = augment.jitter(given, 0.2, 0.5, **how, indices=few.flip(0))
+    assert torch.equal(backwards, seen.flip(0)), "an image is the same whatever batch it is in"
+    for other in ({"seed": 4, "epoch": 2}, {"seed": 3, "epoch": 3}):
+        assert not torch.equal(augment.jitter(given, 0.2, 0.5, **other, indices=few), seen)
+
+
+def test_normalising_is_undone(images: Tensor) -> None:
+    normalise = augment.Normalise(MEAN, STD, CPU)
+    pixels = images.permute(0, 3, 1, 2)
+    assert torch.equal(normalise.undone(normalise(pixels)), pixels)
+    assert torch.equal(normalise.undone(normalise(pixels) + 100), torch.full_like(pixels, 255))
+
+
 # --- draws -------------------------------------------------------------------------------------------------------------
 
 

@@ -172,6 +172,20 @@ def test_the_first_images_are_not_augmented(pixels: Tensor) -> None:
 
 
 @pytest.mark.parametrize("bf16", [False, True])
+def test_brightness_and_contrast_change_what_trains_and_not_what_is_cut_out(pixels: Tensor, bf16: bool) -> None:
+    recipe = Recipe(epochs=2, warmup_epochs=0, val_images=0, brightness=0.3, contrast=0.2, cutout=8, padding_mode="reflect")
+    here = SimpleNamespace(device=CPU, rank=0, size=1)
+    one = TrainLoader.of(pixels.numpy(), torch.arange(NUM_IMAGES).numpy(), recipe, Batch(60, 60, 1, 1), here, bf16=bf16)
+    plain = dataclasses.replace(one, brightness=0, contrast=0, cutout=0)
+    cut = dataclasses.replace(plain, cutout=8)
+    (images, indices), (whole, _), (black, _) = (next(each.epoch(1))[0] for each in (one, plain, cut))
+    expected = augment.jitter(whole, 0.3, 0.2, seed=recipe.seed, epoch=1, indices=indices)
+    inside = (black != whole).any(dim=1, keepdim=True)
+    assert torch.equal(images, torch.where(inside, black, expected))
+    assert not torch.equal(expected, whole)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
 def test_what_is_cut_out_is_black(pixels: Tensor, bf16: bool) -> None:
     recipe = Recipe(epochs=2, warmup_epochs=0, val_images=0, crop_padding=0, flip=False, cutout=10)
     recipe = dataclasses.replace(recipe, first_sizes=(16,), first_epochs=(1,))

@@ -135,6 +135,11 @@ def test_the_sections_say_what_the_settings_are() -> None:
         ("--resize 40 --image-size 32 --crop-padding 0 --no-flip", "resized to 40x40, a random crop of 32x32"),
         ("--first-sizes 16 24 --first-epochs 3 1", "16x16 in epochs 1-3, 24x24 in epoch 4, a random crop after"),
         ("--alternate-flip --crop-padding 0", "mirrored in every other epoch"),
+        (
+            "--padding-mode reflect --brightness 0.1",
+            "a random crop of 32x32 after padding by 3 reflected pixels, mirrored at random, b",
+        ),
+        ("--no-flip --crop-padding 0 --contrast 0.25", "contrast changed by up to 0.25"),
         ("--no-flip --crop-padding 0", ""),
     ],
 )

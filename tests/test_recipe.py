@@ -137,6 +137,12 @@ def test_first_sizes_without_their_epochs_and_impossible_ones_are_refused(argv):
     assert "type" in message
 
 
+@pytest.mark.parametrize("argv", ["--crop-padding 28", "--crop-padding 16 --first-sizes 16 --first-epochs 1"])
+def test_a_border_that_an_image_is_too_small_to_mirror_is_refused(argv):
+    assert "--crop-padding 2" in refusal("--padding-mode", "reflect", *argv.split())
+    parse([*argv.split(), "--padding-mode", "constant"])
+
+
 # --- values that cannot be meant --------------------------------------------------------------------------------------
 
 IMPOSSIBLE = {  # flag -> values that its type admits and its meaning does not
@@ -147,6 +153,8 @@ IMPOSSIBLE = {  # flag -> values that its type admits and its meaning does not
     "image_size": "-1 100000",
     "crop_padding": "-1 100000",
     "cutout": "-1 100000",
+    "brightness": "-0.1 1.5 nan",
+    "contrast": "-0.1 1.5 nan",
     "label_smoothing": "-0.1 1 nan",
     "patience": "-1",
     "min_improvement": "0 -1e-5 nan",
