@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cifar10 import UsageError, world
 from cifar10.checkpoint import PORTABLE_FILE
 from cifar10.datasets import DATASETS, DataSet
-from cifar10.device import count_gpus
+from cifar10.device import count_gpus, keep_freed_memory
 from cifar10.preflight import image_shape
 from cifar10.recipe import Recipe, from_settings
 from cifar10.weights import refuse_other_images
@@ -75,6 +75,7 @@ def alone(threads: int | None = None) -> World:
         raise UsageError(f"--threads {threads} is impossible; type a whole number from 1 up")
     torch.set_num_threads(threads or world.cores())
     device = torch.device("cuda" if count_gpus() else "cpu")
+    keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = False  # as in training: fp32 means fp32
     return World(rank=0, local_rank=0, size=1, local_size=1, device=device, launcher="python")
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cifar10 import UsageError, launchers
+from cifar10.device import keep_freed_memory
 
 T = TypeVar("T")
 
@@ -170,6 +171,8 @@ def join(threads: int | None = None, timeout_minutes: float = 10.0, *, determini
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)  # adaptive pooling on a GPU has none; that is only said
+    if device.type == "cpu":
+        keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; torch's default rounds convolutions to 10 bits
