@@ -58,11 +58,12 @@ def keep_freed_memory() -> None:
     glibc gives large blocks back to the kernel, which must clear every page of them when they are taken again: of a step
     with 1,536 images a quarter of the time (records/LOG.md). Other C libraries are left as they are.
     """
-    most_mapped, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+    trim_threshold, top_pad, most_mapped = -1, -2, -4  # M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_MAX of malloc.h
     with suppress(AttributeError, OSError, TypeError):  # no mallopt, no C library to ask
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(most_mapped, 0)
         mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 2**26)  # it grows by 64 MB at a time: an aligned block does not fit into the gap of an equal one
 
 
 def missing_for_compiling() -> str | None:

@@ -27,7 +27,7 @@ PARTS: dict[str, set[str]] = {
     "launchers": set(),
     "levels": {"device"},
     "loss_scale": set(),
-    "world": {"launchers"},
+    "world": {"device", "launchers"},
     "models": set(),
     "data": {"files"},
     "mnist": {"data", "files"},
