@@ -22,7 +22,7 @@ def faults(rounds):
 
 if KEEPS:
     keep_freed_memory()
-faults(5)
+faults(30)  # the heap finds its size
 print(faults(20))
 """
 
