@@ -12,12 +12,12 @@ from cifar10.recipe import Experiment, Recipe
 EXPERIMENT = Experiment(
     Recipe(
         model="speednet",
-        epochs=8.875,
+        epochs=10,
         warmup_epochs=0,
         lr_shape="linear",
         val_images=0,
         first_sizes=(24, 28),
-        first_epochs=(3, 3),
+        first_epochs=(3, 4),
         crop_padding=2,
         padding_mode="reflect",
         brightness=0.14,
@@ -27,6 +27,7 @@ EXPERIMENT = Experiment(
         std=(0.2470, 0.2435, 0.2616),
         patience=0,
         tta="mirror+translate",
+        tta_below=0.7,
     ),
     deepspeed_config="recipes/speedrun94_cpu.json",
 )
