@@ -111,7 +111,7 @@ def __getattr__(name: str) -> Any:
 
 
 def get_cifar10_dataloaders(plan: Plan, here: World) -> tuple[TrainLoader, EvaluationLoader]:
-    """The training images, cropped and mirrored at random, and the held-out validation images as they are."""
+    """The training images, augmented as the recipe says, and the held-out validation images as they are."""
     images = plan.images("train")
     train, val = data.stratified_split(images.labels, plan.recipe.val_images, plan.recipe.split_seed)
     bf16 = plan.precision == "bf16"

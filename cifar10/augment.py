@@ -1,5 +1,7 @@
 """Random crop, mirror and normalisation of a whole batch in one gather; the same images as torchvision's transforms.
 
+Cutout and changes of brightness and contrast come after it, if a recipe asks for them.
+
 Images stay on the device as uint8. A pixel's three bytes and a spare one make one int32, so that one `index_select` moves
 a pixel at a time: half the time of gathering three bytes. Equal, bit for bit, to RandomCrop(32, padding=4),
 RandomHorizontalFlip, ToTensor, Normalize of torchvision for the same draws (tests/test_augment.py goes through every cell).
@@ -47,8 +49,8 @@ class PixelStore:
 def pack(images: Tensor, padding: int, resize: int = 0, image_size: int = 0, *, reflect: bool = False) -> PixelStore:
     """uint8 [N, S, S, C] -> a store on the same device, of images of `resize` (0: S) pixels a side and the padding around them.
 
-    Crops are of `image_size` pixels (0: all but the padding). The padding is black, which is added before normalising, as
-    torchvision does; or what `reflect` mirrors, without the border itself.
+    Crops are of `image_size` pixels (0: all but the padding). The padding is black, added before normalising as torchvision
+    does; with `reflect` it is torchvision's padding_mode="reflect". Raises ValueError for one of as many pixels as the image.
     """
     if resize and resize < images.shape[1]:
         images = torch.cat([_resize(part.permute(0, 3, 1, 2), resize) for part in images.split(AT_ONCE)])
@@ -57,10 +59,12 @@ def pack(images: Tensor, padding: int, resize: int = 0, image_size: int = 0, *, 
     now = 0 if resize else padding
     stored = size + 2 * now
     padded = torch.zeros(num_images, stored, stored, 1 if channels == 1 else 4, dtype=torch.uint8, device=images.device)
-    if reflect:
+    if reflect and padding >= (resize or size):
+        raise ValueError(f"{padding} pixels cannot be reflected in an image of {resize or size}x{resize or size}")
+    if reflect and now:
         across = torch.arange(-now, size + now, device=images.device).abs()
         across = torch.minimum(across, 2 * (size - 1) - across)
-        padded[..., :channels] = images[:, across][:, :, across]
+        padded[..., :channels] = images[:, across[:, None], across]
     else:
         padded[:, now : now + size, now : now + size, :channels] = images
     pixels = padded.view(-1) if channels == 1 else padded.view(torch.int32).view(-1)
@@ -112,8 +116,8 @@ class Normalise:
         images = images.to(torch.float32, memory_format=torch.channels_last)
         return images.div_(255).sub_(self.mean).div_(self.std)
 
-    def undone(self, images: Tensor) -> Tensor:
-        """Normalised float32 [B, C, S, S] -> uint8, the nearest pixels that there are."""
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """Normalised float32 [B, C, S, S] -> uint8, the nearest pixels that there are; what lies outside 0..255 is clipped."""
         return images.mul(self.std).add_(self.mean).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
 
 
@@ -168,18 +172,17 @@ def cut_out(images: Tensor, side: int, black: Tensor, *, seed: int, epoch: int, 
     return torch.where(inside, black[:, None, None], images)
 
 
-def jitter(images: Tensor, brightness: float, contrast: float, *, seed: int, epoch: int, indices: Tensor) -> Tensor:
+def color_jitter(images: Tensor, brightness: float, contrast: float, *, seed: int, epoch: int, indices: Tensor) -> Tensor:
     """Normalised images, each with its own brightness and contrast for this epoch: [B, C, S, S] -> the same type.
 
     To all pixels of an image one number in -brightness .. brightness is added; what results is multiplied by one in
-    1 - contrast .. 1 + contrast. (hiverge's, of the speed-run that models/speednet.py speaks of; torchvision's ColorJitter
-    multiplies pixels that are not normalised.)
+    1 - contrast .. 1 + contrast; computed in float32. So does github.com/hiverge/cifar10-speedrun; torchvision's ColorJitter
+    multiplies pixels that are not normalised.
     """
     shift, scale = (
-        draws.uniform(seed, epoch, indices, stream).to(images.dtype)[:, None, None, None]
-        for stream in (draws.BRIGHTNESS, draws.CONTRAST)
+        draws.uniform(seed, epoch, indices, stream)[:, None, None, None] for stream in (draws.BRIGHTNESS, draws.CONTRAST)
     )
-    return images.add(brightness * shift).mul_(1 + contrast * scale)
+    return ((images + brightness * shift) * (1 + contrast * scale)).to(images.dtype)
 
 
 def centre(store: PixelStore, indices: Tensor) -> Tensor:

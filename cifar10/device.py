@@ -1,4 +1,7 @@
-"""What this machine computes on, and in which precisions natively. Torch is asked only where there is a GPU driver."""
+"""What this machine computes on, in which precisions natively, and how its memory is kept.
+
+Torch is asked only where there is a GPU driver.
+"""
 
 from __future__ import annotations
 
@@ -53,16 +56,16 @@ def name() -> str:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what tensors free, for the tensors of the next step.
+    """Let the C library keep what tensors free, for those of the next step: for this whole process, and for good.
 
-    glibc gives large blocks back to the kernel, which must clear every page of them when they are taken again: of a step
-    with 1,536 images a quarter of the time (records/LOG.md). Other C libraries are left as they are.
+    glibc gives large blocks back to the kernel, which must clear every page of them when they are taken again: up to a
+    quarter of a step of `speednet` in bf16 (records/LOG.md). Other C libraries are left as they are.
     """
     trim_threshold, top_pad, most_mapped = -1, -2, -4  # M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_MAX of malloc.h
     with suppress(AttributeError, OSError, TypeError):  # no mallopt, no C library to ask
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(most_mapped, 0)
-        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(trim_threshold, -1)  # never
         mallopt(top_pad, 2**26)  # it grows by 64 MB at a time: an aligned block does not fit into the gap of an equal one
 
 

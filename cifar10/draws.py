@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 _GOLDEN = -7046029254386353131  # 2^64 / golden ratio, as a signed 64-bit number
-_ORDER, AUGMENTATION, CUTOUT, BRIGHTNESS, CONTRAST = range(
-    1, 6
-)  # streams: the order of an epoch must not be correlated with its crops
+# Streams: the order of an epoch must not be correlated with its crops.
+_ORDER, AUGMENTATION, CUTOUT, BRIGHTNESS, CONTRAST = range(1, 6)
 
 
 def _mix(z: Tensor) -> Tensor:

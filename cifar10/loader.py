@@ -45,7 +45,7 @@ class TrainLoader:
     world_size: int
     alternate_flip: bool = False
     cutout: int = 0  # pixels a side of the square that is cut out of a whole image; of a smaller one as large a part
-    brightness: float = 0.0
+    brightness: float = 0.0  # and contrast: the most that they change by, see augment.color_jitter
     contrast: float = 0.0
     first_stores: tuple[tuple[int, augment.PixelStore], ...] = ()  # smaller images: until which epoch, in order
 
@@ -112,15 +112,14 @@ class TrainLoader:
     def _steps(self, indices: Tensor, epoch: int) -> Iterator[list[MicroBatch]]:
         flat = indices.reshape(-1)
         store = next((store for until, store in self.first_stores if epoch < until), self.store)
-        how = {"flip": self.flip, "alternate": self.alternate_flip}
-        images = augment.random_crop_and_mirror(store, flat, seed=self.seed, epoch=epoch, **how)
+        here = {"seed": self.seed, "epoch": epoch, "indices": flat}
+        images = augment.random_crop_and_mirror(store, **here, flip=self.flip, alternate=self.alternate_flip)
         images, labels = self.normalise(images), self.labels[flat]
         if self.brightness or self.contrast:
-            how = {"seed": self.seed, "epoch": epoch, "indices": flat}
-            images = augment.jitter(images, self.brightness, self.contrast, **how)
+            images = augment.color_jitter(images, self.brightness, self.contrast, **here)
         if self.cutout:
             side = round(self.cutout * store.size / self.store.size)
-            images = augment.cut_out(images, side, self._black(images), seed=self.seed, epoch=epoch, indices=flat)
+            images = augment.cut_out(images, side, self._black(images), **here)
         micro_batches = list(zip(images.split(self.micro_images), labels.split(self.micro_images), strict=True))
         accumulation = indices.shape[1] // self.micro_images
         for first in range(0, len(micro_batches), accumulation):

@@ -100,7 +100,7 @@ def model_section(model: nn.Module, image_shape: tuple[int, int, int]) -> Sectio
 
 
 def augmentation(recipe: Recipe) -> str:
-    """What training makes of an image before the network sees it, in words; "" if it stays as evaluation has it."""
+    """What training cuts out of an image before the network sees it, in words; "" if it stays as evaluation has it."""
     dataset = DATASETS[recipe.dataset]
     whole, words, epoch = recipe.resize or dataset.size, [], 1
     for size, epochs in zip(recipe.first_sizes, recipe.first_epochs, strict=True):
@@ -116,12 +116,15 @@ def augmentation(recipe: Recipe) -> str:
         words.append(f"a random crop{'' if recipe.first_sizes else f' of {cut}x{cut}'}{padding}")
     if recipe.flip:
         words.append("mirrored in every other epoch" if recipe.alternate_flip else "mirrored at random")
-    for name, most in (("brightness", recipe.brightness), ("contrast", recipe.contrast)):
-        if most:
-            words.append(f"{name} changed by up to {most:g}")
     if recipe.cutout:
         words.append(f"{recipe.cutout}x{recipe.cutout} cut out")
     return ", ".join(words)
+
+
+def colours(recipe: Recipe) -> str:
+    """What training makes of an image's colours, in words; "" if it leaves them alone."""
+    most = (("brightness", recipe.brightness), ("contrast", recipe.contrast))
+    return ", ".join(f"{name} changed by up to {value:g}" for name, value in most if value)
 
 
 def data_section(plan: Plan) -> Section:
@@ -135,6 +138,7 @@ def data_section(plan: Plan) -> Section:
         ("images", f"{dataset.size}x{dataset.size}, {kind}, {len(dataset.classes)} classes; {test}"),
         ("classes", ", ".join(dataset.classes)),
         ("augmentation", augmentation(recipe) or "none"),
+        *([("colours", colours(recipe))] if colours(recipe) else []),
     ]
     return Section("data set", rows)
 

@@ -103,7 +103,9 @@ def _sheets(record: Record, data_dir: Path) -> Sheets:
         pixels, labels = samples.first_augmented(recipe, images)
         names = record.classes(len(record.dataset.classes) if record.dataset else int(labels.max()) + 1)
         augmented = [(image, names[label]) for image, label in zip(pixels, labels, strict=True)]
-        words = overview.augmentation(recipe) or "neither cropped nor mirrored"
+        words = (
+            ", ".join(filter(None, (overview.augmentation(recipe), overview.colours(recipe)))) or "neither cropped nor mirrored"
+        )
     except UsageError as error:
         left_out.append(f"the sheets of images: {error}")
     return Sheets(mistakes, augmented, words, left_out)
@@ -154,10 +156,13 @@ def _headline(record: Record) -> str:
     return ", ".join(words)
 
 
+AUGMENTATIONS = ("flip", "crop_padding", "image_size", "cutout", "brightness", "contrast", "first_sizes")
+
+
 def _train_means(record: Record) -> str:
     smoothing = record.settings.get("label_smoothing")
     words = ["weights still moving"]
-    if record.settings.get("flip") or record.settings.get("crop_padding"):
+    if any(record.settings.get(name) for name in AUGMENTATIONS):
         words.insert(0, "augmented images")
     return ", ".join([*words, f"targets smoothed by {smoothing:g}"] if isinstance(smoothing, float) and smoothing else words)
 

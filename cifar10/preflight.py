@@ -22,6 +22,13 @@ def image_shape(recipe: Recipe) -> tuple[int, int, int]:
     return dataset.channels, size, size
 
 
+def augments(recipe: Recipe) -> bool:
+    """Whether training with a recipe sees other images than evaluation would."""
+    (_, size, _), whole = image_shape(recipe), recipe.resize or DATASETS[recipe.dataset].size
+    is_cut = recipe.crop_padding > 0 or size < whole or any(first != whole for first in recipe.first_sizes)
+    return is_cut or recipe.flip or any((recipe.cutout, recipe.brightness, recipe.contrast))
+
+
 @dataclass(frozen=True)
 class Plan:
     """A command line, understood: what to train, how to carry it out, and DeepSpeed's JSON for this world size."""
@@ -42,18 +49,16 @@ class Plan:
         return image_shape(self.recipe)
 
     @property
+    def augments(self) -> bool:
+        """Whether training sees other images than evaluation would."""
+        return augments(self.recipe)
+
+    @property
     def precision(self) -> str:
         """What matrix products are computed in: fp32, bf16 or fp16."""
         autocast = self.ds_config.get("torch_autocast", {})
         name = str(autocast.get("dtype", "bfloat16")).lower() if autocast.get("enabled") else "float32"  # or bf16, half, ...
         return "bf16" if "b" in name else "fp32" if "32" in name else "fp16"
-
-    @property
-    def augments(self) -> bool:
-        """Whether training sees other images than evaluation would."""
-        recipe, (_, size, _) = self.recipe, self.image_shape
-        is_cut = recipe.crop_padding > 0 or size < (recipe.resize or self.dataset.size)
-        return is_cut or recipe.flip or any((recipe.cutout, recipe.brightness, recipe.contrast))
 
     def images(self, split: Split) -> Images:
         """The data set's train or test images, all of them in their fixed order: uint8 [N, S, S, C], and labels."""
@@ -164,6 +169,11 @@ def _check_images(recipe: Recipe, dataset: DataSet) -> None:
             f" {kind}; type {_flag('mean', dataset.mean)} {_flag('std', dataset.std)}"
         )
     whole = recipe.resize or dataset.size
+    if recipe.padding_mode == "reflect" and recipe.crop_padding >= (smallest := min((whole, *recipe.first_sizes))):
+        raise UsageError(
+            f"--padding-mode reflect cannot add {recipe.crop_padding} pixels to images of {smallest}x{smallest};"
+            f" type --crop-padding {smallest - 1} or less"
+        )
     if recipe.image_size > whole:
         raise UsageError(
             f"--image-size {recipe.image_size} is larger than the images, {whole}x{whole} pixels; type --image-size {whole}"

@@ -76,7 +76,7 @@ class Recipe:
     crop_padding: int = 4
     """Pixels added on each side of the image before the random crop; 0 with image size 0 turns the crop off."""
     padding_mode: Literal["constant", "reflect"] = "constant"
-    """What they are: constant, black; reflect, the image mirrored at its border."""
+    """What --crop-padding adds: constant, black; reflect, the image mirrored at its border, which itself is not repeated."""
     flip: bool = True
     """Mirror every other training image, at random."""
     alternate_flip: bool = False
@@ -84,9 +84,10 @@ class Recipe:
     cutout: int = 0
     """Pixels a side of a black square that is laid over each training image, anywhere inside it; 0 lays none."""
     brightness: float = 0.0
-    """The most that is added to all normalised pixels of a training image, or taken from them, at random; in deviations."""
+    """The most that is added to all normalised pixels of a training image, or taken from them, at random; in units of --std."""
     contrast: float = 0.0
-    """The most by which the normalised pixels of a training image grow or shrink, at random; 0.1 is a factor of 0.9 to 1.1."""
+    """The most by which the contrast of a training image changes, at random: with 0.1 its pixels' distance from --mean is
+    multiplied by 0.9 to 1.1."""
     label_smoothing: float = 0.0
     """Share of each training target spread evenly over all classes."""
     patience: int = 15
@@ -252,9 +253,6 @@ def check_recipe(recipe: Recipe) -> None:
     _check(recipe, "first_sizes", all(8 <= size <= 1024 for size in sizes), "pixels a side from 8 up")
     fits = len(epochs) == len(sizes) and all(count >= 1 for count in epochs)
     _check(recipe, "first_epochs", fits, f"{len(sizes)} whole numbers from 1 up, one for each of --first-sizes")
-    smallest = min((28, *sizes, *([recipe.resize] if recipe.resize else [])))
-    if recipe.padding_mode == "reflect" and recipe.crop_padding >= smallest:
-        raise UsageError(f"--padding-mode reflect has no pixels for a padding of {recipe.crop_padding}; type --crop-padding 2")
     if recipe.lr_shape == "linear" and recipe.lr_moves == "per-epoch":
         raise UsageError("--lr-shape linear moves at every step; type --lr-moves per-step, or --lr-shape cosine")
     for name in ("plateau_patience", "max_skipped_in_a_row"):

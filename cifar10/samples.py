@@ -50,7 +50,7 @@ def first_augmented(recipe: Recipe, images: data.Images, count: int = SHOWN) -> 
     here = {"seed": recipe.seed, "epoch": 0, "indices": places}
     if recipe.brightness or recipe.contrast:
         normalise = augment.Normalise(recipe.mean, recipe.std, places.device)
-        seen = normalise.undone(augment.jitter(normalise(seen), recipe.brightness, recipe.contrast, **here))
+        seen = normalise.to_pixels(augment.color_jitter(normalise(seen), recipe.brightness, recipe.contrast, **here))
     if recipe.cutout:
         whole = recipe.image_size or recipe.resize or images.pixels.shape[1]
         black = torch.zeros(seen.shape[1], dtype=torch.uint8)

@@ -75,7 +75,8 @@ def alone(threads: int | None = None) -> World:
         raise UsageError(f"--threads {threads} is impossible; type a whole number from 1 up")
     torch.set_num_threads(threads or world.cores())
     device = torch.device("cuda" if count_gpus() else "cpu")
-    keep_freed_memory()
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = False  # as in training: fp32 means fp32
     return World(rank=0, local_rank=0, size=1, local_size=1, device=device, launcher="python")
 

@@ -160,7 +160,7 @@ def join(threads: int | None = None, timeout_minutes: float = 10.0, *, determini
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which launchers set (see launchers.py); without RANK it
     is a world of one. Threads per rank: `threads`, else the cores of the machine over the ranks on it. `deterministic` asks
     PyTorch for algorithms that give the same bits each time; a CPU's do anyway. A rank that has waited `timeout_minutes` for
-    another gives up.
+    another gives up. On a CPU, memory that is freed stays with the process (device.keep_freed_memory).
     """
     alone = "RANK" not in os.environ
     rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -173,7 +173,7 @@ def join(threads: int | None = None, timeout_minutes: float = 10.0, *, determini
         torch.use_deterministic_algorithms(True, warn_only=True)  # adaptive pooling on a GPU has none; that is only said
     if device.type == "cpu":
         keep_freed_memory()
-    if device.type == "cuda":
+    else:
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; torch's default rounds convolutions to 10 bits
     os.environ["LOCAL_RANK"] = str(

@@ -2,7 +2,7 @@
 
     uv run python cifar10_deepspeed.py --recipe speedrun94
 
-Batch, learning rates and the sizes of the first epochs follow hiverge's and Fulcrum's entries
+Batch, learning rates, borders, brightness, contrast and the sizes of the first epochs follow hiverge's and Fulcrum's entries
 (github.com/hiverge/cifar10-speedrun); for two CPU cores there is speedrun94_cpu. No GPU has run it yet, so the 94% is an aim.
 """
 

@@ -162,9 +162,10 @@ def test_resizing_keeps_the_small_images_in_memory(images: Tensor) -> None:
     assert augment.pack(grey(images), 0).pixels.nbytes == 4 * 28 * 28
 
 
-@pytest.mark.parametrize(("size", "padding"), [(32, 2), (24, 3), (40, 1), (8, 7)])
+@pytest.mark.parametrize(("size", "padding"), [(32, 2), (24, 3), (40, 1), (8, 7), (28, 3)])
 def test_reflected_borders_equal_torchvisions(images: Tensor, size: int, padding: int) -> None:
-    """Images as they are, made smaller once, and enlarged batch by batch."""
+    """Images as they are, made smaller once, enlarged batch by batch, and grey."""
+    images = grey(images) if size == 28 else images
     store = augment.pack(images, padding, size, reflect=True)
     end = 2 * padding
     some = list(itertools.product({0, end}, {0, padding, end}, (0, 1)))
@@ -177,41 +178,46 @@ def test_reflected_borders_equal_torchvisions(images: Tensor, size: int, padding
         assert torch.equal(augment.gather(store, torch.full_like(top, index), top, left, mirrored), theirs)
 
 
+@pytest.mark.parametrize("resize", [0, 8, 40])
+def test_a_border_as_wide_as_the_image_cannot_be_reflected(images: Tensor, resize: int) -> None:
+    augment.pack(images, (resize or 32) - 1, resize, reflect=True)
+    with pytest.raises(ValueError, match="cannot be reflected"):
+        augment.pack(images, resize or 32, resize, reflect=True)
+
+
 # --- brightness and contrast ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_each_image_has_one_brightness_and_one_contrast(dtype: torch.dtype) -> None:
+def test_each_image_has_one_brightness_and_one_contrast() -> None:
     few = torch.arange(500)
     levels = torch.tensor([-1.0, 0.0, 1.0, 2.0])
-    given = levels.expand(500, 3, 2, 4).to(dtype, memory_format=torch.channels_last)
+    given = levels.expand(500, 3, 2, 4).contiguous(memory_format=torch.channels_last)
     how = {"seed": 3, "epoch": 2}
-    seen = augment.jitter(given, 0.2, 0.5, **how, indices=few)
-    assert seen.dtype == dtype
+    seen = augment.color_jitter(given, 0.2, 0.5, **how, indices=few)
     assert seen.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(given, levels.expand_as(given).to(dtype)), "what was given is left as it was"
+    assert torch.equal(given, levels.expand_as(given)), "what was given is left as it was"
     rows = seen[:, 0, 0].double()
     scale = rows[:, 3] - rows[:, 2]
     shift = rows[:, 1] / scale
-    close = {"atol": 0.02} if dtype == torch.bfloat16 else {"atol": 1e-5}
-    assert torch.allclose(seen.double(), ((levels + shift[:, None]) * scale[:, None])[:, None, None].expand_as(seen), **close)
+    assert torch.allclose(seen.double(), ((levels + shift[:, None]) * scale[:, None])[:, None, None].expand_as(seen), atol=1e-5)
     for drawn, most in ((shift, 0.2), (scale - 1, 0.5)):
-        assert drawn.abs().max() <= most + close["atol"]
+        assert drawn.abs().max() <= most + 1e-5
         assert drawn.min() < -0.95 * most
         assert drawn.max() > 0.95 * most
         assert drawn.mean().abs() < 5 * most / (3 * 500) ** 0.5
     assert abs(correlation(shift, scale)) < chance(500)
-    backwards = augment.jitter(given, 0.2, 0.5, **how, indices=few.flip(0))
+    assert torch.equal(augment.color_jitter(given.bfloat16(), 0.2, 0.5, **how, indices=few), seen.bfloat16()), "rounded once"
+    backwards = augment.color_jitter(given, 0.2, 0.5, **how, indices=few.flip(0))
     assert torch.equal(backwards, seen.flip(0)), "an image is the same whatever batch it is in"
     for other in ({"seed": 4, "epoch": 2}, {"seed": 3, "epoch": 3}):
-        assert not torch.equal(augment.jitter(given, 0.2, 0.5, **other, indices=few), seen)
+        assert not torch.equal(augment.color_jitter(given, 0.2, 0.5, **other, indices=few), seen)
 
 
-def test_normalising_is_undone(images: Tensor) -> None:
+def test_normalised_images_become_pixels_again(images: Tensor) -> None:
     normalise = augment.Normalise(MEAN, STD, CPU)
     pixels = images.permute(0, 3, 1, 2)
-    assert torch.equal(normalise.undone(normalise(pixels)), pixels)
-    assert torch.equal(normalise.undone(normalise(pixels) + 100), torch.full_like(pixels, 255))
+    assert torch.equal(normalise.to_pixels(normalise(pixels)), pixels)
+    assert torch.equal(normalise.to_pixels(normalise(pixels) + 100), torch.full_like(pixels, 255))
 
 
 # --- draws -------------------------------------------------------------------------------------------------------------
@@ -274,6 +280,8 @@ def test_draws_are_the_same_on_every_platform() -> None:
     assert draws.permutation(1_000, 2**31 - 1, 49)[:6].tolist() == [295, 62, 693, 471, 116, 692]
     assert cells(0, 0)[:12].tolist() == [52, 124, 161, 126, 31, 75, 68, 126, 95, 158, 11, 9]
     another = draws.below(162, 2**31 - 1, 49, torch.arange(12))
+    drawn = [draws.uniform(2**31 - 1, 49, torch.arange(2), stream) for stream in (draws.BRIGHTNESS, draws.CONTRAST)]
+    assert torch.stack(drawn).mul(2**23).int().tolist() == [[-2419706, 1185094], [-5558287, -5145]]
     assert another.tolist() == [130, 128, 120, 39, 58, 161, 68, 116, 21, 149, 83, 110]
 
 

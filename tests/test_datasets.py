@@ -124,6 +124,8 @@ def test_mean_and_std_of_different_lengths_are_refused():
         ("--global-batch-size 9001 --val-images 1000", "larger than the 9000 training images"),
         ("--image-size 29", "type --image-size 28 or less, or --resize 29 too"),
         ("--resize 24 --image-size 28", "type --image-size 24 or less, or --resize 28 too"),
+        ("--padding-mode reflect --crop-padding 28", "type --crop-padding 27 or less"),
+        ("--padding-mode reflect --crop-padding 20 --first-sizes 16 --first-epochs 1", "type --crop-padding 15 or less"),
     ],
 )
 def test_each_data_set_has_its_own_limits(argv, says):
@@ -152,6 +154,10 @@ def test_random_labels_are_announced_and_others_are_not():
         ("--no-flip --crop-padding 0 --resize 40", (3, 40, 40), False),
         ("--no-flip --crop-padding 0 --resize 256 --image-size 224", (3, 224, 224), True),
         ("--crop-padding 0", (3, 32, 32), True),
+        *(
+            (f"--no-flip --crop-padding 0 {flag}", (3, 32, 32), True)
+            for flag in ("--brightness 0.1", "--contrast 0.1", "--cutout 4", "--first-sizes 24 --first-epochs 1")
+        ),
     ],
 )
 def test_what_the_network_sees(argv, image_shape, augments):

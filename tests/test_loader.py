@@ -179,10 +179,21 @@ def test_brightness_and_contrast_change_what_trains_and_not_what_is_cut_out(pixe
     plain = dataclasses.replace(one, brightness=0, contrast=0, cutout=0)
     cut = dataclasses.replace(plain, cutout=8)
     (images, indices), (whole, _), (black, _) = (next(each.epoch(1))[0] for each in (one, plain, cut))
-    expected = augment.jitter(whole, 0.3, 0.2, seed=recipe.seed, epoch=1, indices=indices)
+    expected = augment.color_jitter(whole, 0.3, 0.2, seed=recipe.seed, epoch=1, indices=indices)
     inside = (black != whole).any(dim=1, keepdim=True)
     assert torch.equal(images, torch.where(inside, black, expected))
     assert not torch.equal(expected, whole)
+
+
+def test_borders_are_those_of_the_recipe(pixels: Tensor) -> None:
+    how = {"padding_mode": "reflect", "crop_padding": 2, "first_sizes": (16,), "first_epochs": (1,)}
+    recipe = Recipe(epochs=2, warmup_epochs=0, val_images=0, **how)
+    here = SimpleNamespace(device=CPU, rank=0, size=1)
+    one = TrainLoader.of(pixels.numpy(), torch.arange(NUM_IMAGES).numpy(), recipe, Batch(60, 60, 1, 1), here)
+    ((_, small),) = one.first_stores
+    for store, size in ((small, 16), (one.store, 0)):
+        assert torch.equal(store.pixels, augment.pack(pixels, 2, size, reflect=True).pixels)
+        assert not torch.equal(store.pixels, augment.pack(pixels, 2, size).pixels)
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -135,11 +135,7 @@ def test_the_sections_say_what_the_settings_are() -> None:
         ("--resize 40 --image-size 32 --crop-padding 0 --no-flip", "resized to 40x40, a random crop of 32x32"),
         ("--first-sizes 16 24 --first-epochs 3 1", "16x16 in epochs 1-3, 24x24 in epoch 4, a random crop after"),
         ("--alternate-flip --crop-padding 0", "mirrored in every other epoch"),
-        (
-            "--padding-mode reflect --brightness 0.1",
-            "a random crop of 32x32 after padding by 3 reflected pixels, mirrored at random, b",
-        ),
-        ("--no-flip --crop-padding 0 --contrast 0.25", "contrast changed by up to 0.25"),
+        ("--padding-mode reflect", "a random crop of 32x32 after padding by 3 reflected pixels, mirrored at random"),
         ("--no-flip --crop-padding 0", ""),
     ],
 )
@@ -147,6 +143,12 @@ def test_augmentation_is_told_as_it_is(flags, words) -> None:
     told = overview.augmentation(plan(*flags.split()).recipe)
     assert told.startswith(words)
     assert bool(told) == bool(words)
+
+
+def test_changes_of_colour_are_told() -> None:
+    section = overview.data_section(plan("--brightness", "0.1", "--contrast", "0.25"))
+    assert ("colours", "brightness changed by up to 0.1, contrast changed by up to 0.25") in section.rows
+    assert [row[0] for row in overview.data_section(plan()).rows] == ["images", "classes", "augmentation"]
 
 
 def test_the_learning_rates_shape_and_the_second_test_are_told() -> None:

@@ -137,12 +137,6 @@ def test_first_sizes_without_their_epochs_and_impossible_ones_are_refused(argv):
     assert "type" in message
 
 
-@pytest.mark.parametrize("argv", ["--crop-padding 28", "--crop-padding 16 --first-sizes 16 --first-epochs 1"])
-def test_a_border_that_an_image_is_too_small_to_mirror_is_refused(argv):
-    assert "--crop-padding 2" in refusal("--padding-mode", "reflect", *argv.split())
-    parse([*argv.split(), "--padding-mode", "constant"])
-
-
 # --- values that cannot be meant --------------------------------------------------------------------------------------
 
 IMPOSSIBLE = {  # flag -> values that its type admits and its meaning does not

@@ -243,7 +243,7 @@ sink.close()
 
 
 def test_after_a_kill_wandb_is_told_no_row_twice(tmp_path) -> None:
-    """What was on its way to wandb's own process when the kill came is lost; nothing else is, and nothing is there twice."""
+    """What was on its way to wandb's own process when the kill came may be lost."""
     for end, steps in (("dies", "10 20 30"), ("closes", "20 30 40")):
         words = [sys.executable, "-c", DIES, str(tmp_path), end, *steps.split()]
         ended = run(words, PYTHONPATH=str(PROJECT), CIFAR10_TEST=str(tmp_path))
