@@ -10,11 +10,12 @@ from cifar10.recipe import Experiment, Recipe
 
 EXPERIMENT = Experiment(
     Recipe(
-        epochs=26,
+        epochs=30,
         warmup_epochs=0,
         lr_shape="linear",
         val_images=5_000,
         crop_padding=3,
+        padding_mode="reflect",
         alternate_flip=True,
         label_smoothing=0.1,
     ),
