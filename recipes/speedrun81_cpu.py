@@ -3,7 +3,7 @@
     uv run python cifar10_deepspeed.py --recipe speedrun81_cpu
 
 Measured on the real CIFAR-10, 5 seeds (records/2026-11-21_speedrun81_cpu): 82.42 +- 0.31% of the test images, 83.81 +- 0.18%
-with more views of those it is unsure of, 41.2 to 44.0 seconds after the process began. Chosen on validation images.
+with more views of those it is unsure of, 38.9 to 41.4 seconds after the process began. Chosen on validation images.
 """
 
 from cifar10.recipe import Experiment, Recipe
