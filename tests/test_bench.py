@@ -168,7 +168,7 @@ print(peaks)
     done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True, timeout=300)
     (before,), (holding,), (after,) = json.loads(done.stdout)
     assert 650 < holding - before < 800
-    assert after - before > 650
+    assert after >= holding - 2  # MiB: the kernel's count was once seen to come back one lower
 
 
 @pytest.mark.parametrize("impossible", [{"rounds": 0}, {"ranks": (1, 0)}, {"threads": 0}, {"warmup_steps": -1}])

@@ -59,6 +59,10 @@ def test_the_benchmark_in_the_readme_is_the_one_that_was_run() -> None:
         assert f"| {name} | {row['median']:,.0f} |" in README
     for ratio in measured["ratios"]:
         assert re.search(rf"{ratio['of']}.{{0,80}}{ratio['ratio']:.2f}", README, re.S), ratio
+    for name, recipe in (("this program", "bn_cnn_document"), ("bn_cnn_fast", "bn_cnn_fast")):
+        files = sorted((PROJECT / "records" / f"2026-11-21_{recipe}_cpu").glob("seed_*/summary.json"))
+        accuracies = [json.loads(file.read_text())["test_accuracy"] for file in files]
+        assert re.search(rf"\| {name} \| [\d,]+ \| {percent(accuracies)} \(.*n = {len(accuracies)}\)", README), name
 
 
 def test_scaling_in_the_readme_is_what_was_measured() -> None:
