@@ -14,8 +14,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-# Words of /proc/cpuinfo that mean matrix products in this precision: x86's, then ARM's.
-CPU_FLAGS = {"bf16": {"avx512_bf16", "amx_bf16", "bf16"}, "fp16": {"avx512_fp16", "amx_fp16", "asimdhp"}}
+BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of /proc/cpuinfo: matrix products in bf16 on x86, then on ARM
 
 
 @cache
@@ -41,13 +40,16 @@ def _cpu_flags() -> set[str]:
 
 @cache
 def native_precisions() -> tuple[str, ...]:
-    """Of "fp32", "bf16" and "fp16", those that the GPUs of this machine compute in themselves, or its CPU if it has none."""
+    """Of "fp32", "bf16" and "fp16", those that this machine's GPUs run fast, or its CPU if it has no GPU.
+
+    fp16 is never among a CPU's, even if /proc/cpuinfo lists avx512_fp16: on such an Intel CPU torch 2.15 took 79.9 s for the
+    forward and backward of one 64 -> 128 convolution at 112x112, against 0.204 s in fp32 and 0.053 s in bf16.
+    """
     if count_gpus():
         import torch
 
         return ("fp32", "fp16", "bf16") if torch.cuda.get_device_capability() >= (8, 0) else ("fp32", "fp16")
-    flags = _cpu_flags()
-    return ("fp32", *(name for name, words in CPU_FLAGS.items() if flags & words))
+    return ("fp32", "bf16") if _cpu_flags() & BF16_FLAGS else ("fp32",)
 
 
 def name() -> str:

@@ -56,9 +56,7 @@ class Plan:
     @property
     def precision(self) -> str:
         """What matrix products are computed in: fp32, bf16 or fp16."""
-        autocast = self.ds_config.get("torch_autocast", {})
-        name = str(autocast.get("dtype", "bfloat16")).lower() if autocast.get("enabled") else "float32"  # or bf16, half, ...
-        return "bf16" if "b" in name else "fp32" if "32" in name else "fp16"
+        return precision_of(self.ds_config)
 
     def images(self, split: Split) -> Images:
         """The data set's train or test images, all of them in their fixed order: uint8 [N, S, S, C], and labels."""
@@ -80,6 +78,13 @@ class Plan:
         }
 
 
+def precision_of(config: dict[str, Any]) -> str:
+    """The precision that a resolved DeepSpeed config asks for: fp32, bf16 or fp16."""
+    autocast = config.get("torch_autocast", {})
+    name = str(autocast.get("dtype", "bfloat16")).lower() if autocast.get("enabled") else "float32"  # or bf16, half, ...
+    return "bf16" if "b" in name else "fp32" if "32" in name else "fp16"
+
+
 def choose_precision(wanted: Precisions) -> tuple[str | None, list[str]]:
     """The precision to train in, and a line on how it was chosen; None leaves it to the JSON.
 
@@ -90,9 +95,9 @@ def choose_precision(wanted: Precisions) -> tuple[str | None, list[str]]:
     native = device.native_precisions()
     taken = next((name for name in wanted if name in native), None)
     if taken is None:
-        raise UsageError(f"--precision {' '.join(wanted)}: this {device.name()} computes in none of them; add fp32 at the end")
+        raise UsageError(f"--precision {' '.join(wanted)}: this {device.name()} is fast in none of them; add fp32 at the end")
     missed = ", ".join(wanted[: wanted.index(taken)])
-    reason = f"this {device.name()} does not compute in {missed}" if missed else "the first choice"
+    reason = f"this {device.name()} is not fast in {missed}" if missed else "the first choice"
     return taken, [f"precision: {taken} of {', '.join(wanted)} ({reason})"]
 
 
@@ -106,6 +111,8 @@ def _settle(recipe: Recipe, options: Options, world_size: int) -> tuple[dict[str
     if precision is not None:
         config = ds_json.with_precision(config, precision)
     config, batch, changes = ds_json.resolve(config, world_size)
+    if precision_of(config) == "fp16" and not device.count_gpus():
+        changes.append("fp16 on a CPU can take 400 times as long as fp32; --precision bf16 or --precision fp32 avoids that")
     if recipe.lr_reference_batch:
         changes.append(f"learning rate: the JSON's x global batch {batch.global_images} / {recipe.lr_reference_batch}")
     if DATASETS[recipe.dataset].note:

@@ -66,7 +66,7 @@ def test_vgg19():
 
 # --- whole small runs -------------------------------------------------------------------------------------------------
 
-SMALL = "--val-images 100 --test-images 200 --threads 1"
+SMALL = "--val-images 100 --test-images 200 --threads 1 --precision fp32"
 FINAL = f"checkpoints/final/{checkpoint.PORTABLE_FILE}"
 SLOW = "--dataset synthetic --global-batch-size 32 --max-steps 1 --lr 1e-12"  # one step that hardly moves the weights
 RUNS = {

@@ -60,8 +60,8 @@ def json_file(tmp_path: Path) -> Path:
         (("fp32",), "fp32", []),
         (("fp16",), "fp16", []),  # one alone is taken as it is, native or not
         (("bf16", "fp16", "fp32"), "bf16", ["precision: bf16 of bf16, fp16, fp32 (the first choice)"]),
-        (("fp16", "bf16"), "bf16", ["precision: bf16 of fp16, bf16 (this GPU does not compute in fp16)"]),
-        (("fp16", "fp32", "bf16"), "fp32", ["precision: fp32 of fp16, fp32, bf16 (this GPU does not compute in fp16)"]),
+        (("fp16", "bf16"), "bf16", ["precision: bf16 of fp16, bf16 (this GPU is not fast in fp16)"]),
+        (("fp16", "fp32", "bf16"), "fp32", ["precision: fp32 of fp16, fp32, bf16 (this GPU is not fast in fp16)"]),
     ],
 )
 def test_of_several_precisions_the_first_that_is_native_is_taken(native, wanted, taken, line):
@@ -71,15 +71,41 @@ def test_of_several_precisions_the_first_that_is_native_is_taken(native, wanted,
 def test_all_that_was_passed_over_is_named(native):
     native.setattr(device, "native_precisions", lambda: ("fp32",))
     _, (line,) = preflight.choose_precision(("bf16", "fp16", "fp32"))
-    assert line == "precision: fp32 of bf16, fp16, fp32 (this GPU does not compute in bf16, fp16)"
+    assert line == "precision: fp32 of bf16, fp16, fp32 (this GPU is not fast in bf16, fp16)"
 
 
 def test_where_none_is_native_the_list_is_refused_with_what_to_add(native):
     native.setattr(device, "native_precisions", lambda: ("fp32",))
-    message = r"^--precision bf16 fp16: this GPU computes in none of them; add fp32 at the end$"
+    message = r"^--precision bf16 fp16: this GPU is fast in none of them; add fp32 at the end$"
     with pytest.raises(UsageError, match=message):
         plan("--precision", "bf16", "fp16")
     assert precision_of(plan("--precision", "bf16", "fp16", "fp32")) == "fp32"
+
+
+@pytest.fixture
+def intel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without GPUs, whose CPU claims native bf16 and fp16."""
+    monkeypatch.setattr(device, "count_gpus", lambda: 0)
+    monkeypatch.setattr(device, "_cpu_flags", lambda: {"avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16"})
+    device.native_precisions.cache_clear()
+    yield
+    device.native_precisions.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "recipe", ["mnist_synthetic", "slurm_zero2 --dataset synthetic", "vgg19 --weights none --dataset synthetic"]
+)
+def test_a_cpu_that_claims_native_fp16_trains_in_bf16(intel, recipe):
+    made = preflight.check(f"--recipe {recipe}".split(), 2, "main.py")
+    assert precision_of(made) == "bf16"
+    assert precision_of(plan("--precision", "fp16", "fp32")) == "fp32"
+
+
+def test_fp16_on_a_cpu_is_taken_if_asked_for_by_name_with_a_word_on_its_cost(intel):
+    asked = plan("--precision", "fp16")
+    assert precision_of(asked) == "fp16"
+    assert any("fp16 on a CPU" in note and "--precision bf16" in note for note in asked.notes)
+    assert not any("fp16" in note for note in plan("--precision", "bf16").notes)
 
 
 @pytest.mark.parametrize(
@@ -140,8 +166,8 @@ def test_no_amp_is_a_word_for_fp32_in_any_place():
 CPUS = {
     "x86, plain": ("processor\t: 0\nflags\t\t: fpu sse2 avx2 avx512f avx512_vnni\n", ("fp32",)),
     "x86, bf16": ("processor\t: 0\nflags\t\t: fpu avx512f avx512_bf16\nflags\t\t: fpu\n", ("fp32", "bf16")),
-    "x86, both": ("flags : fpu amx_bf16 avx512_fp16\n", ("fp32", "bf16", "fp16")),
-    "arm": ("processor\t: 0\nFeatures\t: fp asimd fphp asimdhp bf16\n", ("fp32", "bf16", "fp16")),
+    "x86, both": ("flags : fpu amx_bf16 avx512_fp16\n", ("fp32", "bf16")),
+    "arm": ("processor\t: 0\nFeatures\t: fp asimd fphp asimdhp bf16\n", ("fp32", "bf16")),
     "no flags": ("processor\t: 0\nmodel name\t: bf16 asimdhp\n", ("fp32",)),
     "empty": ("", ("fp32",)),
     "absent": (None, ("fp32",)),
