@@ -25,12 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar10 import UsageError, checkpoint, data, launchers, patience, preflight, report, run_folder, world
+from cifar10.config.recipe import Recipe, as_json, without_launcher_flags
 from cifar10.engine import Engine, own_optimizer, prepare, weights_sha256
 from cifar10.loader import EvaluationLoader, MicroBatch, TrainLoader
 from cifar10.metrics import EpochRow, Metrics, SplitResult, StepRow
 from cifar10.predictions import TEST_FILE, save_predictions
 from cifar10.preflight import Plan
-from cifar10.recipe import Recipe, as_json, without_launcher_flags
 from cifar10.sinks import open_sinks
 from cifar10.state import RunState, Sums
 from cifar10.stop import StopRequest

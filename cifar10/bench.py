@@ -35,7 +35,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from cifar10 import UsageError, bench_levels, ds_json, preflight, run_folder, world
+from cifar10 import UsageError, bench_levels, preflight, run_folder, world
+from cifar10.config import ds_config
 from cifar10.engine import Engine, own_optimizer, prepare
 from cifar10.loader import MicroBatch
 from cifar10.preflight import Plan
@@ -123,7 +124,7 @@ class TutorialLoop:
 
 def plain_loop(plan: Plan, here: World, loader: Iterable[MicroBatch]) -> TutorialLoop:
     """The tutorial's loop in PyTorch alone, with the JSON's optimizer and clipping."""
-    config = ds_json.read(plan.options.deepspeed_config)
+    config = ds_config.read(plan.options.deepspeed_config)
     model = document_model(plan, here)
     optimizer = torch.optim.SGD(model.parameters(), **config["optimizer"]["params"])
 
@@ -142,7 +143,7 @@ def deepspeed_engine(model: nn.Module, config: dict[str, Any]) -> Any:
 
 def stock_loop(plan: Plan, here: World, loader: Iterable[MicroBatch]) -> TutorialLoop:
     """The same loop through DeepSpeed, and the JSON as it stands: none of `ds_json.resolve`, none of `Engine`."""
-    engine = deepspeed_engine(document_model(plan, here), ds_json.read(plan.options.deepspeed_config))
+    engine = deepspeed_engine(document_model(plan, here), ds_config.read(plan.options.deepspeed_config))
 
     def update(loss: Tensor) -> None:
         engine.backward(loss)

@@ -6,7 +6,7 @@ import importlib
 import json
 from statistics import mean, stdev
 
-from cifar10.recipe import PROJECT, load, recipe_names
+from cifar10.config.recipe import PROJECT, load, recipe_names
 
 
 def _measured(name: str) -> str:

@@ -31,9 +31,9 @@ import torch
 from torch import Tensor, nn
 
 from cifar10 import UsageError
+from cifar10.config.settings import differences
 from cifar10.engine import Engine
 from cifar10.files import sync_folder, written_whole
-from cifar10.settings import differences
 from cifar10.state import RunState
 from cifar10.world import World
 

@@ -303,13 +303,13 @@ def check_compiler(_: Patient) -> Iterator[Finding]:
 
 def check_config(_: Patient) -> Iterator[Finding]:
     try:
-        from cifar10 import ds_json
+        from cifar10.config import ds_config
     except ImportError as error:
         yield Finding("config", FAIL, f"DeepSpeed's JSON cannot be read: {error}", "uv sync")
         return
     path = PROJECT / "ds_config.json"
     try:
-        _, batch, _ = ds_json.resolve(ds_json.read(path), 1)
+        _, batch, _ = ds_config.resolve(ds_config.read(path), 1)
         yield Finding("config", OK, f"{path.name} is read: global batch {batch.global_images}")
     except UsageError as error:
         yield Finding("config", FAIL, str(error), f"git checkout {path.name}, or name another with --deepspeed_config")

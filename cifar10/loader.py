@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from cifar10 import augment, draws
-from cifar10.ds_json import Batch
-from cifar10.recipe import Recipe
+from cifar10.config.ds_config import Batch
+from cifar10.config.recipe import Recipe
 from cifar10.world import World
 
 CHUNK_IMAGES = 512  # images gathered at once: several small steps share the cost of launching a dozen operations

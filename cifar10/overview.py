@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from cifar10.config.recipe import Recipe
 from cifar10.datasets import DATASETS
 from cifar10.metrics import Section
 from cifar10.preflight import Plan
-from cifar10.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import nn

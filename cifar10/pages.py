@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from cifar10 import UsageError, measures, overview
+from cifar10.config.recipe import load
+from cifar10.config.settings import flattened
 from cifar10.files import written_whole
 from cifar10.measures import Spread, spread
 from cifar10.metrics import Sink
-from cifar10.recipe import load
 from cifar10.record import Record, by_experiment, differing, open_record
-from cifar10.settings import flattened
 
 PAGE, PICTURES = "report.html", "report"  # in a run's folder
 FIRST_FACTS = ("processor", "commit", "command", "time", "python", "torch", "torchvision", "deepspeed", "numpy")

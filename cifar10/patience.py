@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cifar10.recipe import Recipe
+from cifar10.config.recipe import Recipe
 from cifar10.state import RunState
 
 

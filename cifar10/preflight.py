@@ -10,9 +10,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from cifar10 import UsageError, datasets, device, ds_json, levels, run_folder, weights
+from cifar10 import UsageError, datasets, device, levels, run_folder, weights
+from cifar10.config import ds_config
+from cifar10.config.recipe import RECIPE_DEFAULTS, Options, Precisions, Recipe, parse
 from cifar10.datasets import DATASETS, DataSet, Images, Split
-from cifar10.recipe import RECIPE_DEFAULTS, Options, Precisions, Recipe, parse
 
 
 def image_shape(recipe: Recipe) -> tuple[int, int, int]:
@@ -36,7 +37,7 @@ class Plan:
     recipe: Recipe
     options: Options
     ds_config: dict[str, Any]
-    batch: ds_json.Batch
+    batch: ds_config.Batch
     notes: list[str]  # what was changed in the JSON, and what to know of the data set, a line each
 
     @property
@@ -101,16 +102,16 @@ def choose_precision(wanted: Precisions) -> tuple[str | None, list[str]]:
     return taken, [f"precision: {taken} of {', '.join(wanted)} ({reason})"]
 
 
-def _settle(recipe: Recipe, options: Options, world_size: int) -> tuple[dict[str, Any], ds_json.Batch, list[str]]:
+def _settle(recipe: Recipe, options: Options, world_size: int) -> tuple[dict[str, Any], ds_config.Batch, list[str]]:
     """DeepSpeed's JSON with what the command line and this machine make of it, its batch, and a line for each change."""
     assert options.deepspeed_config is not None  # parse fills it in
-    config = ds_json.read(options.deepspeed_config)
+    config = ds_config.read(options.deepspeed_config)
     sizes = {"global_batch_size": options.global_batch_size, "micro_batch_size": options.micro_batch_size}
-    config = ds_json.override(config, lr=options.lr, **sizes)
+    config = ds_config.override(config, lr=options.lr, **sizes)
     precision, notes = choose_precision(options.precision)
     if precision is not None:
-        config = ds_json.with_precision(config, precision)
-    config, batch, changes = ds_json.resolve(config, world_size)
+        config = ds_config.with_precision(config, precision)
+    config, batch, changes = ds_config.resolve(config, world_size)
     if precision_of(config) == "fp16" and not device.count_gpus():
         changes.append("fp16 on a CPU can take 400 times as long as fp32; --precision bf16 or --precision fp32 avoids that")
     if recipe.lr_reference_batch:
@@ -147,7 +148,7 @@ def check(argv: list[str], world_size: int, program: str, description: str | Non
     return plan
 
 
-def _check_sizes(recipe: Recipe, options: Options, batch: ds_json.Batch, dataset: DataSet) -> None:
+def _check_sizes(recipe: Recipe, options: Options, batch: ds_config.Batch, dataset: DataSet) -> None:
     """Refuse a split or a batch that the data set is too small for."""
     if recipe.val_images >= dataset.train_images:
         raise UsageError(f"--val-images {recipe.val_images} leaves no training images; type 0 to {dataset.train_images - 1}")

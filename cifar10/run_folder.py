@@ -27,9 +27,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cifar10 import UsageError
+from cifar10.config.recipe import Options
+from cifar10.config.settings import differences, is_deep
 from cifar10.files import written_whole
-from cifar10.recipe import Options
-from cifar10.settings import differences, is_deep
 
 LOCK = ".lock"
 _held: dict[Path, FileLock] = {}  # a lock is let go when its object goes

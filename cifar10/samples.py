@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from cifar10 import augment, data, datasets, draws
+from cifar10.config.recipe import Recipe
 from cifar10.measures import worst_mistakes
 from cifar10.predictions import Predictions
-from cifar10.recipe import Recipe
 
 SHOWN = 24  # images of a sheet
 

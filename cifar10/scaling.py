@@ -24,11 +24,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from cifar10 import UsageError, bench_levels, device, ds_json, run_folder, world
+from cifar10 import UsageError, bench_levels, device, run_folder, world
 from cifar10.bench import measuring
 from cifar10.bench_levels import PLAIN
+from cifar10.config import ds_config
+from cifar10.config.recipe import PROJECT
 from cifar10.preflight import Plan
-from cifar10.recipe import PROJECT
 from cifar10.world import World
 from cifar10_deepspeed import get_cifar10_dataloaders
 
@@ -94,9 +95,11 @@ def show_ranks(rows: dict[str, dict[str, Any]], batch: int, console: Console) ->
 def at_stage(plan: Plan, stage: int) -> Plan:
     """The same plan under ZeRO."""
     assert plan.options.deepspeed_config is not None
-    config = ds_json.override(ds_json.read(plan.options.deepspeed_config), lr=None, global_batch_size=plan.batch.global_images)
-    config = ds_json.with_precision(config, plan.options.precision[0])
-    config, batch, _ = ds_json.resolve({**config, "zero_optimization": {"stage": stage}}, 1)
+    config = ds_config.override(
+        ds_config.read(plan.options.deepspeed_config), lr=None, global_batch_size=plan.batch.global_images
+    )
+    config = ds_config.with_precision(config, plan.options.precision[0])
+    config, batch, _ = ds_config.resolve({**config, "zero_optimization": {"stage": stage}}, 1)
     return replace(plan, ds_config=config, batch=batch)
 
 

@@ -7,7 +7,7 @@ minutes of training on two CPU cores, as these were shared. Batch, base learning
 label smoothing differ from the document's; what was tried is in records/LOG.md.
 """
 
-from cifar10.recipe import Experiment, Recipe
+from cifar10.config.recipe import Experiment, Recipe
 
 EXPERIMENT = Experiment(
     Recipe(epochs=50, warmup_epochs=5, val_images=5_000, crop_padding=3, label_smoothing=0.1),

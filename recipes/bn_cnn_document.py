@@ -6,7 +6,7 @@ The document expects "81% test accuracy", which is its accuracy on training imag
 (records/2026-11-21_bn_cnn_document_cpu): 78.49 +- 0.14% of the test images, 78.94 +- 0.10% of the augmented training images.
 """
 
-from cifar10.recipe import Experiment, Recipe
+from cifar10.config.recipe import Experiment, Recipe
 
 EXPERIMENT = Experiment(
     Recipe(epochs=50, warmup_epochs=5, val_images=0, lr_moves="per-epoch"),

@@ -7,7 +7,7 @@ minutes of training on two CPU cores, where the default comes to 82.14 +- 0.34 (
 between them. What was tried is in records/LOG.md.
 """
 
-from cifar10.recipe import Experiment, Recipe
+from cifar10.config.recipe import Experiment, Recipe
 
 EXPERIMENT = Experiment(
     Recipe(

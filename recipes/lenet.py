@@ -7,7 +7,7 @@ the reader. Measured on the real CIFAR-10, 3 seeds (records/2026-11-21_lenet_cpu
 here as it was printed; it does not mention clipping, so DeepSpeed's default of 1.0 holds.
 """
 
-from cifar10.recipe import Experiment, Recipe
+from cifar10.config.recipe import Experiment, Recipe
 
 EXPERIMENT = Experiment(
     Recipe(

@@ -8,7 +8,7 @@ The document expects 15.75% of its training images, which are noise, after 50 ep
 there is nothing to learn: what such a run measures is how fast the network memorises.
 """
 
-from cifar10.recipe import Experiment, Recipe
+from cifar10.config.recipe import Experiment, Recipe
 
 EXPERIMENT = Experiment(
     Recipe(

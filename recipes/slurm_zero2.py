@@ -8,7 +8,7 @@ layers, epochs of warmup and schedule are those of the BatchNorm CNN's document;
 best epoch to speak of.
 """
 
-from cifar10.recipe import Experiment, Recipe
+from cifar10.config.recipe import Experiment, Recipe
 
 EXPERIMENT = Experiment(
     Recipe(model="bn_cnn_wide", epochs=100, warmup_epochs=5, val_images=5_000, crop_padding=4),

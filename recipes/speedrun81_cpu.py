@@ -6,7 +6,7 @@ Measured on the real CIFAR-10, 5 seeds (records/2026-11-21_speedrun81_cpu): 82.4
 with more views of those it is unsure of, 38.9 to 41.4 seconds after the process began. Chosen on validation images.
 """
 
-from cifar10.recipe import Experiment, Recipe
+from cifar10.config.recipe import Experiment, Recipe
 
 EXPERIMENT = Experiment(
     Recipe(

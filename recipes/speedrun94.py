@@ -6,7 +6,7 @@ Batch, learning rates, borders, brightness, contrast and the sizes of the first 
 (github.com/hiverge/cifar10-speedrun); for two CPU cores there is speedrun94_cpu. No GPU has run it yet, so the 94% is an aim.
 """
 
-from cifar10.recipe import Experiment, Recipe
+from cifar10.config.recipe import Experiment, Recipe
 
 EXPERIMENT = Experiment(
     Recipe(

@@ -8,7 +8,7 @@ the process began, of which 11.7 to 11.9 were training. Chosen on validation ima
 seven of the ten epochs see smaller images (records/LOG.md).
 """
 
-from cifar10.recipe import Experiment, Recipe
+from cifar10.config.recipe import Experiment, Recipe
 
 EXPERIMENT = Experiment(
     Recipe(

@@ -6,7 +6,7 @@ After airbench96 (github.com/KellerJordan/cifar10-airbench), with Muon and small
 easy images. No GPU has run it yet, and a CPU would take hours, so the 96% is an aim.
 """
 
-from cifar10.recipe import Experiment, Recipe
+from cifar10.config.recipe import Experiment, Recipe
 
 EXPERIMENT = Experiment(
     Recipe(

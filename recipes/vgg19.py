@@ -8,7 +8,7 @@ final accuracy. Of the learning rate it gives only the rule, base * global batch
 and schedule are ours.
 """
 
-from cifar10.recipe import Experiment, Recipe
+from cifar10.config.recipe import Experiment, Recipe
 
 EXPERIMENT = Experiment(
     Recipe(

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cifar10 import augment, data, ds_json, world
+from cifar10 import augment, data, world
+from cifar10.config import ds_config
 from cifar10.engine import Engine, own_optimizer, prepare
 from cifar10.loader import TrainLoader
 from cifar10.world import World
@@ -79,7 +80,7 @@ SGD = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}
 def make_engine(here: World, model: nn.Module, *, global_images: int = 32, accumulation: int = 1, **config: Any) -> Engine:
     """An engine as the story makes it, from DeepSpeed's JSON with these keys."""
     sizes = {"train_batch_size": global_images, "gradient_accumulation_steps": accumulation}
-    resolved, _, _ = ds_json.resolve({"optimizer": SGD, "gradient_clipping": 1.0, **sizes, **config}, here.size)
+    resolved, _, _ = ds_config.resolve({"optimizer": SGD, "gradient_clipping": 1.0, **sizes, **config}, here.size)
     model = model.to(here.device)
     given = {"model_parameters": model.parameters(), "optimizer": own_optimizer(model, resolved), "config": resolved}
     deepspeed_engine, _, _, _ = prepare().initialize(model=model, **given)

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from cifar10 import UsageError, data, datasets, mnist
+from cifar10.config.recipe import Recipe
 from cifar10.datasets import DATASETS
 from cifar10.preflight import Plan, check
-from cifar10.recipe import Recipe
 from tests.launching import PROJECT, environment
 
 DRAWN = sorted(name for name, dataset in DATASETS.items() if dataset.draw)

@@ -17,8 +17,8 @@ import pytest
 
 import main as launcher
 from cifar10 import data, doctor
+from cifar10.config.recipe import Options, Recipe
 from cifar10.doctor import ADVICE, CHECKS, FAIL, OK, WARN, Finding, Patient
-from cifar10.recipe import Options, Recipe
 from tests.launching import PROJECT, environment, free_port
 
 Disk = namedtuple("Disk", "total used free")

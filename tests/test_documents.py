@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from cifar10 import checkpoint, ds_json
-from cifar10.recipe import PROJECT, Recipe, load
+from cifar10 import checkpoint
+from cifar10.config import ds_config
+from cifar10.config.recipe import PROJECT, Recipe, load
 from tests.helpers import WORKERS, launch, same_bits
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -19,7 +20,7 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 def numbers(name: str) -> tuple[Recipe, dict[str, Any]]:
     """A recipe, and its DeepSpeed JSON."""
     experiment = load(name)
-    return experiment.recipe, ds_json.read(PROJECT / experiment.deepspeed_config)
+    return experiment.recipe, ds_config.read(PROJECT / experiment.deepspeed_config)
 
 
 def has(recipe: Recipe, **fields: Any) -> bool:
@@ -44,14 +45,14 @@ def test_mnist():
     assert has(recipe, epochs=50, warmup_epochs=5, lr_moves="per-epoch", patience=15, min_improvement=1e-5)
     assert has(recipe, crop_padding=0, flip=False, weights="none")
     assert (config["optimizer"]["type"], config["optimizer"]["params"]["lr"]) == ("Adam", 1e-3)
-    assert [config[key] for key in ds_json.BATCH_KEYS] == [32, 32, 1]
+    assert [config[key] for key in ds_config.BATCH_KEYS] == [32, 32, 1]
 
 
 def test_slurm():
     recipe, config = numbers("slurm_zero2")
     assert has(recipe, model="bn_cnn_wide", dataset="cifar10", epochs=100, val_images=5_000, crop_padding=4, flip=True)
     assert config["optimizer"] == {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}}
-    assert [config[key] for key in ds_json.BATCH_KEYS] == [128, 64, 1]
+    assert [config[key] for key in ds_config.BATCH_KEYS] == [128, 64, 1]
     assert config["zero_optimization"]["stage"] == 2
     assert "gradient_clipping" not in config
 

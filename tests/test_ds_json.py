@@ -1,4 +1,4 @@
-"""cifar10/ds_json.py: what is refused, how the batch is resolved, and that DeepSpeed accepts, and reads, what comes out."""
+"""DeepSpeed's JSON: what is refused, how the batch is resolved, and that DeepSpeed accepts, and reads, what comes out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cifar10 import UsageError
-from cifar10.ds_json import (
+from cifar10.config.ds_config import (
     BATCH_KEYS,
     OPTIMIZER_PARAMS,
     SECTION_KEYS,

@@ -15,10 +15,10 @@ import torch
 
 from cifar10 import data, datasets, export
 from cifar10.augment import centre
+from cifar10.config.recipe import Recipe, model_names
 from cifar10.export import FILES, FORMATS
 from cifar10.loader import EvaluationLoader
 from cifar10.predictions import TEST_FILE
-from cifar10.recipe import Recipe, model_names
 from cifar10.trained import Trained, load
 from cifar10_deepspeed import build_model
 from tests.helpers import WORKERS, one_rank, same_bits

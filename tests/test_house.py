@@ -15,64 +15,18 @@ from tests.launching import PROJECT, environment
 PACKAGE = PROJECT / "cifar10"
 STORY = PROJECT / "cifar10_deepspeed.py"
 
-# Part -> the parts that it may import: one step down, never up. `UsageError` from the package itself is free.
-PARTS: dict[str, set[str]] = {
-    "files": set(),
-    "draws": set(),
-    "state": set(),
-    "metrics": {"files"},
-    "recipe": set(),
-    "ds_json": {"settings"},
-    "device": set(),
-    "launchers": set(),
-    "levels": {"device"},
-    "loss_scale": set(),
-    "world": {"device", "launchers"},
-    "models": set(),
-    "data": {"files"},
-    "mnist": {"data", "files"},
-    "datasets": {"data", "mnist"},
-    "settings": set(),
-    "run_folder": {"files", "recipe", "settings"},
-    "overview": {"datasets", "metrics", "preflight", "recipe"},
-    "report": {"datasets", "metrics", "overview", "preflight", "state", "tta"},
-    "predictions": {"files"},
-    "to_tensorboard": {"metrics"},
-    "to_wandb": {"metrics", "run_folder"},
-    "record": {"datasets", "predictions", "recipe", "run_folder", "settings"},
-    "measures": {"predictions"},
-    "samples": {"augment", "data", "datasets", "draws", "measures", "predictions", "recipe"},
-    "pictures": {"measures", "record", "samples"},
-    "pages": {"files", "measures", "metrics", "overview", "pictures", "recipe", "record", "samples", "settings"},
-    "sweep": {"measures", "pages", "record"},
-    "sinks": {"metrics", "pages", "preflight", "state", "to_tensorboard", "to_wandb"},
-    "patience": {"recipe", "state"},
-    "augment": {"draws"},
-    "loader": {"augment", "draws", "ds_json", "recipe", "world"},
-    "muon": set(),
-    "recorder": set(),
-    "tta": set(),
-    "engine": {"levels", "loss_scale", "muon", "recorder", "world"},
-    "stop": {"world"},
-    "tape": {"state", "world"},
-    "checkpoint": {"engine", "files", "settings", "state", "world"},
-    "weights": {"files"},
-    "preflight": {
-        "datasets",
-        "device",
-        "ds_json",
-        "levels",
-        "recipe",
-        "run_folder",
-        "weights",
-    },  # the edge: reads a command line, no torch
-}
-# What people start beside the story, and what only these share; they see everything, and no part sees them.
-PROGRAMS = set(
-    "__main__ bench bench_levels catalogue doctor evaluate export leaderboard predict reporting scaling trained".split()
+# From the bottom up: a package imports only what stands in an earlier line. `UsageError` is everyone's.
+FLOORS = (
+    {"files"},
+    {"distributed"},
+    {"config", "models"},
+    {"data", "engine"},
+    {"run"},
+    {"plan", "report"},
+    {"metrics", "launch"},
+    {"commands", "__main__"},
 )
-WITHOUT_TORCH = set("__init__ launchers levels recipe ds_json data datasets mnist files settings run_folder preflight".split())
-WITHOUT_TORCH |= {"record", "measures", "pictures", "pages", "sweep"}  # main.py --seeds compares runs
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 
 def modules(source: str) -> set[str]:
@@ -87,14 +41,14 @@ def modules(source: str) -> set[str]:
     return found
 
 
-def parts(source: str) -> set[str]:
-    """The parts of the package that a source imports."""
+def packages(source: str) -> set[str]:
+    """The packages of cifar10 (and its files beside them) that a source imports."""
     below = (module.split(".") for module in modules(source) if module.startswith("cifar10."))
     return {words[1] for words in below} - {"UsageError"}
 
 
 def name_of(path: Path) -> str:
-    """cifar10/models/vgg.py -> models, cifar10/data.py -> data."""
+    """cifar10/models/vgg.py -> models, cifar10/plan.py -> plan."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -106,54 +60,20 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 OURS = [*SOURCES, *sorted(PROJECT.glob("*.py")), *sorted((PROJECT / "recipes").glob("*.py"))]
 
 
-def test_the_reader_of_imports_sees_every_form():
-    source = """
-import os, cifar10.tape
-import cifar10.stop as halt
-from cifar10 import UsageError, data
-from cifar10.engine import Engine
-def inside():
-    from cifar10 import world as here
-"""
-    assert parts(source) == {"tape", "stop", "data", "engine", "world"}
-    assert all(module.startswith(".") for module in modules("from . import x\nfrom ..y import z"))
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_part_imports_only_what_lies_below_it(path):
-    source = read(path)
-    assert not any(module.startswith(".") for module in modules(source)), "relative imports would not be seen here"
-    assert not any(module.split(".")[0] in ("recipes", "tests", "main") for module in modules(source))
-    part = name_of(path)
-    if part in PROGRAMS:
-        return
-    if part == "__init__":
-        assert parts(source) == set()
-        return
-    assert part in PARTS, f"a new part: give {part} its place in the table above"
-    assert parts(source) - {part} <= PARTS[part]
-    assert "cifar10_deepspeed" not in modules(source)
-
-
-def test_the_table_has_no_circle_and_no_part_that_is_gone():
-    there = {name_of(path) for path in SOURCES}
-    assert PARTS.keys() <= there
-    placed: set[str] = set()
-    while open_parts := PARTS.keys() - placed:
-        ready = {part for part in open_parts if PARTS[part] <= placed}
-        assert ready, f"a circle among {sorted(open_parts)}"
-        placed |= ready
+def test_imports_run_downward():
+    upward = []
+    for path in SOURCES:
+        found, name = packages(read(path)) - {name_of(path)}, name_of(path)
+        upward += [f"{path}: {other}" for other in found if name != "__init__" and FLOOR[other] >= FLOOR[name]]
+        outside = modules(read(path)) & {"main", "recipes", "tests", "cifar10_deepspeed"}
+        upward += [f"{path}: {other}" for other in outside if (name, other) != ("commands", "cifar10_deepspeed")]
+        assert not any(module.startswith(".") for module in modules(read(path))), "relative imports are not seen here"
+    assert upward == []
 
 
 def test_only_the_engine_imports_deepspeed():
-    importing = {path.name for path in OURS if any(module.split(".")[0] == "deepspeed" for module in modules(read(path)))}
-    assert importing == {"engine.py"}
-
-
-def test_what_is_checked_before_a_run_imports_no_torch():
-    importing = {path.stem for path in SOURCES if any(module.split(".")[0] == "torch" for module in modules(read(path)))}
-    assert importing & WITHOUT_TORCH == set()
-    assert {"engine", "world", "augment"} <= importing
+    importing = {name_of(path) for path in SOURCES if any(module.split(".")[0] == "deepspeed" for module in modules(read(path)))}
+    assert importing == {"engine"}
 
 
 # --- what importing does ----------------------------------------------------------------------------------------------
@@ -188,7 +108,7 @@ def after_importing(module: str, folder: Path) -> dict:
 
 
 def test_importing_the_checks_loads_neither_torch_nor_deepspeed(tmp_path):
-    facts = after_importing("cifar10.preflight", tmp_path)
+    facts = after_importing("cifar10.plan", tmp_path)
     assert facts["loaded"] == []
 
 

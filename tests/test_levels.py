@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from cifar10 import UsageError, device, ds_json, levels, preflight
+from cifar10 import UsageError, device, levels, preflight
+from cifar10.config import ds_config
 from cifar10.engine import Engine
 from cifar10_deepspeed import initial_model, start_run
 from tests.helpers import SGD, batch, largest_difference, make_engine, one_rank, one_step, snapshot
@@ -19,7 +20,7 @@ from tests.launching import COMMANDS, SHORT, run
 
 
 def settle(level: str, world_size: int = 1, *, sync_bn: bool = False, **config: Any) -> str:
-    resolved, _, _ = ds_json.resolve({"train_batch_size": 64, "optimizer": SGD, **config}, world_size)
+    resolved, _, _ = ds_config.resolve({"train_batch_size": 64, "optimizer": SGD, **config}, world_size)
     return levels.settle(level, resolved, world_size, sync_bn=sync_bn)
 
 

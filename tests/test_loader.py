@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from cifar10 import augment, loader
-from cifar10.ds_json import Batch
+from cifar10.config.ds_config import Batch
+from cifar10.config.recipe import Recipe
 from cifar10.loader import EvaluationLoader, MicroBatch, TrainLoader
-from cifar10.recipe import Recipe
 from tests.helpers import MEAN, STD
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import cifar10_deepspeed as story
 from cifar10 import data
-from cifar10.recipe import model_names
+from cifar10.config.recipe import model_names
 from tests.launching import PROJECT, environment
 
 SHAPES = {"mnist_cnn": (1, 28, 28)}  # of the images that a network takes, where they are not CIFAR-10's

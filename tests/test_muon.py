@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import cifar10_deepspeed as story
-from cifar10 import UsageError, ds_json, muon
+from cifar10 import UsageError, muon
+from cifar10.config import ds_config
 from cifar10.muon import MuonWithSGD, orthogonalised, parameter_groups
 from tests.helpers import batch
 
@@ -122,13 +123,13 @@ def config(**changes) -> dict:
 
 
 def test_zero_is_refused_because_it_takes_matrices_apart():
-    ds_json.resolve(config(), 1)
+    ds_config.resolve(config(), 1)
     for stage in (1, 2, 3):
         with pytest.raises(UsageError, match=r"MuonWithSGD .*stage to 0"):
-            ds_json.resolve(config(zero_optimization={"stage": stage}), 1)
+            ds_config.resolve(config(zero_optimization={"stage": stage}), 1)
 
 
 @pytest.mark.parametrize("wrong", [{"learning_rate": 1}, {"bias_lr": 0}, {"head_lr": "fast"}, {"decay": -1}])
 def test_what_its_params_cannot_mean_is_refused(wrong):
     with pytest.raises(UsageError):
-        ds_json.check({"train_batch_size": 8, "optimizer": {"type": muon.NAME, "params": {**PARAMS, **wrong}}})
+        ds_config.check({"train_batch_size": 8, "optimizer": {"type": muon.NAME, "params": {**PARAMS, **wrong}}})

@@ -10,8 +10,8 @@ from torch import nn
 
 import cifar10_deepspeed as story
 from cifar10 import UsageError, overview, preflight, report, weights
+from cifar10.config.recipe import model_names, recipe_names
 from cifar10.metrics import ConsoleSink, Section, plain_lines
-from cifar10.recipe import model_names, recipe_names
 
 IMAGES = {"mnist_cnn": (1, 28, 28), "vgg19": (3, 64, 64)}
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cifar10 import patience
-from cifar10.recipe import Recipe
+from cifar10.config.recipe import Recipe
 from cifar10.state import RunState
 
 

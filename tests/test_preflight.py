@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from cifar10 import UsageError, device, preflight, recipe
+from cifar10 import UsageError, device, preflight
+from cifar10.config import recipe
+from cifar10.config.recipe import Experiment, Recipe, without_launcher_flags
 from cifar10.preflight import Plan, check
-from cifar10.recipe import Experiment, Recipe, without_launcher_flags
 from cifar10_deepspeed import build_model
 from tests.launching import run
 

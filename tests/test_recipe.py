@@ -1,4 +1,4 @@
-"""cifar10/recipe.py: the command line, the recipes, recipe.json; what is refused is refused in a line saying what to type."""
+"""The command line, the recipes, recipe.json; what is refused is refused in a line saying what to type."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import get_type_hints
 
 import pytest
 
-from cifar10 import UsageError, ds_json
-from cifar10.recipe import (
+from cifar10 import UsageError
+from cifar10.config import ds_config
+from cifar10.config.recipe import (
     PROJECT,
     Options,
     Recipe,
@@ -269,19 +270,19 @@ def test_a_misspelt_field_is_an_error_when_the_recipe_is_imported(tmp_path):
 def test_every_recipe_can_be_named_and_its_json_is_sound(name):
     recipe, options = parse(["--recipe", name])
     assert recipe == load(name).recipe
-    ds_json.batch(ds_json.read(options.deepspeed_config), world_size=1)
+    ds_config.batch(ds_config.read(options.deepspeed_config), world_size=1)
 
 
 def test_bn_cnn_document_holds_the_documents_numbers():
     experiment = load("bn_cnn_document")
-    recipe, config = experiment.recipe, ds_json.read(PROJECT / experiment.deepspeed_config)
+    recipe, config = experiment.recipe, ds_config.read(PROJECT / experiment.deepspeed_config)
     assert (recipe.model, recipe.dataset) == ("bn_cnn", "cifar10")
     assert (recipe.epochs, recipe.warmup_epochs, recipe.lr_moves) == (50, 5, "per-epoch")
     assert (recipe.val_images, recipe.patience, recipe.min_improvement) == (0, 15, 1e-5)
     assert (recipe.mean, recipe.std) == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
     assert (recipe.crop_padding, recipe.flip, recipe.label_smoothing, recipe.plateau_lr_factor) == (4, True, 0, 1)
     assert config["optimizer"] == {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9}}
-    assert [config[key] for key in ds_json.BATCH_KEYS] == [32, 32, 1]
+    assert [config[key] for key in ds_config.BATCH_KEYS] == [32, 32, 1]
     assert config["gradient_clipping"] == 1.0
     assert config["fp16"] == {"enabled": False}
     assert config.get("zero_optimization", {}).get("stage", 0) == 0
@@ -292,7 +293,7 @@ def test_bn_cnn_is_the_same_network_judged_on_held_out_images_in_no_more_epochs(
     assert (recipe.model, recipe.dataset, recipe.val_images, recipe.lr_moves) == ("bn_cnn", "cifar10", 5_000, "per-step")
     assert recipe.epochs <= 50
     assert (recipe.patience, recipe.min_improvement, recipe.plateau_patience) == (15, 1e-5, 5)
-    config = ds_json.read(PROJECT / "ds_config.json")
+    config = ds_config.read(PROJECT / "ds_config.json")
     assert config["optimizer"]["type"] == "SGD"
     assert config["fp16"]["enabled"] is False
     assert config["zero_optimization"]["stage"] == 0

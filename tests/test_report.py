@@ -21,11 +21,11 @@ from PIL import Image
 import cifar10_deepspeed as story
 from cifar10 import UsageError, augment, data, measures, pages, record, samples
 from cifar10.__main__ import main
+from cifar10.config.recipe import as_json, load, parse
 from cifar10.datasets import DATASETS
 from cifar10.metrics import Metrics
 from cifar10.predictions import Predictions, save_predictions
 from cifar10.preflight import check
-from cifar10.recipe import as_json, load, parse
 from cifar10.world import World
 from tests.launching import SHORT, run
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from cifar10 import UsageError, run_folder
+from cifar10.config.recipe import as_json, load, parse
 from cifar10.preflight import Plan, check
-from cifar10.recipe import as_json, load, parse
 
 PROJECT = Path(__file__).resolve().parent.parent
 BASE = ["--dataset", "synthetic"]

@@ -27,8 +27,8 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cifar10.config.recipe import Options, parse
 from cifar10.metrics import EpochRow, SplitResult, StepRow, Steps
-from cifar10.recipe import Options, parse
 from cifar10.to_tensorboard import TensorBoardSink
 from cifar10.to_wandb import choose_mode, has_login, open_wandb
 from tests.helpers import WORKERS

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cifar10 import ds_json, world
+from cifar10 import world
+from cifar10.config import ds_config
 from cifar10.engine import Engine, weights_sha256
 from cifar10.world import World
 from cifar10_deepspeed import build_model
@@ -31,7 +32,7 @@ SMOOTH_STEPS = 30
 
 def matrix_engine(here: World, model: str, precision: str, stage: int, accumulation: int = 1, **fp16: Any) -> Engine:
     """From a JSON with plain toggles, as a user writes them."""
-    config = ds_json.with_precision({"zero_optimization": {"stage": stage}, "fp16": fp16}, precision)
+    config = ds_config.with_precision({"zero_optimization": {"stage": stage}, "fp16": fp16}, precision)
     return make_engine(here, build_model(model, 0), global_images=GLOBAL_IMAGES, accumulation=accumulation, **config)
 
 

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cifar10 import checkpoint, ds_json, world
+from cifar10 import checkpoint, world
+from cifar10.config import ds_config
 from cifar10.engine import Engine, prepare, weights_sha256
 from cifar10.loader import MicroBatch
 from cifar10.state import RunState
@@ -74,7 +75,7 @@ class Case:
     config: dict[str, Any] = field(default_factory=dict)
 
     def engine(self, here: World, stage: int) -> Engine:
-        config = ds_json.with_precision(
+        config = ds_config.with_precision(
             {"zero_optimization": {"stage": stage}, "optimizer": SGD, **self.config}, self.precision
         )
         model = build_model("smooth_cnn", 0) if self.smooth else odd_cnn()

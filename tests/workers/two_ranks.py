@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cifar10 import augment, checkpoint, data, ds_json, world
+from cifar10 import augment, checkpoint, data, world
+from cifar10.config import ds_config
 from cifar10.engine import Engine
 from cifar10.loader import EvaluationLoader
 from cifar10.state import RunState
@@ -148,7 +149,7 @@ def lower_precision_runs(here: World) -> dict[str, Any]:
         engine = make_engine(here, build_model("smooth_cnn", 0), **config)
         runs[name] = {**run_steps(here, engine, 20), **bad_steps(here, engine, Engine.portable_state)}
         runs[name] |= resumed(here, engine, **config)
-        runs[name]["notes"] = ds_json.resolve({"optimizer": SGD, "train_batch_size": 32, **config}, here.size)[2]
+        runs[name]["notes"] = ds_config.resolve({"optimizer": SGD, "train_batch_size": 32, **config}, here.size)[2]
         runs[name]["logits"] = engine.forward(batch(4)[0]).dtype
     return runs
 

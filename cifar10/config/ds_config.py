@@ -15,7 +15,7 @@ from typing import Any
 import hjson
 
 from cifar10 import UsageError
-from cifar10.settings import is_deep
+from cifar10.config.settings import is_deep
 
 LARGEST = 1e300  # a whole number beyond it has no float
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")

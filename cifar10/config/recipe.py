@@ -25,7 +25,7 @@ import tyro
 
 from cifar10 import UsageError
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 
 # Options whose default the help text explains in words.
 _Whole = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
