@@ -24,8 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar10 import UsageError, checkpoint, data, launchers, patience, preflight, report, run_folder, world
+from cifar10 import UsageError, checkpoint, data, patience, preflight, report, run_folder
 from cifar10.config.recipe import Recipe, as_json, without_launcher_flags
+from cifar10.distributed import launchers, world
+from cifar10.distributed.world import World
 from cifar10.engine import Engine, own_optimizer, prepare, weights_sha256
 from cifar10.loader import EvaluationLoader, MicroBatch, TrainLoader
 from cifar10.metrics import EpochRow, Metrics, SplitResult, StepRow
@@ -37,7 +39,6 @@ from cifar10.stop import StopRequest
 from cifar10.tape import Tape, TooManySkippedSteps, count_steps
 from cifar10.tta import Augmented
 from cifar10.weights import load, refuse_not_finite, refuse_other_images
-from cifar10.world import World
 
 # --- the network ------------------------------------------------------------------------------------------------------
 

@@ -33,7 +33,8 @@ from types import FrameType
 
 import psutil
 
-from cifar10 import UsageError, device, preflight, run_folder, sweep
+from cifar10 import UsageError, preflight, run_folder, sweep
+from cifar10.distributed import device
 from cifar10.preflight import Plan
 
 SCRIPT = Path(__file__).resolve().with_name("cifar10_deepspeed.py")

@@ -32,10 +32,10 @@ from torch import Tensor, nn
 
 from cifar10 import UsageError
 from cifar10.config.settings import differences
+from cifar10.distributed.world import World
 from cifar10.engine import Engine
 from cifar10.files import sync_folder, written_whole
 from cifar10.state import RunState
-from cifar10.world import World
 
 PORTABLE_FILE, STATE_FILE, MANIFEST_FILE = "mp_rank_00_model_states.pt", "state.pt", "manifest.json"
 LONGEST_TAG = 100  # bytes of a pointer that are read

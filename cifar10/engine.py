@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from cifar10 import UsageError, muon
+from cifar10.distributed.world import World
 from cifar10.levels import Level
 from cifar10.loss_scale import LossScale
 from cifar10.muon import MuonWithSGD
 from cifar10.recorder import CudaRecorder, Kept, RecordedForward, RecordedStep, Recorder
-from cifar10.world import World
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # DeepSpeed's own
 

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from cifar10 import UsageError, data, datasets, run_folder, trained
 from cifar10.datasets import Images
+from cifar10.distributed.world import World
 from cifar10.loader import EvaluationLoader
 from cifar10.measures import BINS, calibration, confusion
 from cifar10.metrics import SplitResult
 from cifar10.predictions import Predictions, save_predictions
 from cifar10.trained import Trained, Which
 from cifar10.tta import Augmented
-from cifar10.world import World
 from cifar10_deepspeed import evaluate
 
 Split = Literal["train", "val", "test"]

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from cifar10 import UsageError, device
+from cifar10 import UsageError
+from cifar10.distributed import device
 
 Level = Literal["eager", "compile", "graph", "captured"]
 LEVELS: tuple[Level, ...] = get_args(Level)

@@ -13,7 +13,7 @@ from torch import Tensor
 from cifar10 import augment, draws
 from cifar10.config.ds_config import Batch
 from cifar10.config.recipe import Recipe
-from cifar10.world import World
+from cifar10.distributed.world import World
 
 CHUNK_IMAGES = 512  # images gathered at once: several small steps share the cost of launching a dozen operations
 FULL_SIZE = 32  # pixels a side; of larger images fewer are gathered at once

@@ -25,9 +25,9 @@ import tyro
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from cifar10 import UsageError, trained
+from cifar10.distributed.world import World
 from cifar10.loader import EvaluationLoader, at_once
 from cifar10.trained import Trained, Which
-from cifar10.world import World
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "TGA")
 SUFFIXES = frozenset(".png .jpg .jpeg .jpe .bmp .gif .tif .tiff .webp .ppm .pgm .pnm .tga".split())  # looked for in folders

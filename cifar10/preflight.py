@@ -10,10 +10,11 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from cifar10 import UsageError, datasets, device, levels, run_folder, weights
+from cifar10 import UsageError, datasets, levels, run_folder, weights
 from cifar10.config import ds_config
 from cifar10.config.recipe import RECIPE_DEFAULTS, Options, Precisions, Recipe, parse
 from cifar10.datasets import DATASETS, DataSet, Images, Split
+from cifar10.distributed import device
 
 
 def image_shape(recipe: Recipe) -> tuple[int, int, int]:

@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from cifar10.world import World
+from cifar10.distributed.world import World
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SECONDS_BETWEEN_AGREEMENTS = 1.0

@@ -15,14 +15,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cifar10 import UsageError, world
+from cifar10 import UsageError
 from cifar10.checkpoint import PORTABLE_FILE
 from cifar10.config.recipe import Recipe, from_settings
 from cifar10.datasets import DATASETS, DataSet
-from cifar10.device import count_gpus, keep_freed_memory
+from cifar10.distributed import world
+from cifar10.distributed.device import count_gpus, keep_freed_memory
+from cifar10.distributed.world import World
 from cifar10.preflight import image_shape
 from cifar10.weights import refuse_other_images
-from cifar10.world import World
 from cifar10_deepspeed import CHANNELS, build_model
 
 Which = Literal["best_model", "final"]

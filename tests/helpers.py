@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cifar10 import augment, data, world
+from cifar10 import augment, data
 from cifar10.config import ds_config
+from cifar10.distributed import world
+from cifar10.distributed.world import World
 from cifar10.engine import Engine, own_optimizer, prepare
 from cifar10.loader import TrainLoader
-from cifar10.world import World
 from tests.launching import BIN, PROJECT, run
 
 WORKERS = Path(__file__).resolve().parent / "workers"

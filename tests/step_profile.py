@@ -18,8 +18,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from cifar10 import preflight, world
+from cifar10 import preflight
 from cifar10.bench import OurLoop
+from cifar10.distributed import world
 
 MATRIX, TRIES, SHOWN = 2048, 8, 14
 

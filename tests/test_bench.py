@@ -15,7 +15,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from cifar10 import UsageError, bench, bench_levels, device, scaling, world
+from cifar10 import UsageError, bench, bench_levels, scaling
+from cifar10.distributed import device, world
 from tests.helpers import one_rank
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,4 +1,4 @@
-"""cifar10/device.py: what the C library is told about memory. (What a machine computes in: tests/test_preflight.py.)"""
+"""cifar10/distributed/device.py: what the C library is told about memory. (What a machine computes in: tests/test_preflight.py.)"""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cifar10 import device
+from cifar10.distributed import device
 from cifar10.engine import Engine
 from cifar10.tape import Tape
 from cifar10_deepspeed import build_model, train_step

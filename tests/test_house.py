@@ -72,7 +72,9 @@ def test_imports_run_downward():
 
 
 def test_only_the_engine_imports_deepspeed():
-    importing = {name_of(path) for path in SOURCES if any(module.split(".")[0] == "deepspeed" for module in modules(read(path)))}
+    importing = {
+        name_of(path) for path in SOURCES if any(module.split(".")[0] == "deepspeed" for module in modules(read(path)))
+    }
     assert importing == {"engine"}
 
 

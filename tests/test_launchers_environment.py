@@ -1,4 +1,4 @@
-"""cifar10/launchers.py: what srun's and mpirun's variables mean, without a cluster: each rank's place, address and port."""
+"""cifar10/distributed/launchers.py: what srun's and mpirun's variables mean, without a cluster: each rank's place, address and port."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cifar10 import UsageError, launchers
+from cifar10 import UsageError
+from cifar10.distributed import launchers
 from tests.launching import run
 
 DERIVED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from cifar10 import UsageError, device, preflight
+from cifar10 import UsageError, preflight
 from cifar10.config import recipe
 from cifar10.config.recipe import Experiment, Recipe, without_launcher_flags
+from cifar10.distributed import device
 from cifar10.preflight import Plan, check
 from cifar10_deepspeed import build_model
 from tests.launching import run

@@ -23,10 +23,10 @@ from cifar10 import UsageError, augment, data, measures, pages, record, samples
 from cifar10.__main__ import main
 from cifar10.config.recipe import as_json, load, parse
 from cifar10.datasets import DATASETS
+from cifar10.distributed.world import World
 from cifar10.metrics import Metrics
 from cifar10.predictions import Predictions, save_predictions
 from cifar10.preflight import check
-from cifar10.world import World
 from tests.launching import SHORT, run
 
 RNG = np.random.default_rng(0)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from cifar10.distributed.world import World
 from cifar10.state import RunState, Sums
 from cifar10.tape import Row, Tape, TooManySkippedSteps, count_steps
-from cifar10.world import World
 from tests.helpers import two_ranks
 
 CPU = torch.device("cpu")

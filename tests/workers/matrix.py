@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cifar10 import world
 from cifar10.config import ds_config
+from cifar10.distributed import world
+from cifar10.distributed.world import World
 from cifar10.engine import Engine, weights_sha256
-from cifar10.world import World
 from cifar10_deepspeed import build_model
 from tests.helpers import batch, largest_difference, make_engine, make_loader, one_step
 

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cifar10 import augment, checkpoint, data, world
+from cifar10 import augment, checkpoint, data
 from cifar10.config import ds_config
+from cifar10.distributed import world
+from cifar10.distributed.world import World
 from cifar10.engine import Engine
 from cifar10.loader import EvaluationLoader
 from cifar10.state import RunState
 from cifar10.tape import Tape, count_steps
-from cifar10.world import World
 from cifar10_deepspeed import build_model, evaluate
 from tests.helpers import MEAN, SGD, STD, CountOperations, CountReads, batch, make_engine, make_loader, one_step, snapshot
 

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cifar10 import UsageError, launchers
-from cifar10.device import keep_freed_memory
+from cifar10 import UsageError
+from cifar10.distributed import launchers
+from cifar10.distributed.device import keep_freed_memory
 
 T = TypeVar("T")
 

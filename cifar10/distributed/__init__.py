@@ -1,0 +1,1 @@
+"""Ranks and what they run on: launchers, process groups, devices."""
