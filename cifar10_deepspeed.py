@@ -24,12 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar10 import UsageError, checkpoint, data, patience, preflight, report, run_folder
+from cifar10 import UsageError, checkpoint, patience, preflight, report, run_folder
 from cifar10.config.recipe import Recipe, as_json, without_launcher_flags
+from cifar10.data.dataset import stratified_split
+from cifar10.data.loader import EvaluationLoader, MicroBatch, TrainLoader
 from cifar10.distributed import launchers, world
 from cifar10.distributed.world import World
 from cifar10.engine import Engine, own_optimizer, prepare, weights_sha256
-from cifar10.loader import EvaluationLoader, MicroBatch, TrainLoader
 from cifar10.metrics import EpochRow, Metrics, SplitResult, StepRow
 from cifar10.predictions import TEST_FILE, save_predictions
 from cifar10.preflight import Plan
@@ -114,7 +115,7 @@ def __getattr__(name: str) -> Any:
 def get_cifar10_dataloaders(plan: Plan, here: World) -> tuple[TrainLoader, EvaluationLoader]:
     """The training images, augmented as the recipe says, and the held-out validation images as they are."""
     images = plan.images("train")
-    train, val = data.stratified_split(images.labels, plan.recipe.val_images, plan.recipe.split_seed)
+    train, val = stratified_split(images.labels, plan.recipe.val_images, plan.recipe.split_seed)
     bf16 = plan.precision == "bf16"
     train_loader = TrainLoader.of(images.pixels[train], images.labels[train], plan.recipe, plan.batch, here, bf16=bf16)
     return train_loader, EvaluationLoader.of(images.pixels[val], images.labels[val], plan.recipe, here)

@@ -37,10 +37,10 @@ from torch import Tensor, nn
 
 from cifar10 import UsageError, bench_levels, preflight, run_folder
 from cifar10.config import ds_config
+from cifar10.data.loader import MicroBatch
 from cifar10.distributed import world
 from cifar10.distributed.world import World
 from cifar10.engine import Engine, own_optimizer, prepare
-from cifar10.loader import MicroBatch
 from cifar10.preflight import Plan
 from cifar10.state import RunState
 from cifar10.tape import Tape, count_steps

@@ -26,11 +26,11 @@ from rich.table import Table
 from torch import Tensor
 
 from cifar10 import UsageError, preflight
+from cifar10.data.loader import MicroBatch, TrainLoader
 from cifar10.distributed import device
 from cifar10.distributed.world import World
 from cifar10.engine import Engine, own_optimizer, prepare
 from cifar10.levels import LEVELS
-from cifar10.loader import MicroBatch, TrainLoader
 from cifar10.preflight import Plan
 from cifar10.tape import Tape
 from cifar10_deepspeed import build_model, get_cifar10_dataloaders, train_step

@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from cifar10 import UsageError, data, datasets, run_folder, trained
-from cifar10.datasets import Images
+from cifar10 import UsageError, run_folder, trained
+from cifar10.data import registry
+from cifar10.data.dataset import Images, stratified_split
+from cifar10.data.loader import EvaluationLoader
 from cifar10.distributed.world import World
-from cifar10.loader import EvaluationLoader
 from cifar10.measures import BINS, calibration, confusion
 from cifar10.metrics import SplitResult
 from cifar10.predictions import Predictions, save_predictions
@@ -42,15 +43,15 @@ CONFUSIONS = 5  # that are shown
 
 def split_images(found: Trained, split: Split, data_dir: Path | None) -> Images:
     """All images of a split as the run had it, in their fixed order. Raises UsageError if there are none."""
-    recipe, folder = found.recipe, datasets.folder(data_dir)
+    recipe, folder = found.recipe, registry.folder(data_dir)
     if split == "val" and not recipe.val_images:
         raise UsageError(f"--split val: recipe {recipe.model} held no images out (val_images is 0); type --split train or test")
     if found.dataset.ensure:
         found.dataset.ensure(folder, need_test=split == "test")
-    images = datasets.load(recipe.dataset, "test" if split == "test" else "train", folder, recipe.split_seed)
+    images = registry.load(recipe.dataset, "test" if split == "test" else "train", folder, recipe.split_seed)
     if split == "test":
         return images
-    train, val = data.stratified_split(images.labels, recipe.val_images, recipe.split_seed)
+    train, val = stratified_split(images.labels, recipe.val_images, recipe.split_seed)
     chosen = val if split == "val" else train
     return Images(images.pixels[chosen], images.labels[chosen])
 

@@ -41,10 +41,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from cifar10 import UsageError, run_folder, trained
-from cifar10.data import Images
+from cifar10.data.dataset import Images
+from cifar10.data.loader import EvaluationLoader, at_once
 from cifar10.distributed.world import World
 from cifar10.evaluate import answers, split_images
-from cifar10.loader import EvaluationLoader, at_once
 from cifar10.trained import METADATA_KEY, SAFETENSORS_FILE, Trained, Which
 from cifar10_deepspeed import CHANNELS, build_model
 

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from cifar10.config.recipe import Recipe
-from cifar10.datasets import DATASETS
+from cifar10.data.registry import DATASETS
 from cifar10.metrics import Section
 from cifar10.preflight import Plan
 

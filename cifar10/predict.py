@@ -25,8 +25,8 @@ import tyro
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from cifar10 import UsageError, trained
+from cifar10.data.loader import EvaluationLoader, at_once
 from cifar10.distributed.world import World
-from cifar10.loader import EvaluationLoader, at_once
 from cifar10.trained import Trained, Which
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "TGA")

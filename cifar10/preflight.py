@@ -10,10 +10,12 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from cifar10 import UsageError, datasets, levels, run_folder, weights
+from cifar10 import UsageError, levels, run_folder, weights
 from cifar10.config import ds_config
 from cifar10.config.recipe import RECIPE_DEFAULTS, Options, Precisions, Recipe, parse
-from cifar10.datasets import DATASETS, DataSet, Images, Split
+from cifar10.data import registry
+from cifar10.data.dataset import DataSet, Images, Split
+from cifar10.data.registry import DATASETS
 from cifar10.distributed import device
 
 
@@ -62,7 +64,7 @@ class Plan:
 
     def images(self, split: Split) -> Images:
         """The data set's train or test images, all of them in their fixed order: uint8 [N, S, S, C], and labels."""
-        return datasets.load(self.recipe.dataset, split, self.options.data_dir, self.recipe.split_seed)
+        return registry.load(self.recipe.dataset, split, self.options.data_dir, self.recipe.split_seed)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from typing import Any
 from cifar10 import UsageError
 from cifar10.config.recipe import RECIPE_DEFAULTS
 from cifar10.config.settings import FREE, flattened
-from cifar10.datasets import DATASETS, DataSet
+from cifar10.data.dataset import DataSet
+from cifar10.data.registry import DATASETS
 from cifar10.predictions import TEST_FILE, Predictions, read
 from cifar10.run_folder import read_json, title
 

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from cifar10 import overview
-from cifar10.datasets import DataSet
+from cifar10.data.dataset import DataSet
 from cifar10.metrics import Section, SplitResult
 from cifar10.preflight import Plan
 from cifar10.state import RunState

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cifar10 import augment, data, datasets, draws
 from cifar10.config.recipe import Recipe
+from cifar10.data import augment, registry, rng
+from cifar10.data.dataset import Images, Split, stratified_split
 from cifar10.measures import worst_mistakes
 from cifar10.predictions import Predictions
 
@@ -33,14 +34,14 @@ def in_colour(pixels: np.ndarray) -> np.ndarray:
     return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
 
 
-def first_augmented(recipe: Recipe, images: data.Images, count: int = SHOWN) -> tuple[np.ndarray, np.ndarray]:
+def first_augmented(recipe: Recipe, images: Images, count: int = SHOWN) -> tuple[np.ndarray, np.ndarray]:
     """The first images that training saw, augmented as it saw them: uint8 [count, S, S, 3], labels.
 
     Which they are and how they are cut is the loader's: functions of their places alone, the same for any number of ranks.
     So only these few are packed, and not all that training saw.
     """
-    train, _ = data.stratified_split(images.labels, recipe.val_images, recipe.split_seed)
-    places = draws.permutation(len(train), recipe.seed, 0)[:count]  # among the training images
+    train, _ = stratified_split(images.labels, recipe.val_images, recipe.split_seed)
+    places = rng.permutation(len(train), recipe.seed, 0)[:count]  # among the training images
     few = train[places.numpy()]
     sizes = (recipe.first_sizes[0], 0) if recipe.first_sizes else (recipe.resize, recipe.image_size)
     reflect = recipe.padding_mode == "reflect"
@@ -59,7 +60,7 @@ def first_augmented(recipe: Recipe, images: data.Images, count: int = SHOWN) -> 
     return in_colour(seen.permute(0, 2, 3, 1).numpy()), images.labels[few]
 
 
-def mistakes(predictions: Predictions, images: data.Images, classes: list[str], count: int = SHOWN) -> list[Mistake]:
+def mistakes(predictions: Predictions, images: Images, classes: list[str], count: int = SHOWN) -> list[Mistake]:
     """The most confident wrong answers, worst first; none if these are not the images that the answers were given to."""
     tested = len(predictions.labels)
     if tested > len(images) or not np.array_equal(images.labels[:tested], predictions.labels):
@@ -72,6 +73,6 @@ def mistakes(predictions: Predictions, images: data.Images, classes: list[str], 
     return found
 
 
-def read_images(recipe: Recipe, split: datasets.Split, data_dir: Path) -> data.Images:
+def read_images(recipe: Recipe, split: Split, data_dir: Path) -> Images:
     """A split of the recipe's data set, if it is there; nothing is downloaded. Raises UsageError if it is not."""
-    return datasets.load(recipe.dataset, split, data_dir, recipe.split_seed)
+    return registry.load(recipe.dataset, split, data_dir, recipe.split_seed)

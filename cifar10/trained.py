@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from cifar10 import UsageError
 from cifar10.checkpoint import PORTABLE_FILE
 from cifar10.config.recipe import Recipe, from_settings
-from cifar10.datasets import DATASETS, DataSet
+from cifar10.data.dataset import DataSet
+from cifar10.data.registry import DATASETS
 from cifar10.distributed import world
 from cifar10.distributed.device import count_gpus, keep_freed_memory
 from cifar10.distributed.world import World

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cifar10 import augment, data
 from cifar10.config import ds_config
+from cifar10.data import augment, synthetic
+from cifar10.data.loader import TrainLoader
 from cifar10.distributed import world
 from cifar10.distributed.world import World
 from cifar10.engine import Engine, own_optimizer, prepare
-from cifar10.loader import TrainLoader
 from tests.launching import BIN, PROJECT, run
 
 WORKERS = Path(__file__).resolve().parent / "workers"
@@ -91,7 +91,7 @@ def make_engine(here: World, model: nn.Module, *, global_images: int = 32, accum
 
 def make_loader(here: World, *, global_images: int = 32, accumulation: int = 1, num_images: int = 800) -> TrainLoader:
     """This rank's share of a few synthetic training images, augmented as in the story."""
-    images = data.synthetic("train", num_images, seed=0)
+    images = synthetic.synthetic("train", num_images, seed=0)
     return TrainLoader(
         store=augment.pack(torch.from_numpy(images.pixels).to(here.device), padding=4),
         labels=torch.from_numpy(images.labels).to(here.device),

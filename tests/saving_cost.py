@@ -20,9 +20,9 @@ from statistics import median
 import torch
 
 from cifar10 import checkpoint, preflight
+from cifar10.data.loader import MicroBatch
 from cifar10.distributed.world import World
 from cifar10.engine import Engine, prepare
-from cifar10.loader import MicroBatch
 from cifar10.preflight import Plan
 from cifar10.state import RunState
 from cifar10.tape import Tape

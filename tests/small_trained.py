@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cifar10.__main__ import main
-from cifar10.datasets import DATASETS
+from cifar10.data.registry import DATASETS
 from tests.helpers import WORKERS, launch
 
 SMALL = "--val-images 100 --threads 1 --save-every-epochs 0"

@@ -1,4 +1,4 @@
-"""cifar10/augment.py and draws.py: the same pixels as torchvision's transforms, and draws that behave like random ones."""
+"""cifar10/data/augment.py and draws.py: the same pixels as torchvision's transforms, and draws that behave like random ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms import functional as tv
 from torchvision.transforms import v2
 
-from cifar10 import augment, draws
+from cifar10.data import augment, rng
 from tests.helpers import MEAN, STD
 
 CPU = torch.device("cpu")
@@ -224,7 +224,7 @@ def test_normalised_images_become_pixels_again(images: Tensor) -> None:
 
 
 def cells(seed: int, epoch: int) -> Tensor:
-    return draws.below(162, seed, epoch, torch.arange(NUM_IMAGES))
+    return rng.below(162, seed, epoch, torch.arange(NUM_IMAGES))
 
 
 def correlation(ours: Tensor, theirs: Tensor) -> float:
@@ -259,9 +259,9 @@ def test_draws_of_neighbours_are_not_correlated() -> None:
 
 
 def test_an_order_is_a_permutation_of_its_own() -> None:
-    order = draws.permutation(NUM_IMAGES, 0, 0)
+    order = rng.permutation(NUM_IMAGES, 0, 0)
     assert torch.equal(order.sort().values, torch.arange(NUM_IMAGES))
-    for other in (draws.permutation(NUM_IMAGES, 0, 1), draws.permutation(NUM_IMAGES, 1, 0)):
+    for other in (rng.permutation(NUM_IMAGES, 0, 1), rng.permutation(NUM_IMAGES, 1, 0)):
         assert abs(correlation(order, other)) < chance(NUM_IMAGES)
     assert abs(correlation(order, torch.arange(NUM_IMAGES))) < chance(NUM_IMAGES)
     assert abs(correlation(order[1:], order[:-1])) < chance(NUM_IMAGES)
@@ -269,18 +269,18 @@ def test_an_order_is_a_permutation_of_its_own() -> None:
 
 def test_order_and_augmentation_are_not_correlated() -> None:
     for epoch in range(3):
-        place = draws.permutation(NUM_IMAGES, 0, epoch).argsort()  # of each image
+        place = rng.permutation(NUM_IMAGES, 0, epoch).argsort()  # of each image
         assert abs(correlation(place, cells(0, epoch))) < chance(NUM_IMAGES)
         assert abs(correlation(place, cells(0, epoch) % 2)) < chance(NUM_IMAGES)
 
 
 def test_draws_are_the_same_on_every_platform() -> None:
     """Fixed numbers: were they to change, a run resumed or repeated elsewhere would see other images."""
-    assert draws.permutation(NUM_IMAGES, 0, 0)[:6].tolist() == [45632, 6899, 33758, 9665, 27080, 48233]
-    assert draws.permutation(1_000, 2**31 - 1, 49)[:6].tolist() == [295, 62, 693, 471, 116, 692]
+    assert rng.permutation(NUM_IMAGES, 0, 0)[:6].tolist() == [45632, 6899, 33758, 9665, 27080, 48233]
+    assert rng.permutation(1_000, 2**31 - 1, 49)[:6].tolist() == [295, 62, 693, 471, 116, 692]
     assert cells(0, 0)[:12].tolist() == [52, 124, 161, 126, 31, 75, 68, 126, 95, 158, 11, 9]
-    another = draws.below(162, 2**31 - 1, 49, torch.arange(12))
-    drawn = [draws.uniform(2**31 - 1, 49, torch.arange(2), stream) for stream in (draws.BRIGHTNESS, draws.CONTRAST)]
+    another = rng.below(162, 2**31 - 1, 49, torch.arange(12))
+    drawn = [rng.uniform(2**31 - 1, 49, torch.arange(2), stream) for stream in (rng.BRIGHTNESS, rng.CONTRAST)]
     assert torch.stack(drawn).mul(2**23).int().tolist() == [[-2419706, 1185094], [-5558287, -5145]]
     assert another.tolist() == [130, 128, 120, 39, 58, 161, 68, 116, 21, 149, 83, 110]
 

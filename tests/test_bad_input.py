@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cifar10 import UsageError, data
+from cifar10 import UsageError
+from cifar10.data import cifar
 from cifar10.preflight import Plan, check
 from tests.launching import PROJECT, run
 
@@ -165,11 +166,11 @@ def sound_data(here, monkeypatch) -> Path:
     """A data folder with small files that data.py is made to believe in -> the folder of the files."""
     rng = np.random.default_rng(0)
     files = {}
-    for name in data.FILES:
+    for name in cifar.FILES:
         pixels = rng.integers(0, 256, (4, 3072), dtype=np.uint8)
         files[name] = pickle.dumps({"data": pixels, "labels": [0, 1, 2, 3]})
-    monkeypatch.setattr(data, "FILES", {name: (hashlib.md5(c).hexdigest(), len(c)) for name, c in files.items()})
-    folder = here / "data" / data.FOLDER
+    monkeypatch.setattr(cifar, "FILES", {name: (hashlib.md5(c).hexdigest(), len(c)) for name, c in files.items()})
+    folder = here / "data" / cifar.FOLDER
     folder.mkdir(parents=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)

@@ -154,7 +154,7 @@ def test_peak_memory_is_the_most_that_was_held() -> None:
     """Of a process of its own, whose memory is known; what it has given back counts on."""
     look = """
 import mmap
-from cifar10 import world
+from cifar10.distributed import world
 here = world.join(1)
 peaks = [here.peak_memory["peak_memory_mib"]]
 held = mmap.mmap(-1, 700 << 20)

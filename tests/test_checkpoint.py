@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from cifar10 import UsageError, checkpoint, data
+from cifar10 import UsageError, checkpoint
+from cifar10.data import cifar
 from cifar10.engine import Engine, weights_sha256
 from cifar10.state import RunState
 from cifar10_deepspeed import build_model
@@ -226,7 +227,7 @@ def test_portable_files_need_nothing_of_deepspeed(runs: dict[str, Run]) -> None:
         assert seen[name]["dtypes"] == ["torch.float32"]
         assert facts["step"] == step
         assert facts["recipe"] == recipe
-        assert facts["classes"] == list(data.CLASSES)
+        assert facts["classes"] == list(cifar.CLASSES)
         assert facts["normalisation"] == {"mean": recipe["mean"], "std": recipe["std"]}
     assert seen["best_model"]["correct"] / 200 == whole.last["test_accuracy"]
 

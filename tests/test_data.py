@@ -1,4 +1,4 @@
-"""cifar10/data.py: verification, repair and download against a real local server; splits; synthetic images."""
+"""cifar10/data/cifar.py: verification, repair and download against a real local server; splits; synthetic images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cifar10 import UsageError, data
+from cifar10 import UsageError
+from cifar10.data import cifar, download, synthetic
+from cifar10.data.dataset import stratified_split
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES_PER_FILE = 4
@@ -39,8 +41,8 @@ def md5(content: bytes) -> str:
 def make_files() -> dict[str, bytes]:
     """Name -> content of a data set in CIFAR-10's format with a few random images per file."""
     rng = np.random.default_rng(0)
-    files = {"batches.meta": pickle.dumps({"label_names": list(data.CLASSES)})}
-    for name in (*data.SPLIT_FILES["train"], *data.SPLIT_FILES["test"]):
+    files = {"batches.meta": pickle.dumps({"label_names": list(cifar.CLASSES)})}
+    for name in (*cifar.SPLIT_FILES["train"], *cifar.SPLIT_FILES["test"]):
         pixels = rng.integers(0, 256, (IMAGES_PER_FILE, 3072), dtype=np.uint8)
         labels = rng.integers(0, 10, IMAGES_PER_FILE).tolist()
         files[name] = pickle.dumps({"data": pixels, "labels": labels})
@@ -63,7 +65,7 @@ def make_archive(members: dict[str, bytes], links: dict[str, str] | None = None)
 
 
 def in_folder(files: dict[str, bytes]) -> dict[str, bytes]:
-    return {f"{data.FOLDER}/{name}": content for name, content in files.items()}
+    return {f"{cifar.FOLDER}/{name}": content for name, content in files.items()}
 
 
 @dataclass
@@ -75,7 +77,7 @@ class Tiny:
 
     def write(self, data_dir: Path, *, leave_out: tuple[str, ...] = ()) -> Path:
         """Put the files into `data_dir` -> their folder."""
-        folder = data_dir / data.FOLDER
+        folder = data_dir / cifar.FOLDER
         folder.mkdir(parents=True)
         for name in self.files.keys() - {*leave_out}:
             (folder / name).write_bytes(self.files[name])
@@ -83,7 +85,7 @@ class Tiny:
 
     def assert_whole(self, data_dir: Path) -> None:
         """Every file is there with the right bytes, and no temporary file is left."""
-        found = {path.name: path.read_bytes() for path in (data_dir / data.FOLDER).iterdir()}
+        found = {path.name: path.read_bytes() for path in (data_dir / cifar.FOLDER).iterdir()}
         assert found == self.files
 
 
@@ -91,11 +93,11 @@ class Tiny:
 def tiny(monkeypatch) -> Tiny:
     files = make_files()
     archive = make_archive(in_folder(files))
-    monkeypatch.setattr(data, "FILES", {name: (md5(content), len(content)) for name, content in files.items()})
-    monkeypatch.setattr(data, "ARCHIVE_MD5", md5(archive))
+    monkeypatch.setattr(cifar, "FILES", {name: (md5(content), len(content)) for name, content in files.items()})
+    monkeypatch.setattr(cifar, "ARCHIVE_MD5", md5(archive))
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.delenv("CIFAR10_URL", raising=False)
-    monkeypatch.setattr(data, "URL", "http://127.0.0.1:9/no-test-may-ask-the-real-server")
+    monkeypatch.setattr(cifar, "URL", "http://127.0.0.1:9/no-test-may-ask-the-real-server")
     return Tiny(files, archive)
 
 
@@ -146,7 +148,7 @@ def server(tiny, monkeypatch) -> Iterator[Server]:
     """A server of the tiny archive, at CIFAR10_URL."""
     listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     listener.daemon_threads = True
-    told = listener.told = Server(f"http://127.0.0.1:{listener.server_port}/{data.ARCHIVE}", [tiny.archive])
+    told = listener.told = Server(f"http://127.0.0.1:{listener.server_port}/{cifar.ARCHIVE}", [tiny.archive])
     monkeypatch.setenv("CIFAR10_URL", told.url)
     thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -162,7 +164,7 @@ def no_network(tiny, monkeypatch) -> Iterator[None]:
     """CIFAR10_URL is a port that nobody listens on."""
     with socket.socket() as bound:  # and that nobody else can take meanwhile
         bound.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("CIFAR10_URL", f"http://127.0.0.1:{bound.getsockname()[1]}/{data.ARCHIVE}")
+        monkeypatch.setenv("CIFAR10_URL", f"http://127.0.0.1:{bound.getsockname()[1]}/{cifar.ARCHIVE}")
         yield
 
 
@@ -195,13 +197,13 @@ def read_only(folder: Path, mode: int = 0o555) -> Iterator[None]:
 def refusal(data_dir: Path, need_test: bool = True) -> str:
     """The one line with which ensure_cifar10 refuses."""
     with pytest.raises(UsageError) as error:
-        data.ensure_cifar10(data_dir, need_test=need_test)
+        cifar.ensure_cifar10(data_dir, need_test=need_test)
     assert len(str(error.value).splitlines()) == 1
     return str(error.value)
 
 
 def assert_three_ways_out(line: str, data_dir: Path) -> None:
-    for words in ("https://www.cs.toronto.edu/~kriz/cifar.html", data.ARCHIVE, f"into {data_dir}", "CIFAR10_DIR"):
+    for words in ("https://www.cs.toronto.edu/~kriz/cifar.html", cifar.ARCHIVE, f"into {data_dir}", "CIFAR10_DIR"):
         assert words in line
     for words in ("--data-dir", "CIFAR10_URL", "--dataset synthetic"):
         assert words in line
@@ -215,20 +217,20 @@ def leftovers(data_dir: Path) -> set[str]:
 CHILD = """
 import json, sys
 from pathlib import Path
-from cifar10 import data
+from cifar10.data import cifar, download
 settings = json.loads(sys.argv[1])
-data.FILES, data.ARCHIVE_MD5, data.TIMEOUT_SECONDS = settings["files"], settings["archive_md5"], settings["timeout"]
+cifar.FILES, cifar.ARCHIVE_MD5, download.TIMEOUT_SECONDS = settings["files"], settings["archive_md5"], settings["timeout"]
 if settings["print_opened"]:
     sys.addaudithook(lambda event, args: print(args[0]) if event == "open" else None)
-data.ensure_cifar10(Path(settings["data_dir"]), need_test=settings["need_test"])
+cifar.ensure_cifar10(Path(settings["data_dir"]), need_test=settings["need_test"])
 """
 
 
 def child(data_dir: Path, need_test: bool = True, print_opened: bool = False, **popen) -> subprocess.Popen:
     """`ensure_cifar10` on the tiny data set in a process of its own."""
     settings = {
-        "files": data.FILES,
-        "archive_md5": data.ARCHIVE_MD5,
+        "files": cifar.FILES,
+        "archive_md5": cifar.ARCHIVE_MD5,
         "timeout": PATIENCE_SECONDS,
         "print_opened": print_opened,
         "data_dir": str(data_dir),
@@ -243,17 +245,17 @@ def child(data_dir: Path, need_test: bool = True, print_opened: bool = False, **
 def test_the_table_is_torchvisions():
     from torchvision.datasets import CIFAR10
 
-    assert (CIFAR10.base_folder, CIFAR10.filename, CIFAR10.url) == (data.FOLDER, data.ARCHIVE, data.URL)
-    assert CIFAR10.tgz_md5 == data.ARCHIVE_MD5
-    known = [[name, md5] for name, (md5, _) in data.FILES.items()]
+    assert (CIFAR10.base_folder, CIFAR10.filename, CIFAR10.url) == (cifar.FOLDER, cifar.ARCHIVE, cifar.URL)
+    assert CIFAR10.tgz_md5 == cifar.ARCHIVE_MD5
+    known = [[name, md5] for name, (md5, _) in cifar.FILES.items()]
     assert known == [*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]]
-    assert data.SPLIT_FILES["train"] == tuple(name for name, _ in CIFAR10.train_list)
-    assert data.SPLIT_FILES["test"] == tuple(name for name, _ in CIFAR10.test_list)
+    assert cifar.SPLIT_FILES["train"] == tuple(name for name, _ in CIFAR10.train_list)
+    assert cifar.SPLIT_FILES["test"] == tuple(name for name, _ in CIFAR10.test_list)
 
 
 def test_importing_it_is_light():
     heavy = "{'torch', 'torchvision', 'deepspeed', 'rich'}"
-    code = f"import sys, cifar10.data; print({heavy} & set(sys.modules))"
+    code = f"import sys, cifar10.data.cifar; print({heavy} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "set()"
 
 
@@ -263,8 +265,8 @@ def test_importing_it_is_light():
 def test_loads_what_the_files_hold(tiny, tmp_path):
     tiny.write(tmp_path)
     for split, num_files in (("train", 5), ("test", 1)):
-        images = data.load_cifar10(tmp_path, split)
-        batches = [pickle.loads(tiny.files[name]) for name in data.SPLIT_FILES[split]]
+        images = cifar.load_cifar10(tmp_path, split)
+        batches = [pickle.loads(tiny.files[name]) for name in cifar.SPLIT_FILES[split]]
         assert len(images) == num_files * IMAGES_PER_FILE
         assert images.pixels.shape == (len(images), 32, 32, 3)
         assert images.pixels.dtype == np.uint8
@@ -278,8 +280,8 @@ def test_loads_what_the_files_hold(tiny, tmp_path):
 def test_good_files_in_a_read_only_folder(tiny, open_folder, no_network):
     tiny.write(open_folder)
     with read_only(open_folder):
-        data.ensure_cifar10(open_folder, need_test=True)
-        assert len(data.load_cifar10(open_folder, "train")) == 5 * IMAGES_PER_FILE
+        cifar.ensure_cifar10(open_folder, need_test=True)
+        assert len(cifar.load_cifar10(open_folder, "train")) == 5 * IMAGES_PER_FILE
     assert not (open_folder / ".cifar10.lock").exists()
 
 
@@ -292,15 +294,15 @@ def test_without_need_test_the_test_file_is_neither_required_nor_opened(tiny, tm
         assert "data_batch_5" in opened
         assert ("test_batch" in opened) == need_test
     (folder / "test_batch").unlink()
-    data.ensure_cifar10(tmp_path, need_test=False)
-    assert len(data.load_cifar10(tmp_path, "train")) == 5 * IMAGES_PER_FILE
+    cifar.ensure_cifar10(tmp_path, need_test=False)
+    assert len(cifar.load_cifar10(tmp_path, "train")) == 5 * IMAGES_PER_FILE
     assert "test_batch (missing)" in refusal(tmp_path)
 
 
 def test_repairing_train_does_not_touch_the_test_file(tiny, server, tmp_path):
     folder = tiny.write(tmp_path, leave_out=("data_batch_1",))
     (folder / "test_batch").write_bytes(b"not looked at")
-    data.ensure_cifar10(tmp_path, need_test=False)
+    cifar.ensure_cifar10(tmp_path, need_test=False)
     assert (folder / "test_batch").read_bytes() == b"not looked at"
     assert (folder / "data_batch_1").read_bytes() == tiny.files["data_batch_1"]
 
@@ -318,14 +320,14 @@ class Bomb:
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_wrong_bytes_are_never_unpickled(tiny, tmp_path, split):
     folder = tiny.write(tmp_path)
-    name = data.SPLIT_FILES[split][-1]
+    name = cifar.SPLIT_FILES[split][-1]
     (folder / name).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
     with pytest.raises(UsageError, match=f"{name} is truncated"):
-        data.load_cifar10(tmp_path, split)
+        cifar.load_cifar10(tmp_path, split)
     assert not (tmp_path / "exploded").exists()
     (folder / name).unlink()
     with pytest.raises(UsageError, match=f"{name} is missing"):
-        data.load_cifar10(tmp_path, split)
+        cifar.load_cifar10(tmp_path, split)
 
 
 # --- repair -----------------------------------------------------------------------------------------------------------
@@ -340,8 +342,8 @@ def test_a_damaged_file_is_repaired_from_the_archive_without_a_request(tiny, ser
         path.unlink()
     else:
         path.write_bytes({"truncated": good[:100], "altered": good[:-1] + b"!", "empty": b""}[damage])
-    (tmp_path / data.ARCHIVE).write_bytes(tiny.archive)
-    data.ensure_cifar10(tmp_path, need_test=True)
+    (tmp_path / cifar.ARCHIVE).write_bytes(tiny.archive)
+    cifar.ensure_cifar10(tmp_path, need_test=True)
     tiny.assert_whole(tmp_path)
     assert server.ranges == []
     if damage != "missing":
@@ -365,22 +367,22 @@ def test_what_cannot_be_repaired_is_named(tiny, tmp_path, no_network, content, f
 
 def test_a_hostile_member_is_never_written(tiny, server, tmp_path, monkeypatch):
     data_dir = tmp_path / "a" / "data"
-    evil = {f"{data.FOLDER}/../../evil": b"1", "../evil": b"2", str(tmp_path / "evil"): b"3", "data_batch_1": b"4"}
-    links = {f"{data.FOLDER}/data_batch_2": "/etc/passwd", data.FOLDER: str(tmp_path)}
+    evil = {f"{cifar.FOLDER}/../../evil": b"1", "../evil": b"2", str(tmp_path / "evil"): b"3", "data_batch_1": b"4"}
+    links = {f"{cifar.FOLDER}/data_batch_2": "/etc/passwd", cifar.FOLDER: str(tmp_path)}
     archive = make_archive(evil | in_folder(tiny.files), links)
-    monkeypatch.setattr(data, "ARCHIVE_MD5", md5(archive))
+    monkeypatch.setattr(cifar, "ARCHIVE_MD5", md5(archive))
     server.bodies = [archive]
-    data.ensure_cifar10(data_dir, need_test=True)
+    cifar.ensure_cifar10(data_dir, need_test=True)
     written = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if not p.is_dir()}
-    files = {f"a/data/{data.FOLDER}/{name}" for name in tiny.files}
-    assert written == files | {f"a/data/{data.ARCHIVE}", "a/data/.cifar10.lock"}
+    files = {f"a/data/{cifar.FOLDER}/{name}" for name in tiny.files}
+    assert written == files | {f"a/data/{cifar.ARCHIVE}", "a/data/.cifar10.lock"}
     assert not any(p.is_symlink() for p in tmp_path.rglob("*"))
     tiny.assert_whole(data_dir)
 
 
 def test_an_archive_with_a_wrong_member_is_refused(tiny, server, tmp_path, monkeypatch):
     archive = make_archive(in_folder(tiny.files | {"data_batch_4": b"wrong"}))
-    monkeypatch.setattr(data, "ARCHIVE_MD5", md5(archive))
+    monkeypatch.setattr(cifar, "ARCHIVE_MD5", md5(archive))
     server.bodies = [archive]
     assert "data_batch_4" in refusal(tmp_path)
     assert "data_batch_4" not in leftovers(tmp_path)
@@ -391,21 +393,21 @@ def test_an_archive_with_a_wrong_member_is_refused(tiny, server, tmp_path, monke
 
 def test_fresh_download(tiny, server, tmp_path, capfd):
     data_dir = tmp_path / "made" / "here"
-    data.ensure_cifar10(data_dir, need_test=True)
+    cifar.ensure_cifar10(data_dir, need_test=True)
     tiny.assert_whole(data_dir)
-    assert (data_dir / data.ARCHIVE).read_bytes() == tiny.archive
+    assert (data_dir / cifar.ARCHIVE).read_bytes() == tiny.archive
     assert server.ranges == [None]
-    assert leftovers(data_dir) == {data.ARCHIVE, *tiny.files}
+    assert leftovers(data_dir) == {cifar.ARCHIVE, *tiny.files}
     lines = capfd.readouterr().err.splitlines()
-    assert lines[0] == f"fetching CIFAR-10 from {server.url} to {data_dir / data.ARCHIVE}"
+    assert lines[0] == f"fetching CIFAR-10 from {server.url} to {data_dir / cifar.ARCHIVE}"
     assert lines[1].startswith("fetched 0.1 MB in ")
-    data.ensure_cifar10(data_dir, need_test=True)  # the second time nothing happens and nothing is said
+    cifar.ensure_cifar10(data_dir, need_test=True)  # the second time nothing happens and nothing is said
     assert server.ranges == [None]
     assert capfd.readouterr().err == ""
 
 
 def test_a_fresh_download_without_need_test_is_complete_too(tiny, server, tmp_path):
-    data.ensure_cifar10(tmp_path, need_test=False)
+    cifar.ensure_cifar10(tmp_path, need_test=False)
     tiny.assert_whole(tmp_path)
 
 
@@ -417,46 +419,46 @@ def test_a_terminal_sees_a_progress_bar(tiny, server, tmp_path, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
-    data.ensure_cifar10(tmp_path, need_test=True)
+    cifar.ensure_cifar10(tmp_path, need_test=True)
     tiny.assert_whole(tmp_path)
     assert "━" in terminal.getvalue()
 
 
 def test_resume_asks_only_for_the_rest(tiny, server, tmp_path):
-    (tmp_path / f"{data.ARCHIVE}.part").write_bytes(tiny.archive[:1000])
-    data.ensure_cifar10(tmp_path, need_test=True)
+    (tmp_path / f"{cifar.ARCHIVE}.part").write_bytes(tiny.archive[:1000])
+    cifar.ensure_cifar10(tmp_path, need_test=True)
     tiny.assert_whole(tmp_path)
     assert server.ranges == ["bytes=1000-"]
     assert server.sent == [len(tiny.archive) - 1000]
-    assert leftovers(tmp_path) == {data.ARCHIVE, *tiny.files}
+    assert leftovers(tmp_path) == {cifar.ARCHIVE, *tiny.files}
 
 
 def test_a_whole_part_is_used_as_it_is(tiny, server, tmp_path):
-    (tmp_path / f"{data.ARCHIVE}.part").write_bytes(tiny.archive)
-    data.ensure_cifar10(tmp_path, need_test=True)
+    (tmp_path / f"{cifar.ARCHIVE}.part").write_bytes(tiny.archive)
+    cifar.ensure_cifar10(tmp_path, need_test=True)
     tiny.assert_whole(tmp_path)
     assert server.sent == []
 
 
 def test_a_server_without_range_sends_all_again(tiny, server, tmp_path):
     server.honours_range = False
-    (tmp_path / f"{data.ARCHIVE}.part").write_bytes(tiny.archive[:1000])
-    data.ensure_cifar10(tmp_path, need_test=True)
+    (tmp_path / f"{cifar.ARCHIVE}.part").write_bytes(tiny.archive[:1000])
+    cifar.ensure_cifar10(tmp_path, need_test=True)
     tiny.assert_whole(tmp_path)
     assert server.ranges == ["bytes=1000-"]
     assert server.sent == [len(tiny.archive)]
 
 
 def test_a_corrupt_part_is_thrown_away_and_fetched_from_zero(tiny, server, tmp_path):
-    (tmp_path / f"{data.ARCHIVE}.part").write_bytes(b"x" * 1000)
-    data.ensure_cifar10(tmp_path, need_test=True)
+    (tmp_path / f"{cifar.ARCHIVE}.part").write_bytes(b"x" * 1000)
+    cifar.ensure_cifar10(tmp_path, need_test=True)
     tiny.assert_whole(tmp_path)
     assert server.ranges == ["bytes=1000-", None]
 
 
 def test_a_corrupt_answer_is_fetched_once_more(tiny, server, tmp_path):
     server.bodies = [b"<html>sign in to this network</html>", tiny.archive]
-    data.ensure_cifar10(tmp_path, need_test=True)
+    cifar.ensure_cifar10(tmp_path, need_test=True)
     tiny.assert_whole(tmp_path)
     assert server.ranges == [None, None]
 
@@ -472,10 +474,10 @@ def test_a_server_that_always_sends_something_else_is_refused(tiny, server, tmp_
 
 
 def test_a_corrupt_archive_is_fetched_anew(tiny, server, tmp_path):
-    (tmp_path / data.ARCHIVE).write_bytes(tiny.archive[:-1] + b"x")
-    data.ensure_cifar10(tmp_path, need_test=True)
+    (tmp_path / cifar.ARCHIVE).write_bytes(tiny.archive[:-1] + b"x")
+    cifar.ensure_cifar10(tmp_path, need_test=True)
     tiny.assert_whole(tmp_path)
-    assert (tmp_path / data.ARCHIVE).read_bytes() == tiny.archive
+    assert (tmp_path / cifar.ARCHIVE).read_bytes() == tiny.archive
     assert server.ranges == [None]
 
 
@@ -484,32 +486,32 @@ def test_a_closed_connection_is_resumed_once(tiny, server, tmp_path):
     line = refusal(tmp_path)
     assert f"closed after 2000 of {len(tiny.archive)} bytes" in line
     assert server.ranges == [None, "bytes=1000-"]
-    assert (tmp_path / f"{data.ARCHIVE}.part").read_bytes() == tiny.archive[:2000]
+    assert (tmp_path / f"{cifar.ARCHIVE}.part").read_bytes() == tiny.archive[:2000]
     server.close_after = None
-    data.ensure_cifar10(tmp_path, need_test=True)
+    cifar.ensure_cifar10(tmp_path, need_test=True)
     tiny.assert_whole(tmp_path)
     assert server.ranges[2:] == ["bytes=2000-"]
 
 
 def test_a_stalled_transfer_ends_and_can_be_resumed(tiny, server, tmp_path, monkeypatch):
     server.stall_after = 500
-    monkeypatch.setattr(data, "TIMEOUT_SECONDS", 2)
+    monkeypatch.setattr(download, "TIMEOUT_SECONDS", 2)
     line = refusal(tmp_path)
     assert "no answer for 2 seconds" in line
     assert_three_ways_out(line, tmp_path)
-    part = (tmp_path / f"{data.ARCHIVE}.part").read_bytes()
+    part = (tmp_path / f"{cifar.ARCHIVE}.part").read_bytes()
     assert part == tiny.archive[: len(part)]
     assert len(part) == 1000
-    assert leftovers(tmp_path) == {f"{data.ARCHIVE}.part"}
+    assert leftovers(tmp_path) == {f"{cifar.ARCHIVE}.part"}
     server.stall_after = None
-    monkeypatch.setattr(data, "TIMEOUT_SECONDS", PATIENCE_SECONDS)
-    data.ensure_cifar10(tmp_path, need_test=True)
+    monkeypatch.setattr(download, "TIMEOUT_SECONDS", PATIENCE_SECONDS)
+    cifar.ensure_cifar10(tmp_path, need_test=True)
     tiny.assert_whole(tmp_path)
 
 
 def test_a_server_that_never_answers_is_asked_once(tiny, server, tmp_path, monkeypatch):
     server.held = True
-    monkeypatch.setattr(data, "TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.2)
     assert_three_ways_out(refusal(tmp_path), tmp_path)
     assert len(server.ranges) <= 1
 
@@ -580,7 +582,7 @@ def test_an_unreachable_folder(tiny, no_network, open_folder):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk(tiny, server, tmp_path):
-    part = tmp_path / f"{data.ARCHIVE}.part"
+    part = tmp_path / f"{cifar.ARCHIVE}.part"
     part.symlink_to("/dev/full")
     line = refusal(tmp_path)
     assert "No space left" in line
@@ -594,16 +596,16 @@ def test_a_full_disk(tiny, server, tmp_path):
 
 def test_the_split_of_cifar_is_stratified_and_fixed_by_its_seed():
     labels = np.arange(50_000) % 10
-    train, val = data.stratified_split(labels, 5000, seed=0)
+    train, val = stratified_split(labels, 5000, seed=0)
     assert train.dtype == val.dtype == np.int64
     assert (len(train), len(val)) == (45_000, 5_000)
     assert np.bincount(labels[val]).tolist() == [500] * 10
     assert (np.diff(train) > 0).all()
     assert (np.diff(val) > 0).all()
     np.testing.assert_array_equal(np.sort(np.concatenate([train, val])), np.arange(50_000))
-    again = data.stratified_split(labels, 5000, seed=0)
+    again = stratified_split(labels, 5000, seed=0)
     np.testing.assert_array_equal(again[1], val)
-    other = data.stratified_split(labels, 5000, seed=1)[1]
+    other = stratified_split(labels, 5000, seed=1)[1]
     assert len(np.intersect1d(other, val)) < 1000
     assert val[:5].tolist() == [0, 21, 38, 43, 54]  # the same on every platform and in every version of NumPy
 
@@ -611,7 +613,7 @@ def test_the_split_of_cifar_is_stratified_and_fixed_by_its_seed():
 @pytest.mark.parametrize("val_images", [0, 1, 7, 10, 33, 99])
 def test_other_sizes_are_as_equal_as_can_be(val_images):
     labels = np.arange(100) % 10
-    train, val = data.stratified_split(labels, val_images, seed=3)
+    train, val = stratified_split(labels, val_images, seed=3)
     counts = np.bincount(labels[val], minlength=10)
     assert len(val) == val_images
     assert len(train) == 100 - val_images
@@ -620,39 +622,39 @@ def test_other_sizes_are_as_equal_as_can_be(val_images):
 
 def test_unequal_classes_keep_their_proportions():
     labels = np.repeat([0, 1, 2], [800, 150, 50])
-    _, val = data.stratified_split(labels, 100, seed=0)
+    _, val = stratified_split(labels, 100, seed=0)
     assert np.bincount(labels[val]).tolist() == [80, 15, 5]
 
 
 @pytest.mark.parametrize("val_images", [-1, 100, 101])
 def test_an_impossible_split_says_what_to_type(val_images):
     with pytest.raises(UsageError, match=f"--val-images {val_images} .* from 0 to 99"):
-        data.stratified_split(np.arange(100) % 10, val_images, seed=0)
+        stratified_split(np.arange(100) % 10, val_images, seed=0)
 
 
 # --- synthetic images -------------------------------------------------------------------------------------------------
 
 
 def test_synthetic_images_are_a_function_of_seed_split_and_index():
-    images = data.synthetic("train", 1500, seed=0)
+    images = synthetic.synthetic("train", 1500, seed=0)
     assert images.pixels.shape == (1500, 32, 32, 3)
     assert images.pixels.dtype == np.uint8
     assert images.labels.dtype == np.int64
     assert np.bincount(images.labels).tolist() == [150] * 10
     assert md5(images.pixels.tobytes()) == "79f1dd11d6ff740749d9c28b6554d200"  # the same on every platform
     for num_images in (0, 1, 999, 1001):
-        fewer = data.synthetic("train", num_images, seed=0)
+        fewer = synthetic.synthetic("train", num_images, seed=0)
         assert len(fewer) == num_images
         np.testing.assert_array_equal(fewer.pixels, images.pixels[:num_images])
         np.testing.assert_array_equal(fewer.labels, images.labels[:num_images])
-    for other in (data.synthetic("test", 1500, seed=0), data.synthetic("train", 1500, seed=1)):
+    for other in (synthetic.synthetic("test", 1500, seed=0), synthetic.synthetic("train", 1500, seed=1)):
         assert not (other.pixels == images.pixels).all(axis=(1, 2, 3)).any()
     assert len(np.unique(images.pixels.reshape(1500, -1), axis=0)) == 1500
 
 
 def test_synthetic_images_can_be_learned_but_not_by_a_ruler():
     """The nearest class mean is far above chance (0.1) on other draws of the same classes, and far from perfect."""
-    train, test = data.synthetic("train", 3000, seed=0), data.synthetic("test", 500, seed=1)
+    train, test = synthetic.synthetic("train", 3000, seed=0), synthetic.synthetic("test", 500, seed=1)
     rows, questions = (images.pixels.reshape(len(images), -1).astype(np.float32) for images in (train, test))
     means = np.stack([rows[train.labels == label].mean(axis=0) for label in range(10)])
     distance = (means**2).sum(axis=1) - 2 * questions @ means.T  # [500, 10], up to a constant per row
@@ -666,13 +668,13 @@ def test_synthetic_images_can_be_learned_but_not_by_a_ruler():
 def test_the_real_data_set_is_torchvisions(real_data_dir):
     from torchvision.datasets import CIFAR10
 
-    data.ensure_cifar10(real_data_dir, need_test=True)
+    cifar.ensure_cifar10(real_data_dir, need_test=True)
     for split, num_images in (("train", 50_000), ("test", 10_000)):
-        images = data.load_cifar10(real_data_dir, split)
+        images = cifar.load_cifar10(real_data_dir, split)
         assert len(images) == num_images
         theirs = CIFAR10(real_data_dir, train=split == "train")
         np.testing.assert_array_equal(images.pixels, theirs.data)
         np.testing.assert_array_equal(images.labels, theirs.targets)
-        assert tuple(theirs.classes) == data.CLASSES
-    for name, (_, num_bytes) in data.FILES.items():
-        assert (real_data_dir / data.FOLDER / name).stat().st_size == num_bytes
+        assert tuple(theirs.classes) == cifar.CLASSES
+    for name, (_, num_bytes) in cifar.FILES.items():
+        assert (real_data_dir / cifar.FOLDER / name).stat().st_size == num_bytes

@@ -1,4 +1,4 @@
-"""cifar10/datasets.py and mnist.py: every data set is what it says, and what cannot be had is refused in one line."""
+"""cifar10/data/registry.py and mnist.py: every data set is what it says, and what cannot be had is refused in one line."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 
-from cifar10 import UsageError, data, datasets, mnist
+from cifar10 import UsageError
 from cifar10.config.recipe import Recipe
-from cifar10.datasets import DATASETS
+from cifar10.data import cifar, mnist, registry, synthetic
+from cifar10.data.dataset import Images
+from cifar10.data.registry import DATASETS
 from cifar10.preflight import Plan, check
 from tests.launching import PROJECT, environment
 
@@ -50,14 +52,14 @@ def test_every_data_set_says_where_its_images_come_from_and_how_to_normalise_the
 @pytest.mark.parametrize("name", DRAWN)
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_drawn_images_have_the_sizes_and_shapes_that_are_stated(name, split, tmp_path):
-    images, facts = datasets.load(name, split, tmp_path, seed=0), DATASETS[name]
+    images, facts = registry.load(name, split, tmp_path, seed=0), DATASETS[name]
     assert images.pixels.shape == (facts.num_images(split), facts.size, facts.size, facts.channels)
     assert (images.pixels.dtype, images.labels.dtype) == (np.uint8, np.int64)
     assert images.pixels.flags["C_CONTIGUOUS"]
     assert set(images.labels.tolist()) == set(range(10))
 
 
-@pytest.mark.parametrize("draw", [data.synthetic_grey, data.noise])
+@pytest.mark.parametrize("draw", [synthetic.synthetic_grey, synthetic.noise])
 def test_a_drawn_image_depends_on_seed_split_and_place_alone(draw):
     whole, part = draw("train", 300, 3), draw("train", 40, 3)
     assert np.array_equal(whole.pixels[:40], part.pixels)
@@ -69,13 +71,14 @@ def test_a_drawn_image_depends_on_seed_split_and_place_alone(draw):
 def test_drawn_images_are_the_same_on_every_platform():
     """Fixed numbers: were they to change, results elsewhere could not be compared."""
     digests = [
-        hashlib.sha256(draw("train", 100, 0).pixels.tobytes()).hexdigest()[:12] for draw in (data.synthetic_grey, data.noise)
+        hashlib.sha256(draw("train", 100, 0).pixels.tobytes()).hexdigest()[:12]
+        for draw in (synthetic.synthetic_grey, synthetic.noise)
     ]
     assert digests == ["fef122470a38", "c55902a46f2a"]
-    assert data.noise("train", 10, 0).labels.tolist() == [0, 5, 1, 6, 5, 6, 8, 7, 3, 0]
+    assert synthetic.noise("train", 10, 0).labels.tolist() == [0, 5, 1, 6, 5, 6, 8, 7, 3, 0]
 
 
-def nearest_mean(train: data.Images, test: data.Images) -> float:
+def nearest_mean(train: Images, test: Images) -> float:
     """The accuracy of the simplest of classifiers: the nearest of the classes' mean images."""
     means = np.stack([train.pixels[train.labels == label].mean(0) for label in range(10)]).reshape(10, -1)
     distances = ((test.pixels.reshape(len(test), 1, -1) - means) ** 2).sum(2)
@@ -83,13 +86,15 @@ def nearest_mean(train: data.Images, test: data.Images) -> float:
 
 
 def test_synthetic_grey_images_can_be_learned_and_noise_cannot():
-    accuracies = [nearest_mean(draw("train", 2_000, 0), draw("test", 1_000, 0)) for draw in (data.synthetic_grey, data.noise)]
+    accuracies = [
+        nearest_mean(draw("train", 2_000, 0), draw("test", 1_000, 0)) for draw in (synthetic.synthetic_grey, synthetic.noise)
+    ]
     assert accuracies[0] > 0.2
     assert accuracies[1] == pytest.approx(0.1, abs=5 * (0.09 / 1_000) ** 0.5)
 
 
 def test_noise_is_uniform_in_pixels_and_labels():
-    images = data.noise("train", 10_000, 0)
+    images = synthetic.noise("train", 10_000, 0)
     for values, kinds in ((images.pixels, 256), (images.labels, 10)):
         counts, expected = np.bincount(values.ravel(), minlength=kinds), values.size / kinds
         square = ((counts - expected) ** 2 / expected).sum()
@@ -133,7 +138,7 @@ def test_each_data_set_has_its_own_limits(argv, says):
 
 
 def test_a_file_of_weights_names_the_data_sets_own_classes():
-    assert plan("--dataset", "synthetic").about_the_model["classes"] == list(data.CLASSES)
+    assert plan("--dataset", "synthetic").about_the_model["classes"] == list(cifar.CLASSES)
     grey = plan("--dataset", "synthetic_mnist", *GREY, "--val-images", "0").about_the_model
     assert grey["classes"] == [str(digit) for digit in range(10)]
     assert grey["normalisation"] == {"mean": [0.1307], "std": [0.3081]}

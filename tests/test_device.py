@@ -1,4 +1,4 @@
-"""cifar10/distributed/device.py: what the C library is told about memory. (What a machine computes in: tests/test_preflight.py.)"""
+"""what the C library is told about memory. (What a machine computes in: tests/test_preflight.py.)"""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from tests.launching import run
 COUNT = """
 import resource
 import torch
-from cifar10 import device, trained, world
+from cifar10 import trained
+from cifar10.distributed import device, world
 
 def faults(rounds):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from cifar10 import data
 from cifar10.__main__ import main
-from cifar10.datasets import DATASETS
+from cifar10.data import cifar
+from cifar10.data.registry import DATASETS
 from tests.helpers import WORKERS, launch
 from tests.launching import PROJECT
 
@@ -217,4 +217,4 @@ def test_a_block_of_python_runs(block, there):
     exec("\n".join(block.lines), names)  # our own page
     if "model" in names:
         assert set(names["saved"]["module"]) == set(names["model"].state_dict())
-        assert names["saved"]["classes"] == list(data.CLASSES)
+        assert names["saved"]["classes"] == list(cifar.CLASSES)

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 import main as launcher
-from cifar10 import data, doctor
+from cifar10 import doctor
 from cifar10.config.recipe import Options, Recipe
+from cifar10.data import cifar
 from cifar10.doctor import ADVICE, CHECKS, FAIL, OK, WARN, Finding, Patient
 from tests.launching import PROJECT, environment, free_port
 
@@ -320,24 +321,24 @@ def test_the_limits_of_a_container(monkeypatch, tmp_path):
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder with a whole data set of six small files, whose md5 are taken to be the known ones."""
-    folder = tmp_path / "data" / data.FOLDER
+    folder = tmp_path / "data" / cifar.FOLDER
     folder.mkdir(parents=True)
     known = {}
-    for name in (*data.SPLIT_FILES["train"], *data.SPLIT_FILES["test"]):
+    for name in (*cifar.SPLIT_FILES["train"], *cifar.SPLIT_FILES["test"]):
         (folder / name).write_bytes(name.encode() * 9)
-        known[name] = (data.hashlib.md5(name.encode() * 9).hexdigest(), len(name) * 9)
-    monkeypatch.setattr(data, "FILES", known)
+        known[name] = (cifar.hashlib.md5(name.encode() * 9).hexdigest(), len(name) * 9)
+    monkeypatch.setattr(cifar, "FILES", known)
     return tmp_path / "data"
 
 
 def test_data(tiny, monkeypatch):
     one("data", OK, "6 files, every md5 is right", data_dir=tiny)
     monkeypatch.setenv("CIFAR10_URL", f"http://127.0.0.1:{free_port()}/x.tar.gz")
-    (tiny / data.FOLDER / "data_batch_3").write_bytes(b"short")
-    one("data", FAIL, "data_batch_3 (truncated: 5 of 108 bytes)", "cannot be reached", data.ARCHIVE, data_dir=tiny)
-    (tiny / data.FOLDER / "data_batch_3").write_bytes(b"x" * 108)
+    (tiny / cifar.FOLDER / "data_batch_3").write_bytes(b"short")
+    one("data", FAIL, "data_batch_3 (truncated: 5 of 108 bytes)", "cannot be reached", cifar.ARCHIVE, data_dir=tiny)
+    (tiny / cifar.FOLDER / "data_batch_3").write_bytes(b"x" * 108)
     one("data", FAIL, "data_batch_3 (altered)", data_dir=tiny)
-    (tiny / data.ARCHIVE).touch()
+    (tiny / cifar.ARCHIVE).touch()
     one("data", WARN, "any run restores it", data_dir=tiny)
 
 

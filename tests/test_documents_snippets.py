@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from cifar10 import data
-from cifar10.augment import Normalise
+from cifar10.data import synthetic
+from cifar10.data.augment import Normalise
 from cifar10.predictions import TEST_FILE, read
 
 BASIC = """
@@ -93,7 +93,7 @@ def carried_out(snippet: str, folder: Any, monkeypatch: pytest.MonkeyPatch, **gi
 def normalised(run: Any) -> torch.Tensor:
     """The synthetic test images as the run's model takes them: float32 [200, 3, 32, 32]."""
     facts = torch.load(run / "checkpoints" / "final" / "mp_rank_00_model_states.pt")["normalisation"]
-    images = torch.from_numpy(data.synthetic("test", 200, 0).pixels.copy()).permute(0, 3, 1, 2)
+    images = torch.from_numpy(synthetic.synthetic("test", 200, 0).pixels.copy()).permute(0, 3, 1, 2)
     return Normalise(facts["mean"], facts["std"], torch.device("cpu"))(images)
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cifar10 import data, evaluate
+from cifar10 import evaluate
+from cifar10.data import synthetic
 from cifar10.evaluate import predictions_file
 from cifar10.measures import calibration, confusion
 from cifar10.predictions import TEST_FILE, Predictions, read
@@ -58,7 +59,7 @@ def test_val_is_what_validation_saw_and_train_is_the_rest(copied, capsys):
     assert result(capsys, run, "--split", "val")["accuracy"] == json.loads((run / "summary.json").read_text())["val_accuracy"]
     assert result(capsys, run, "--split", "train")["images"] == 500
     labels = [read(run / f"{split}_predictions.npz").labels for split in ("train", "val")]
-    assert np.array_equal(np.sort(np.concatenate(labels)), np.sort(data.synthetic("train", 600, 0).labels))
+    assert np.array_equal(np.sort(np.concatenate(labels)), np.sort(synthetic.synthetic("train", 600, 0).labels))
 
 
 def test_a_run_that_held_nothing_out_has_no_val_split(trained, capsys):
@@ -172,7 +173,7 @@ def test_the_recipes_own_views_are_those_of_the_runs_own_test(copied, capsys):
     content = torch.load(file)
     content["recipe"] |= {"tta": "mirror", "tta_below": 0.7}
     torch.save(content, file)
-    found, images = load(run), data.synthetic("test", 200, 0)
+    found, images = load(run), synthetic.synthetic("test", 200, 0)
     expected, _ = evaluate.answers(Augmented(found.model, "mirror", 0.7), images, found, alone(1))
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps({**summary, "test_accuracy_tta": expected.accuracy}))

@@ -13,11 +13,13 @@ import onnx
 import pytest
 import torch
 
-from cifar10 import data, datasets, export
-from cifar10.augment import centre
+from cifar10 import export
 from cifar10.config.recipe import Recipe, model_names
+from cifar10.data import cifar, registry, synthetic
+from cifar10.data.augment import centre
+from cifar10.data.dataset import stratified_split
+from cifar10.data.loader import EvaluationLoader
 from cifar10.export import FILES, FORMATS
-from cifar10.loader import EvaluationLoader
 from cifar10.predictions import TEST_FILE
 from cifar10.trained import Trained, load
 from cifar10_deepspeed import build_model
@@ -59,7 +61,7 @@ def test_the_file_with_the_network_needs_nothing_of_this_program(model, monkeypa
     recipe = Recipe(model=model, epochs=1, warmup_epochs=0, val_images=0)
     with torch.device("meta"):
         ours = build_model(model, 0)
-        found = Trained(ours, recipe, tuple(data.CLASSES), 1, None, Path("x"), None, "x")
+        found = Trained(ours, recipe, tuple(cifar.CLASSES), 1, None, Path("x"), None, "x")
         source = export.network_source(found)
         for name in [*BLOCKED, *(name for name in sys.modules if name.split(".")[0] in BLOCKED)]:
             monkeypatch.setitem(sys.modules, name, None)
@@ -160,10 +162,10 @@ def test_int8_is_calibrated_on_the_training_split_alone(trained, tmp_path, monke
     monkeypatch.setattr(export, "in_zero_to_one", watched)
     assert command("export", trained / "colour", "--output", tmp_path / "e", "--formats", "onnx_int8", "--threads", 1) == 0
     calibration, test = fed
-    recipe, images = load(trained / "colour").recipe, data.synthetic("train", 600, 0)
-    train, _ = data.stratified_split(images.labels, recipe.val_images, recipe.split_seed)
+    recipe, images = load(trained / "colour").recipe, synthetic.synthetic("train", 600, 0)
+    train, _ = stratified_split(images.labels, recipe.val_images, recipe.split_seed)
     assert np.array_equal(calibration, images.pixels[train[:50]])
-    assert np.array_equal(test, data.synthetic("test", 200, 0).pixels)
+    assert np.array_equal(test, synthetic.synthetic("test", 200, 0).pixels)
     assert {path.name for path in (tmp_path / "e").iterdir()} == {"model_int8.onnx", "network.py", "export.json"}
 
 
@@ -179,7 +181,7 @@ def plainly(folder: Path, images: Path, predictions: Path) -> subprocess.Complet
 def as_the_network_sees_them(run: Path, file: Path) -> Path:
     """The test images of a run as uint8 [N, C, S, S], resized and cut as its recipe says, in an .npz."""
     found = load(run)
-    images = datasets.load(found.recipe.dataset, "test", Path("unused"), 0)
+    images = registry.load(found.recipe.dataset, "test", Path("unused"), 0)
     store = EvaluationLoader.of(images.pixels, images.labels, found.recipe, one_rank()).store
     np.savez(file, images=centre(store, torch.arange(len(images))).numpy())
     return file

@@ -25,8 +25,8 @@ import numpy as np
 import pytest
 import torch
 
-from cifar10 import data
 from cifar10.checkpoint import PORTABLE_FILE
+from cifar10.data import cifar
 from tests.launching import PROJECT, environment
 
 SMALL = "--dataset synthetic --val-images 100 --test-images 100 --global-batch-size 50 --lr 0.05 --threads 1 --epochs 2".split()
@@ -530,7 +530,7 @@ def batches() -> dict[str, bytes]:
     rng = np.random.default_rng(0)
     return {
         name: pickle.dumps({"data": rng.integers(0, 256, (4, 3072), dtype=np.uint8), "labels": [0, 1, 2, 3]})
-        for name in data.FILES
+        for name in cifar.FILES
     }
 
 
@@ -540,7 +540,7 @@ def known(batches: dict[str, bytes], archive: bytes) -> dict[str, Any]:
     return {"files": files, "archive_md5": hashlib.md5(archive).hexdigest()}
 
 
-MEMBER = f"{data.FOLDER}/data_batch_2"
+MEMBER = f"{cifar.FOLDER}/data_batch_2"
 MEMBERS = {
     "a device": special(MEMBER, tarfile.CHRTYPE),
     "a pipe": special(MEMBER, tarfile.FIFOTYPE),
@@ -554,21 +554,21 @@ MEMBERS = {
 def test_an_archive_with_something_else_in_place_of_a_file(
     program: Program, batches: dict[str, bytes], tmp_path: Path, name: str
 ) -> None:
-    files = {f"{data.FOLDER}/{one}": content for one, content in batches.items() if one != "data_batch_2"}
-    evil = {f"{data.FOLDER}/../../escaped": b"1", str(tmp_path / "absolute"): b"2"}
+    files = {f"{cifar.FOLDER}/{one}": content for one, content in batches.items() if one != "data_batch_2"}
+    evil = {f"{cifar.FOLDER}/../../escaped": b"1", str(tmp_path / "absolute"): b"2"}
     archive = packed({**evil, **files}, MEMBERS[name])
     folder = tmp_path / "data"
     folder.mkdir()
-    (folder / data.ARCHIVE).write_bytes(archive)
-    written = ("run", data.FOLDER, ".cifar10.lock", *batches)
+    (folder / cifar.ARCHIVE).write_bytes(archive)
+    written = ("run", cifar.FOLDER, ".cifar10.lock", *batches)
     flags = ["--data-dir", str(folder), "--output-dir", "run"]
     line = refusal(program, tmp_path, *flags, but=written, cifar10=known(batches, archive))
     assert "lacks a sound data_batch_2" in line
-    assert not os.path.lexists(folder / data.FOLDER / "data_batch_2")
+    assert not os.path.lexists(folder / cifar.FOLDER / "data_batch_2")
 
 
 def placed(batches: dict[str, bytes], base: Path) -> Path:
-    folder = base / "data" / data.FOLDER
+    folder = base / "data" / cifar.FOLDER
     folder.mkdir(parents=True)
     for name, content in batches.items():
         (folder / name).write_bytes(content)
@@ -583,7 +583,7 @@ PLACES: dict[str, Callable[[Path, Path], Any]] = {
     "a link to nothing": lambda folder, marker: link_for(folder / "data_batch_2", "nowhere"),
     "a file for the folder": lambda folder, marker: file_for(folder),
     "a folder for the archive": lambda folder, marker: (
-        (folder.parent / data.ARCHIVE).mkdir(),
+        (folder.parent / cifar.ARCHIVE).mkdir(),
         (folder / "data_batch_2").unlink(),
     ),
 }

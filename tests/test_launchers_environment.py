@@ -1,4 +1,4 @@
-"""cifar10/distributed/launchers.py: what srun's and mpirun's variables mean, without a cluster: each rank's place, address and port."""
+"""what srun's and mpirun's variables mean, without a cluster: each rank's place, address and port."""
 
 from __future__ import annotations
 

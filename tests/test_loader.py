@@ -1,4 +1,4 @@
-"""cifar10/loader.py: the same global batches at any world size and from any step on; every evaluation image exactly once."""
+"""the same global batches at any world size and from any step on; every evaluation image exactly once."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cifar10 import augment, loader
 from cifar10.config.ds_config import Batch
 from cifar10.config.recipe import Recipe
-from cifar10.loader import EvaluationLoader, MicroBatch, TrainLoader
+from cifar10.data import augment, loader
+from cifar10.data.loader import EvaluationLoader, MicroBatch, TrainLoader
 from tests.helpers import MEAN, STD
 
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cifar10_deepspeed as story
-from cifar10 import data
 from cifar10.config.recipe import model_names
+from cifar10.data import synthetic
 from tests.launching import PROJECT, environment
 
 SHAPES = {"mnist_cnn": (1, 28, 28)}  # of the images that a network takes, where they are not CIFAR-10's
@@ -131,7 +131,7 @@ def test_a_name_that_the_script_does_not_have_is_an_attribute_error():
 
 def test_speednet_whitens_patches_of_the_images_it_starts_from():
     model = story.build_model("speednet_small", 0)
-    images = data.synthetic("train", 500, seed=0).pixels
+    images = synthetic.synthetic("train", 500, seed=0).pixels
     images = torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - 0.5
     model.start_from_images(images)
     patches = F.conv2d(images, model.whitening)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifar10 import data, datasets
+from cifar10.data import registry, synthetic
 from cifar10.predict import files_in, probabilities, read_image, shown
 from cifar10.predictions import TEST_FILE, read
 from cifar10.trained import alone, load
@@ -48,7 +48,7 @@ def answers(capsys: pytest.CaptureFixture[str], *words: object, code: int = 0) -
 def test_test_images_in_files_are_answered_as_evaluate_answers_them(trained, tmp_path, capsys, name):
     run, here = trained / name, alone(1)
     found = load(run)
-    images = datasets.load(found.recipe.dataset, "test", Path("unused"), 0)
+    images = registry.load(found.recipe.dataset, "test", Path("unused"), 0)
     for number, image in enumerate(images.pixels):
         Image.fromarray(image.squeeze()).save(tmp_path / f"{number:03}.png")
     seen = answers(capsys, run, tmp_path, "--top", 10)
@@ -62,7 +62,7 @@ def test_test_images_in_files_are_answered_as_evaluate_answers_them(trained, tmp
 
 
 def test_a_png_of_the_right_size_is_taken_to_the_bit(tmp_path):
-    image = data.synthetic("test", 1, 0).pixels[0]
+    image = synthetic.synthetic("test", 1, 0).pixels[0]
     Image.fromarray(image).save(tmp_path / "a.png")
     assert np.array_equal(pixels(tmp_path / "a.png"), image)
 
@@ -255,7 +255,7 @@ def test_strange_names_stay_one_line(trained, tmp_path, capsys):
 @pytest.fixture
 def two(tmp_path: Path) -> list[Path]:
     files = [tmp_path / "a, b.png", tmp_path / "c.png"]
-    for file, image in zip(files, data.synthetic("test", 2, 0).pixels, strict=True):
+    for file, image in zip(files, synthetic.synthetic("test", 2, 0).pixels, strict=True):
         Image.fromarray(image).save(file)
     return files
 

@@ -8,7 +8,7 @@ from statistics import mean, median, stdev
 import pytest
 
 from cifar10 import catalogue, leaderboard
-from cifar10.datasets import DATASETS
+from cifar10.data.registry import DATASETS
 from cifar10.export import times_as_fast
 
 PROJECT = Path(__file__).resolve().parent.parent

@@ -19,10 +19,11 @@ import torch
 from PIL import Image
 
 import cifar10_deepspeed as story
-from cifar10 import UsageError, augment, data, measures, pages, record, samples
+from cifar10 import UsageError, measures, pages, record, samples
 from cifar10.__main__ import main
 from cifar10.config.recipe import as_json, load, parse
-from cifar10.datasets import DATASETS
+from cifar10.data import augment, synthetic
+from cifar10.data.registry import DATASETS
 from cifar10.distributed.world import World
 from cifar10.metrics import Metrics
 from cifar10.predictions import Predictions, save_predictions
@@ -146,7 +147,7 @@ def test_a_sheet_takes_the_memory_of_the_images_that_it_shows(small, monkeypatch
 
 
 def test_the_sheet_shows_the_worst_mistakes_with_their_images():
-    found, images = answers(), data.synthetic("test", 200, seed=0)
+    found, images = answers(), synthetic.synthetic("test", 200, seed=0)
     found = Predictions(found.logits, images.labels)
     shown = samples.mistakes(found, images, list("abcdefghij"), count=5)
     assert [one.index for one in shown] == measures.worst_mistakes(found, 5).tolist()
@@ -157,9 +158,9 @@ def test_the_sheet_shows_the_worst_mistakes_with_their_images():
 
 
 def test_answers_to_other_images_are_not_shown_beside_these():
-    found, images = answers(), data.synthetic("test", 200, seed=0)
+    found, images = answers(), synthetic.synthetic("test", 200, seed=0)
     assert samples.mistakes(Predictions(found.logits, (images.labels + 1) % 10), images, list("abcdefghij")) == []
-    assert samples.mistakes(found, data.synthetic("test", 100, seed=0), list("abcdefghij")) == []
+    assert samples.mistakes(found, synthetic.synthetic("test", 100, seed=0), list("abcdefghij")) == []
 
 
 # --- a run's page -----------------------------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def make_run(
 
 
 def with_answers(folder: Path) -> Predictions:
-    found = Predictions(answers().logits, data.synthetic("test", 200, seed=0).labels)
+    found = Predictions(answers().logits, synthetic.synthetic("test", 200, seed=0).labels)
     save_predictions(folder / "test_predictions.npz", [found.logits], found.labels)
     return found
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import cifar10_deepspeed as story
 from cifar10 import report
 from cifar10.config.recipe import Recipe, load
-from cifar10.datasets import DATASETS
-from cifar10.loader import EvaluationLoader
+from cifar10.data.loader import EvaluationLoader
+from cifar10.data.registry import DATASETS
 from cifar10.state import RunState, Sums
 from cifar10_deepspeed import CIFAR10CNNEnhanced, calculate_accuracy, get_lr_schedule, lr_multiplier
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from cifar10 import data
+from cifar10.data import synthetic
 from cifar10_deepspeed import CIFAR10CNNEnhanced
 
 
 def main() -> None:
-    images = data.synthetic("test", 200, seed=0)
+    images = synthetic.synthetic("test", 200, seed=0)
     seen = {}
     for name in ("best_model", "final"):
         content = torch.load(Path(sys.argv[1]) / "checkpoints" / name / "mp_rank_00_model_states.pt")

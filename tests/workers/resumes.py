@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from cifar10 import checkpoint
 from cifar10.config import ds_config
+from cifar10.data.loader import MicroBatch
 from cifar10.distributed import world
 from cifar10.distributed.world import World
 from cifar10.engine import Engine, prepare, weights_sha256
-from cifar10.loader import MicroBatch
 from cifar10.state import RunState
 from cifar10_deepspeed import build_model
 from tests.helpers import make_engine, make_loader, one_step

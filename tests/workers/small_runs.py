@@ -26,7 +26,7 @@ import torch
 
 import cifar10_deepspeed as story
 from cifar10 import stop
-from cifar10.datasets import DATASETS
+from cifar10.data.registry import DATASETS
 from cifar10.engine import prepare
 
 ENDS = ("finished", "stopped")

@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import small_runs
 
-from cifar10 import data
+from cifar10.data import cifar
 from cifar10.engine import prepare
 
 DEADLINE_SECONDS = 120  # a start that takes longer hangs: SIGALRM ends it
@@ -35,8 +35,8 @@ def be_the_program(asked: dict[str, Any], out: Path, err: Path) -> int:
     os.chdir(asked["folder"])
     os.environ.update(asked.get("environment", {}))
     if "cifar10" in asked:
-        data.FILES = {name: tuple(facts) for name, facts in asked["cifar10"]["files"].items()}
-        data.ARCHIVE_MD5 = asked["cifar10"]["archive_md5"]
+        cifar.FILES = {name: tuple(facts) for name, facts in asked["cifar10"]["files"].items()}
+        cifar.ARCHIVE_MD5 = asked["cifar10"]["archive_md5"]
     sys.argv = [str(Path(small_runs.story.__file__)), *asked["flags"]]
     try:
         return small_runs.story.main()

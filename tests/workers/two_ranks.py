@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cifar10 import augment, checkpoint, data
+from cifar10 import checkpoint
 from cifar10.config import ds_config
+from cifar10.data import augment, synthetic
+from cifar10.data.loader import EvaluationLoader
 from cifar10.distributed import world
 from cifar10.distributed.world import World
 from cifar10.engine import Engine
-from cifar10.loader import EvaluationLoader
 from cifar10.state import RunState
 from cifar10.tape import Tape, count_steps
 from cifar10_deepspeed import build_model, evaluate
@@ -111,7 +112,7 @@ def batch_norm_runs(here: World) -> dict[str, Any]:
 
 
 def evaluation_loader(rank: int, world_size: int) -> EvaluationLoader:
-    images = data.synthetic("test", 333, seed=0)
+    images = synthetic.synthetic("test", 333, seed=0)
     store = augment.pack(torch.from_numpy(images.pixels), padding=0)
     normalise = augment.Normalise(MEAN, STD, torch.device("cpu"))
     return EvaluationLoader(store, torch.from_numpy(images.labels), normalise, rank, world_size, batch_images=50)

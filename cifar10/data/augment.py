@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cifar10 import draws
+from cifar10.data import rng
 
 AT_ONCE = 5_000  # images resized at once
 
@@ -140,10 +140,10 @@ def draw(
     alternates (Jordan 2024, arXiv 2404.00498), the draw of epoch 0 says how an image begins.
     """
     offsets, sides = store.side - store.size + 1, 2 if flip else 1
-    cell = draws.below(offsets * offsets * sides, seed, epoch, indices)
+    cell = rng.below(offsets * offsets * sides, seed, epoch, indices)
     crop, mirrored = cell // sides, cell % sides
     if flip and alternate:
-        first = draws.below(offsets * offsets * sides, seed, 0, indices) % sides
+        first = rng.below(offsets * offsets * sides, seed, 0, indices) % sides
         mirrored = (first + epoch) % 2
     return crop // offsets, crop % offsets, mirrored
 
@@ -163,7 +163,7 @@ def cut_out(images: Tensor, side: int, black: Tensor, *, seed: int, epoch: int, 
     size = images.shape[-1]
     side = min(side, size)
     places = size - side + 1
-    at = draws.below(places * places, seed, epoch, indices, draws.CUTOUT)
+    at = rng.below(places * places, seed, epoch, indices, rng.CUTOUT)
     across = torch.arange(size, device=images.device)
     rows, columns = (
         (first[:, None] <= across) & (across < first[:, None] + side) for first in (at // places, at % places)
@@ -179,9 +179,7 @@ def color_jitter(images: Tensor, brightness: float, contrast: float, *, seed: in
     1 - contrast .. 1 + contrast; computed in float32. So does github.com/hiverge/cifar10-speedrun; torchvision's ColorJitter
     multiplies pixels that are not normalised.
     """
-    shift, scale = (
-        draws.uniform(seed, epoch, indices, stream)[:, None, None, None] for stream in (draws.BRIGHTNESS, draws.CONTRAST)
-    )
+    shift, scale = (rng.uniform(seed, epoch, indices, stream)[:, None, None, None] for stream in (rng.BRIGHTNESS, rng.CONTRAST))
     return ((images + brightness * shift) * (1 + contrast * scale)).to(images.dtype)
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cifar10 import augment, draws
 from cifar10.config.ds_config import Batch
 from cifar10.config.recipe import Recipe
+from cifar10.data import augment, rng
 from cifar10.distributed.world import World
 
 CHUNK_IMAGES = 512  # images gathered at once: several small steps share the cost of launching a dozen operations
@@ -98,7 +98,7 @@ class TrainLoader:
 
     def rank_indices(self, epoch: int) -> Tensor:
         """The images that this rank visits: int64 [steps, images per rank and step]."""
-        order = draws.permutation(len(self.labels), self.seed, epoch)
+        order = rng.permutation(len(self.labels), self.seed, epoch)
         steps = order[: self.steps_per_epoch * self.global_images].view(self.steps_per_epoch, self.world_size, -1)
         return steps[:, self.rank]
 

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from cifar10 import UsageError
-from cifar10.data import Images
+from cifar10.data.dataset import Images
 from cifar10.files import one_process_at_a_time, talking_to_stderr_and_not_for_ever
 
 FOLDER = Path("MNIST") / "raw"

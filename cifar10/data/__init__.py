@@ -1,0 +1,1 @@
+"""Images: where they come from, how a batch is drawn and augmented."""

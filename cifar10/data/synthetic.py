@@ -1,0 +1,65 @@
+"""Images made in memory, the same on every platform: learnable ones in CIFAR-10's or MNIST's shape, and noise."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cifar10.data.dataset import Images, Split, philox
+
+SYNTHETIC_STREAMS = {"train": 0, "test": 1, "patterns": 2}
+NOISE_STREAMS = {"train": 3, "test": 4}
+PATTERNS_PER_CLASS = 3
+MAX_SHIFT = 16  # pixels
+
+
+def _patterns() -> np.ndarray:
+    """The synthetic classes, the same for every seed: smooth colour fields -> int16 [10, PATTERNS, 48, 48, 3], -128..127.
+
+    Whole numbers throughout: floating point may round differently on another machine.
+    """
+    cells = philox(0, SYNTHETIC_STREAMS["patterns"]).random_raw(10 * PATTERNS_PER_CLASS * 4 * 4 * 3) & np.uint64(255)
+    field = cells.astype(np.int64).reshape(10, PATTERNS_PER_CLASS, 4, 4, 3) - 128
+    for axis in (2, 3):  # bilinear, 4 cells -> 32 pixels, periodic
+        steps = [(8 - k) * field + k * np.roll(field, -1, axis) for k in range(8)]
+        field = np.stack(steps, axis + 1).reshape(*field.shape[:axis], 32, *field.shape[axis + 1 :])
+    field = (field >> 6).astype(np.int16)
+    return np.pad(field, [(0, 0), (0, 0), (0, MAX_SHIFT), (0, MAX_SHIFT), (0, 0)], mode="wrap")
+
+
+def synthetic(split: Split, num_images: int, seed: int) -> Images:
+    """Ten learnable classes in memory: image i is a pattern of class i % 10, shifted, dimmed, brightened, with noise.
+
+    Image i is a function of (seed, split, i) alone, not of `num_images`, and is the same on every platform. The seed
+    draws the images; the classes stay the same, so what is learned from one seed holds for another.
+    """
+    labels = np.arange(num_images, dtype=np.int64) % 10
+    pixels = np.empty((num_images, 32, 32, 3), np.uint8)
+    windows = np.lib.stride_tricks.sliding_window_view(_patterns(), (32, 32), axis=(2, 3))
+    windows = windows.transpose(0, 1, 2, 3, 5, 6, 4)  # [class, pattern, dy, dx, 32, 32, 3]
+    words = philox(seed, SYNTHETIC_STREAMS[split])
+    for start in range(0, num_images, 1000):  # small pieces stay in the cache
+        out = pixels[start : start + 1000]
+        draws = words.random_raw((len(out), 32 * 32 * 3 // 8 + 1)).astype("<u8").view(np.uint8)  # [n, 3072 + 8]
+        noise = draws[:, :3072].reshape(out.shape).astype(np.int16) - 128
+        pattern, dy, dx, contrast, light = draws[:, 3072:3077].T.astype(np.int16)
+        image = windows[labels[start : start + 1000], pattern % PATTERNS_PER_CLASS, dy % (MAX_SHIFT + 1), dx % (MAX_SHIFT + 1)]
+        image = image * (64 + contrast // 4)[:, None, None, None] >> 8  # -64..63
+        out[:] = 128 + image + (light // 8 - 16)[:, None, None, None] + (noise >> 2)
+    return Images(pixels, labels)
+
+
+def synthetic_grey(split: Split, num_images: int, seed: int) -> Images:
+    """The synthetic images in MNIST's shape: the middle of their green channel, uint8 [N, 28, 28, 1]."""
+    images = synthetic(split, num_images, seed)
+    return Images(np.ascontiguousarray(images.pixels[:, 2:30, 2:30, 1:2]), images.labels)
+
+
+def noise(split: Split, num_images: int, seed: int) -> Images:
+    """Uniform noise in MNIST's shape with uniformly random labels: nothing can be learned, everything can be memorised.
+
+    Image i and its label are a function of (seed, split, i) alone, the same on every platform.
+    """
+    pixels = 28 * 28  # 98 words of 8 bytes; one more for the label
+    words = philox(seed, NOISE_STREAMS[split]).random_raw((num_images, pixels // 8 + 1)).astype("<u8")
+    labels = (words[:, -1] % np.uint64(10)).astype(np.int64)
+    return Images(words.view(np.uint8)[:, :pixels].reshape(num_images, 28, 28, 1).copy(), labels)
