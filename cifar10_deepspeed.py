@@ -10,7 +10,6 @@ Read from top to bottom: the network, its images, the learning rate, the measure
 
 from __future__ import annotations
 
-import importlib
 import math
 import shlex
 import sys
@@ -30,8 +29,13 @@ from cifar10.data.dataset import stratified_split
 from cifar10.data.loader import EvaluationLoader, MicroBatch, TrainLoader
 from cifar10.distributed import launchers, world
 from cifar10.distributed.world import World
-from cifar10.engine import Engine, own_optimizer, prepare, weights_sha256
+from cifar10.engine.engine import Engine, own_optimizer, prepare, weights_sha256
 from cifar10.metrics import EpochRow, Metrics, SplitResult, StepRow
+from cifar10.models.bn_cnn import CIFAR10CNNEnhanced
+from cifar10.models.lenet import Net
+from cifar10.models.mnist_cnn import CNNModelEnhanced
+from cifar10.models.registry import build_model
+from cifar10.models.weights import load, refuse_not_finite, refuse_other_images
 from cifar10.predictions import TEST_FILE, save_predictions
 from cifar10.preflight import Plan
 from cifar10.sinks import open_sinks
@@ -39,77 +43,22 @@ from cifar10.state import RunState, Sums
 from cifar10.stop import StopRequest
 from cifar10.tape import Tape, TooManySkippedSteps, count_steps
 from cifar10.tta import Augmented
-from cifar10.weights import load, refuse_not_finite, refuse_other_images
 
-# --- the network ------------------------------------------------------------------------------------------------------
+# The names that the reference documents import from this file.
+__all__ = ["CIFAR10CNNEnhanced", "CNNModelEnhanced", "Net", "calculate_accuracy", "get_lr_schedule", "run"]
 
-
-class CIFAR10CNNEnhanced(nn.Module):
-    """The reference document's network: two convolutions with BatchNorm, two linear layers; 268,746 parameters."""
-
-    def __init__(self, channels: tuple[int, int] = (16, 32)) -> None:
-        super().__init__()
-        first, second = channels
-        self.conv1 = nn.Conv2d(3, first, kernel_size=3, padding=1)
-        self.bn1 = nn.BatchNorm2d(first)
-        self.conv2 = nn.Conv2d(first, second, kernel_size=3, padding=1)
-        self.bn2 = nn.BatchNorm2d(second)
-        self.pool = nn.MaxPool2d(kernel_size=2)
-        self.fc1 = nn.Linear(second * 8 * 8, 128)
-        self.fc2 = nn.Linear(128, 10)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """Kaiming normal over the inputs of each layer, linear weights halved, biases zero."""
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
-                nn.init.zeros_(module.bias)
-                if isinstance(module, nn.Linear):
-                    module.weight.data.mul_(0.5)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """float32 [B, 3, 32, 32] -> logits [B, 10].
-
-        The document pools after ReLU. The two commute, to the bit, and pooled first ReLU has a quarter of the work.
-        """
-        x = F.relu(self.pool(self.bn1(self.conv1(images))))  # [B, 16, 16, 16]
-        x = F.relu(self.pool(self.bn2(self.conv2(x))))  # [B, 32, 8, 8]
-        x = F.relu(self.fc1(torch.flatten(x, 1)))  # [B, 128]
-        return self.fc2(x)  # [B, 10]
-
-
-CHANNELS = {"bn_cnn": (16, 32), "bn_cnn_wide": (32, 64)}  # of the network above; all others have a file in cifar10/models
-ELSEWHERE = {"Net": "lenet", "CNNModelEnhanced": "mnist_cnn"}
-
-
-def build_model(name: str, seed: int) -> nn.Module:
-    """The network called `name`, its initial weights drawn from `seed`."""
-    torch.manual_seed(seed)
-    if name in CHANNELS:
-        return CIFAR10CNNEnhanced(CHANNELS[name])
-    return importlib.import_module(f"cifar10.models.{name}").build()
+# --- the network and its images ------------------------------------------------------------------------------------------
 
 
 def initial_model(plan: Plan) -> tuple[nn.Module, list[str]]:
     """The recipe's network with the weights that training starts from, and what to know of them. Raises UsageError."""
     recipe = plan.recipe
-    model = build_model(recipe.model, recipe.seed)
+    model = build_model(recipe.model, recipe.seed, len(plan.dataset.classes))
     notes = load(model, recipe.model, recipe.weights)
     refuse_not_finite(model, recipe.model)
     for shape in (plan.image_shape, *((plan.dataset.channels, size, size) for size in recipe.first_sizes)):
         refuse_other_images(model, recipe.model, shape, len(plan.dataset.classes))
     return model, notes
-
-
-def __getattr__(name: str) -> Any:
-    """The other documents' networks under their own names, imported when they are asked for."""
-    if name not in ELSEWHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"cifar10.models.{ELSEWHERE[name]}"), name)
-
-
-# --- its images -------------------------------------------------------------------------------------------------------
 
 
 def get_cifar10_dataloaders(plan: Plan, here: World) -> tuple[TrainLoader, EvaluationLoader]:

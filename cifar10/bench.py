@@ -40,13 +40,13 @@ from cifar10.config import ds_config
 from cifar10.data.loader import MicroBatch
 from cifar10.distributed import world
 from cifar10.distributed.world import World
-from cifar10.engine import Engine, own_optimizer, prepare
+from cifar10.engine.engine import Engine, own_optimizer, prepare
+from cifar10.models.registry import build_model
 from cifar10.preflight import Plan
 from cifar10.state import RunState
 from cifar10.tape import Tape, count_steps
 from cifar10_deepspeed import (
     CIFAR10CNNEnhanced,
-    build_model,
     calculate_accuracy,
     get_cifar10_dataloaders,
     train_step,

@@ -29,11 +29,12 @@ from cifar10 import UsageError, preflight
 from cifar10.data.loader import MicroBatch, TrainLoader
 from cifar10.distributed import device
 from cifar10.distributed.world import World
-from cifar10.engine import Engine, own_optimizer, prepare
-from cifar10.levels import LEVELS
+from cifar10.engine.engine import Engine, own_optimizer, prepare
+from cifar10.engine.levels import LEVELS
+from cifar10.models.registry import build_model
 from cifar10.preflight import Plan
 from cifar10.tape import Tape
-from cifar10_deepspeed import build_model, get_cifar10_dataloaders, train_step
+from cifar10_deepspeed import get_cifar10_dataloaders, train_step
 
 PLAIN = "plain PyTorch"
 RECIPE, PRECISIONS, BATCHES = "bn_cnn", ("fp32", "bf16"), (64, 512)

@@ -31,7 +31,7 @@ def _spread(accuracies: list[float]) -> str:
 
 def table() -> str:
     """Markdown: a row for each file in recipes/."""
-    from cifar10_deepspeed import build_model
+    from cifar10.models.registry import build_model
 
     rows = ["| flag | what it is | parameters | measured on two CPU cores |", "|---|---|---:|---|"]
     for name in recipe_names():

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from cifar10 import UsageError
 from cifar10.config.settings import differences
 from cifar10.distributed.world import World
-from cifar10.engine import Engine
+from cifar10.engine.engine import Engine
 from cifar10.files import sync_folder, written_whole
 from cifar10.state import RunState
 

@@ -134,7 +134,7 @@ sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in chi
 """
 
 DEEPSPEED_PROBE = """
-from cifar10.engine import prepare
+from cifar10.engine.engine import prepare
 print(prepare().__version__)
 """
 
@@ -280,7 +280,7 @@ def check_deepspeed(patient: Patient) -> Iterator[Finding]:
         cure = "uv sync; neither DS_BUILD_OPS nor another index is needed"
         yield Finding("DeepSpeed", FAIL, f"cannot be imported: {fault}", cure)
     elif not _is_within(printed, asked):
-        cure = "uv sync: cifar10/engine.py knows the inside of these versions only"
+        cure = "uv sync: cifar10/engine/engine.py knows the inside of these versions only"
         yield Finding("DeepSpeed", FAIL, f"{printed} is imported, and {asked} is needed", cure)
     else:
         yield Finding("DeepSpeed", OK, f"{printed} can be imported, and builds nothing")

@@ -2,7 +2,7 @@
 
 model.safetensors   the bare network's weights and buffers; its header says how to use them
 state_dict.pt       the same as a plain state dict: torch.load reads it in its safe default
-network.py          the network's class, and its normalisation, as plain PyTorch: goes with the two above
+network.py          the network's own source file, plain PyTorch: goes with the two above
 model.pt2           torch.export's program: weights, network and normalisation in one; takes images in 0..1
 model.onnx          the same for ONNX runtimes; the batch may have any size
 model_int8.onnx     the same with 8-bit weights and activations, calibrated on training images
@@ -16,13 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
-import inspect
 import io
 import json
 import logging
 import os
-import re
 import shutil
 import time
 import warnings
@@ -45,8 +42,8 @@ from cifar10.data.dataset import Images
 from cifar10.data.loader import EvaluationLoader, at_once
 from cifar10.distributed.world import World
 from cifar10.evaluate import answers, split_images
+from cifar10.models.registry import build_model, source_file
 from cifar10.trained import METADATA_KEY, SAFETENSORS_FILE, Trained, Which
-from cifar10_deepspeed import CHANNELS, build_model
 
 Format = Literal["safetensors", "state_dict", "torch_export", "onnx", "onnx_int8"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -97,7 +94,7 @@ def _quietly() -> Iterator[None]:
 
 
 def how_to_feed(found: Trained) -> dict[str, str]:
-    """In words, for export.json and the header of network.py."""
+    """In words, for export.json and the console."""
     channels, size, _ = found.image_shape
     resize, kind = found.recipe.resize, "RGB" if channels == 3 else "grey"
     fitted = f"resized to {resize}x{resize} (bilinear, antialiased)" if resize else ""
@@ -109,52 +106,9 @@ def how_to_feed(found: Trained) -> dict[str, str]:
         "images": f"{shape} (a byte divided by 255); an image of {whole} is {made}",
         "model.pt2, model.onnx, model_int8.onnx": "take such images: the normalisation is inside",
         "model.safetensors, state_dict.pt": "are the bare network's: normalise first, (images - mean) / std for each channel",
+        "network.py": f"builds that network: network.{found.recipe.model}(num_classes={len(found.classes)}).eval()",
         "logits": f"float32 [N, {len(found.classes)}], in the order of classes; softmax makes probabilities of them",
     }
-
-
-def _model_source(name: str) -> str:
-    """A file of cifar10/models, with those of them that it imports in the place of the imports."""
-    source = inspect.getsource(importlib.import_module(f"cifar10.models.{name}"))
-    others = re.compile(r"^from cifar10\.models\.(\w+) import .*\n", re.M)
-    before = "".join(re.sub(r"^build = .*\n", "", _model_source(other), flags=re.M) for other in others.findall(source))
-    return before + others.sub("", source)
-
-
-def network_source(found: Trained) -> str:
-    """A Python file that builds the network with PyTorch alone, and normalises for it."""
-    feed, about = how_to_feed(found), found.about
-    name = found.recipe.model
-    if name in CHANNELS:
-        story = importlib.import_module("cifar10_deepspeed")
-        imports = "import torch\nimport torch.nn.functional as F\nfrom torch import Tensor, nn\n"
-        body = f"{imports}\n\n{inspect.getsource(story.CIFAR10CNNEnhanced)}"
-        build = f"CIFAR10CNNEnhanced({CHANNELS[name]!r})"
-    else:
-        body = _model_source(name).replace("\nbuild = ", "\nbuild_network = ")
-        body = body.replace("\ndef build(", "\ndef build_network(")
-        build = "build_network()"
-    doc = (
-        f'"""The network {name} of model.safetensors and state_dict.pt, in plain PyTorch.\n\n'
-        "    import torch\n    from safetensors.torch import load_file\n    import network\n\n"
-        "    model = network.build()\n"
-        '    model.load_state_dict(load_file("model.safetensors"))  # or torch.load("state_dict.pt")\n'
-        "    logits = model(network.normalise(images))\n    [network.CLASSES[i] for i in logits.argmax(dim=1)]\n\n"
-        f'images: {feed["images"]}.\n"""\n\n'
-    )
-    tail = (
-        f"\n\nCLASSES = {tuple(found.classes)!r}\n"
-        f"MEAN, STD = {about['normalisation']['mean']!r}, {about['normalisation']['std']!r}\n\n\n"
-        "def build():\n"
-        '    """The network, in evaluation mode, its weights still to be loaded."""\n'
-        f"    return {build}.eval()\n\n\n"
-        "def normalise(images):\n"
-        '    """float32 [N, C, S, S] in 0..1 -> what the network takes."""\n'
-        "    import torch\n\n"
-        "    return (images - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]\n"
-    )
-    first = "from __future__ import annotations\n"  # which must come first, and once
-    return doc + first + "\n" + body.replace(first, "") + tail
 
 
 # --- writing, and reading back ------------------------------------------------------------------------------------------
@@ -262,7 +216,7 @@ def write_onnx_int8(job: Job) -> None:
 
 
 def _network_with(weights: dict[str, Tensor], found: Trained) -> Answering:
-    model = build_model(found.recipe.model, found.recipe.seed)
+    model = build_model(found.recipe.model, found.recipe.seed, len(found.classes))
     model.load_state_dict(weights)
     return WithNormalisation(replace(found, model=model)).eval()
 
@@ -430,7 +384,7 @@ def write_all(job: Job, formats: tuple[Format, ...]) -> None:
             job.path("onnx").unlink(missing_ok=True)
         if "safetensors" in formats:
             job.path("safetensors").chmod(0o666 & ~_umask())  # its library keeps it from all others
-        (job.folder / NETWORK_FILE).write_text(network_source(job.found), encoding="utf-8")
+        shutil.copyfile(source_file(job.found.recipe.model), job.folder / NETWORK_FILE)
     except ImportError as error:
         raise UsageError(f"{error.name} is not installed, and --formats {name} needs it; type uv sync") from None
     except OSError as error:

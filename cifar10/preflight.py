@@ -10,13 +10,16 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from cifar10 import UsageError, levels, run_folder, weights
+from cifar10 import UsageError, run_folder
 from cifar10.config import ds_config
-from cifar10.config.recipe import RECIPE_DEFAULTS, Options, Precisions, Recipe, parse
+from cifar10.config.recipe import RECIPE_DEFAULTS, Options, Precisions, Recipe, nearest, parse
 from cifar10.data import registry
 from cifar10.data.dataset import DataSet, Images, Split
 from cifar10.data.registry import DATASETS
 from cifar10.distributed import device
+from cifar10.engine.engine import levels
+from cifar10.models import weights
+from cifar10.models.registry import model_names
 
 
 def image_shape(recipe: Recipe) -> tuple[int, int, int]:
@@ -130,6 +133,8 @@ def check(argv: list[str], world_size: int, program: str, description: str | Non
     Raises UsageError (one line). `--help` prints and exits with 0.
     """
     recipe, options = parse(argv, program, description)
+    if recipe.model not in model_names():
+        raise UsageError(f"--model {recipe.model} is unknown{nearest(recipe.model, model_names())}")
     config, batch, notes = _settle(recipe, options, world_size)
     log_every = options.log_every_steps or config.get("steps_per_print") or 100
     level = levels.settle(options.engine_level, config, world_size, sync_bn=recipe.sync_bn)

@@ -23,9 +23,9 @@ from cifar10.data.registry import DATASETS
 from cifar10.distributed import world
 from cifar10.distributed.device import count_gpus, keep_freed_memory
 from cifar10.distributed.world import World
+from cifar10.models.registry import build_model
+from cifar10.models.weights import refuse_other_images
 from cifar10.preflight import image_shape
-from cifar10.weights import refuse_other_images
-from cifar10_deepspeed import CHANNELS, build_model
 
 Which = Literal["best_model", "final"]
 SAFETENSORS_FILE = "model.safetensors"
@@ -61,7 +61,6 @@ class Trained:
         channels, size, _ = self.image_shape
         return {
             "model": self.recipe.model,
-            "arguments": {"channels": list(CHANNELS[self.recipe.model])} if self.recipe.model in CHANNELS else {},
             "classes": list(self.classes),
             "normalisation": {"mean": list(self.recipe.mean), "std": list(self.recipe.std)},
             "image": {"channels": channels, "size": size, "resize": self.recipe.resize, "dataset_size": self.dataset.size},
@@ -182,7 +181,7 @@ def load(where: Path, which: Which = "best_model", here: World | None = None) ->
     """
     file = find(where, which)
     weights, facts, recipe = _read(file)
-    model = build_model(recipe.model, recipe.seed)
+    model = build_model(recipe.model, recipe.seed, len(facts["classes"]))
     _put(weights, model, file, recipe.model)
     refuse_other_images(model, recipe.model, image_shape(recipe), len(facts["classes"]))
     model = model.eval().to(here.device if here else "cpu").requires_grad_(False)

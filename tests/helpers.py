@@ -23,7 +23,7 @@ from cifar10.data import augment, synthetic
 from cifar10.data.loader import TrainLoader
 from cifar10.distributed import world
 from cifar10.distributed.world import World
-from cifar10.engine import Engine, own_optimizer, prepare
+from cifar10.engine.engine import Engine, own_optimizer, prepare
 from tests.launching import BIN, PROJECT, run
 
 WORKERS = Path(__file__).resolve().parent / "workers"

@@ -22,11 +22,12 @@ import torch
 from cifar10 import checkpoint, preflight
 from cifar10.data.loader import MicroBatch
 from cifar10.distributed.world import World
-from cifar10.engine import Engine, prepare
+from cifar10.engine.engine import Engine, prepare
+from cifar10.models.registry import build_model
 from cifar10.preflight import Plan
 from cifar10.state import RunState
 from cifar10.tape import Tape
-from cifar10_deepspeed import build_model, get_cifar10_dataloaders, train_step
+from cifar10_deepspeed import get_cifar10_dataloaders, train_step
 from tests.helpers import batch, make_engine, one_step
 from tests.workers.resumes import in_world
 

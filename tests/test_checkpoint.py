@@ -17,9 +17,9 @@ import torch
 
 from cifar10 import UsageError, checkpoint
 from cifar10.data import cifar
-from cifar10.engine import Engine, weights_sha256
+from cifar10.engine.engine import Engine, weights_sha256
+from cifar10.models.registry import build_model
 from cifar10.state import RunState
-from cifar10_deepspeed import build_model
 from tests.helpers import WORKERS, batch, launch, make_engine, one_rank, one_step, same_bits, snapshot, two_ranks
 
 SMALL = "--dataset synthetic --val-images 100 --test-images 200 --global-batch-size 32 --lr 0.05 --threads 1".split()

@@ -62,7 +62,7 @@ def path(tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def deepspeed():
     """DeepSpeed itself, imported as the program imports it."""
-    from cifar10.engine import prepare
+    from cifar10.engine.engine import prepare
 
     return prepare()
 

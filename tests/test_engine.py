@@ -1,4 +1,4 @@
-"""cifar10/engine.py against plain PyTorch on one rank, and against one rank on two; what it costs, and what it skips."""
+"""cifar10/engine/engine.py against plain PyTorch on one rank, and against one rank on two; what it costs, and what it skips."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar10 import checkpoint
-from cifar10.engine import Engine, weights_sha256
+from cifar10.engine.engine import Engine, weights_sha256
+from cifar10.models.registry import build_model
 from cifar10.models.smooth_cnn import SmoothCNN
 from cifar10.state import RunState
 from cifar10.tape import Tape, TooManySkippedSteps, count_steps
-from cifar10_deepspeed import CIFAR10CNNEnhanced, build_model, train_step
+from cifar10_deepspeed import CIFAR10CNNEnhanced, train_step
 from tests.helpers import (
     SGD,
     CountOperations,

@@ -1,11 +1,11 @@
-"""cifar10/loss_scale.py: when the scale halves, when it doubles, and what an fp16 section asks for."""
+"""cifar10/engine/loss_scale.py: when the scale halves, when it doubles, and what an fp16 section asks for."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from cifar10.loss_scale import LossScale
+from cifar10.engine.loss_scale import LossScale
 
 
 def scales(scale: LossScale, steps: str) -> list[float]:

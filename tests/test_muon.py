@@ -1,4 +1,4 @@
-"""cifar10/muon.py: updates that are nearly orthogonal, groups that fit the model, and SGD that is PyTorch's."""
+"""cifar10/engine/muon.py: updates that are nearly orthogonal, groups that fit the model, and SGD that is PyTorch's."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import cifar10_deepspeed as story
-from cifar10 import UsageError, muon
+from cifar10 import UsageError
 from cifar10.config import ds_config
-from cifar10.muon import MuonWithSGD, orthogonalised, parameter_groups
+from cifar10.engine.engine import muon
+from cifar10.engine.muon import MuonWithSGD, orthogonalised, parameter_groups
+from cifar10.models.registry import build_model
 from tests.helpers import batch
 
 PARAMS = {"lr": 0.1, "momentum": 0.6, "bias_lr": 0.05, "head_lr": 0.5, "sgd_momentum": 0.85, "decay": 0.001}
@@ -48,7 +49,7 @@ def names(model: nn.Module, group: dict) -> set[str]:
 
 
 def test_hidden_weights_are_muons_and_biases_and_the_head_are_sgds():
-    model = story.build_model("bn_cnn", 0)
+    model = build_model("bn_cnn", 0)
     hidden, vectors, head = parameter_groups(model, PARAMS)
     assert (hidden["kind"], vectors["kind"], head["kind"]) == ("muon", "sgd", "sgd")
     assert names(model, hidden) == {"conv1.weight", "conv2.weight", "fc1.weight"}
@@ -59,7 +60,7 @@ def test_hidden_weights_are_muons_and_biases_and_the_head_are_sgds():
 
 
 def test_what_is_not_muons_moves_as_in_pytorchs_sgd():
-    model = story.build_model("bn_cnn", 0)
+    model = build_model("bn_cnn", 0)
     twin = copy.deepcopy(model)
     ours = MuonWithSGD(parameter_groups(model, PARAMS))
     rest = parameter_groups(twin, PARAMS)[1:]
@@ -79,7 +80,7 @@ def test_what_is_not_muons_moves_as_in_pytorchs_sgd():
 
 
 def test_hidden_weights_keep_their_norm():
-    model = story.build_model("bn_cnn", 0)
+    model = build_model("bn_cnn", 0)
     head = model.fc2.weight.detach().clone()
     optimizer = MuonWithSGD(parameter_groups(model, {**PARAMS, "lr": 1e-6, "head_lr": 1e-6, "decay": 0}))
     images, labels = batch(8)
@@ -102,7 +103,7 @@ def test_a_weight_of_zeros_grows_from_its_update():
 
 
 def test_muon_learns_what_it_is_shown():
-    model = story.build_model("speednet_small", 0)
+    model = build_model("speednet_small", 0)
     optimizer = MuonWithSGD(parameter_groups(model, {"lr": 0.1, "bias_lr": 0.05, "head_lr": 20}))
     images, labels = batch(32)
     losses = []

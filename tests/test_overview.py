@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 import cifar10_deepspeed as story
-from cifar10 import UsageError, overview, preflight, report, weights
-from cifar10.config.recipe import model_names, recipe_names
+from cifar10 import UsageError, overview, preflight, report
+from cifar10.config.recipe import recipe_names
 from cifar10.metrics import ConsoleSink, Section, plain_lines
+from cifar10.models import weights
+from cifar10.models.registry import build_model, model_names
 
 IMAGES = {"mnist_cnn": (1, 28, 28), "vgg19": (3, 64, 64)}
 
@@ -23,7 +25,7 @@ def plan(*flags: str) -> preflight.Plan:
 
 @pytest.mark.parametrize("name", model_names())
 def test_every_parameter_is_in_one_layer_and_in_the_total(name) -> None:
-    model = story.build_model(name, 0)
+    model = build_model(name, 0)
     total = sum(p.numel() for p in model.parameters())
     section = overview.model_section(model, IMAGES.get(name, (3, 32, 32)))
     *layers, last = [int(row[-1].replace(",", "")) for row in section.rows]
@@ -32,7 +34,7 @@ def test_every_parameter_is_in_one_layer_and_in_the_total(name) -> None:
 
 
 def test_the_documents_network_in_its_true_numbers() -> None:
-    section = overview.model_section(story.build_model("bn_cnn", 0), (3, 32, 32))
+    section = overview.model_section(build_model("bn_cnn", 0), (3, 32, 32))
     assert [(row[0], row[1], row[2], row[3].strip()) for row in section.rows] == [
         ("conv1", "Conv2d", "16x32x32", "448"),
         ("bn1", "BatchNorm2d", "16x32x32", "32"),
@@ -45,7 +47,7 @@ def test_the_documents_network_in_its_true_numbers() -> None:
 
 
 def test_looking_at_a_model_changes_nothing_and_draws_nothing() -> None:
-    model = story.build_model("smooth_cnn", 0)
+    model = build_model("smooth_cnn", 0)
     model.train()
     next(model.children()).eval()  # modes of its own
     modes = [module.training for module in model.modules()]
@@ -85,7 +87,7 @@ def test_a_layer_counts_once_and_what_lies_outside_of_layers_too() -> None:
 
 
 def test_many_layers_are_told_as_their_blocks() -> None:
-    section = overview.model_section(story.build_model("vgg19", 0), (3, 64, 64))
+    section = overview.model_section(build_model("vgg19", 0), (3, 64, 64))
     assert [row[:2] for row in section.rows] == [
         ("features", "16 Conv2d"),
         ("classifier", "3 Linear"),
@@ -98,7 +100,7 @@ def test_many_layers_are_told_as_their_blocks() -> None:
 @pytest.mark.parametrize("recipe", sorted(set(recipe_names()) - {"mnist_synthetic", "vgg19"}))
 def test_what_a_run_says_before_it_trains_fits_a_screen(recipe) -> None:
     made = plan("--recipe", recipe)
-    model = story.build_model(made.recipe.model, 0)
+    model = build_model(made.recipe.model, 0)
     said = list(report.opening_lines(made, Path("runs/x"), "1 rank", model, (45_000, 5_000), (0, 10, 10)))
     lines = [line for one in said for line in (plain_lines(one) if isinstance(one, Section) else [one])]
     assert 12 <= len([line for line in lines if not line.startswith("note: ")]) <= 20
@@ -178,7 +180,7 @@ def test_a_section_in_a_terminal_is_a_table(capsys, monkeypatch) -> None:
 
 
 def test_weights_that_are_not_finite_are_refused_by_name() -> None:
-    model = story.build_model("bn_cnn", 0)
+    model = build_model("bn_cnn", 0)
     weights.refuse_not_finite(model, "bn_cnn")
     model.fc1.weight.data[3, 4] = float("nan")
     with pytest.raises(UsageError, match=r"fc1\.weight that are not finite"):

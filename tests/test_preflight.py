@@ -14,8 +14,8 @@ from cifar10 import UsageError, preflight
 from cifar10.config import recipe
 from cifar10.config.recipe import Experiment, Recipe, without_launcher_flags
 from cifar10.distributed import device
+from cifar10.models.registry import build_model
 from cifar10.preflight import Plan, check
-from cifar10_deepspeed import build_model
 from tests.launching import run
 
 SGD = {"type": "SGD", "params": {"lr": 0.1}}

@@ -20,11 +20,11 @@ from cifar10.config.recipe import (
     Recipe,
     as_json,
     load,
-    model_names,
     parse,
     recipe_names,
     without_launcher_flags,
 )
+from cifar10.models.registry import model_names
 
 STABLE_FLAGS = """--recipe --dataset --data-dir --output-dir --epochs --max-steps --global-batch-size --lr --seed --val-images
     --test-images --resume --threads --log-every-steps --deepspeed-config""".split()

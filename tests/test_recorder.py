@@ -1,4 +1,4 @@
-"""cifar10/recorder.py and the engine at the levels of CUDA graphs, on a CPU: what a graph replays is stood in for by the
+"""and the engine at the levels of CUDA graphs, on a CPU: what a graph replays is stood in for by the
 operations that PyTorch was asked for, carried out again. So all but CUDA itself is tested here; that is in test_gpu.py.
 """
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cifar10 import UsageError, checkpoint
-from cifar10.engine import Engine
-from cifar10.recorder import Forward, Work
+from cifar10.engine.cuda_graphs import Forward, Work
+from cifar10.engine.engine import Engine
 from cifar10.state import RunState
 from cifar10.tape import Tape
 from cifar10_deepspeed import train_step

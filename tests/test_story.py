@@ -19,6 +19,7 @@ from cifar10 import report
 from cifar10.config.recipe import Recipe, load
 from cifar10.data.loader import EvaluationLoader
 from cifar10.data.registry import DATASETS
+from cifar10.models.registry import build_model
 from cifar10.state import RunState, Sums
 from cifar10_deepspeed import CIFAR10CNNEnhanced, calculate_accuracy, get_lr_schedule, lr_multiplier
 
@@ -91,7 +92,7 @@ def test_the_initial_weights_are_kaiming_over_the_inputs_and_halved_where_linear
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_the_forward_pass_and_its_gradients_are_the_documents_to_the_bit(layout):
-    ours, documents = story.build_model("bn_cnn", seed=3), DocumentsCNN()
+    ours, documents = build_model("bn_cnn", seed=3), DocumentsCNN()
     documents.load_state_dict(ours.state_dict())
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
@@ -112,14 +113,14 @@ def test_the_forward_pass_and_its_gradients_are_the_documents_to_the_bit(layout)
 
 
 def test_initial_weights_are_a_function_of_the_seed():
-    first, again, other = (story.build_model("bn_cnn", seed).fc1.weight for seed in (0, 0, 1))
+    first, again, other = (build_model("bn_cnn", seed).fc1.weight for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_a_model_by_name_is_the_one_of_its_file():
-    assert type(story.build_model("smooth_cnn", 0)).__module__ == "cifar10.models.smooth_cnn"
-    assert type(story.build_model("bn_cnn", 0)) is CIFAR10CNNEnhanced
+    assert type(build_model("smooth_cnn", 0)).__module__ == "cifar10.models.smooth_cnn"
+    assert type(build_model("bn_cnn", 0)) is CIFAR10CNNEnhanced
 
 
 # --- the learning rate ------------------------------------------------------------------------------------------------
@@ -247,7 +248,7 @@ def test_every_image_of_a_split_goes_to_exactly_one_rank(size):
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_evaluation_equals_a_plain_computation_at_any_world_size(size):
-    model = story.build_model("bn_cnn", 0)
+    model = build_model("bn_cnn", 0)
     model(torch.randn(64, 3, 32, 32))  # batch statistics that are not the initial ones
     results = []
     for rank in range(size):

@@ -1,4 +1,4 @@
-"""cifar10/weights.py: the weights that are asked for are those that training starts from, or the run is refused in one line."""
+"""the weights that are asked for are those that training starts from, or the run is refused in one line."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-import cifar10_deepspeed as story
-from cifar10 import UsageError, checkpoint, weights
+from cifar10 import UsageError, checkpoint
+from cifar10.models import weights
+from cifar10.models.registry import build_model
 from cifar10.preflight import check
 
 
@@ -25,7 +26,7 @@ def ensure_and_load(built: nn.Module, model: str, file: Path | str) -> list[str]
 
 def refusal(model: str, file: Path | str) -> str:
     """The one line with which weights are refused; the model is as it was."""
-    built = story.build_model(model, 0)
+    built = build_model(model, 0)
     before = {name: value.clone() for name, value in built.state_dict().items()}
     with pytest.raises(UsageError) as caught:
         ensure_and_load(built, model, file)
@@ -40,7 +41,7 @@ def refusal(model: str, file: Path | str) -> str:
 def other(model: str = "bn_cnn") -> dict[str, Tensor]:
     """Weights that the model does not have after its own initialisation."""
     generator = torch.Generator().manual_seed(9)
-    state = story.build_model(model, 7).state_dict()
+    state = build_model(model, 7).state_dict()
     return {n: torch.randn(v.shape, generator=generator) if v.is_floating_point() else v + 5 for n, v in state.items()}
 
 
@@ -50,14 +51,14 @@ def save(path: Path, content: object) -> Path:
 
 
 def loaded(model: str, file: Path | str) -> tuple[nn.Module, list[str]]:
-    built = story.build_model(model, 0)
+    built = build_model(model, 0)
     return built, ensure_and_load(built, model, file)
 
 
 def test_none_leaves_the_models_own_initialisation_and_says_nothing():
     model, notes = loaded("bn_cnn", "none")
     assert notes == []
-    fresh = story.build_model("bn_cnn", 0).state_dict()
+    fresh = build_model("bn_cnn", 0).state_dict()
     assert all(torch.equal(value, fresh[name]) for name, value in model.state_dict().items())
 
 
@@ -78,7 +79,7 @@ def test_a_head_for_other_classes_is_replaced_by_the_fresh_one_and_that_is_said(
     state = other()
     file = save(tmp_path / "imagenet.pt", {**state, "fc2.weight": torch.randn(1000, 128), "fc2.bias": torch.randn(1000)})
     model, notes = loaded("bn_cnn", file)
-    fresh = story.build_model("bn_cnn", 0).state_dict()
+    fresh = build_model("bn_cnn", 0).state_dict()
     for name, value in model.state_dict().items():
         assert torch.equal(value, fresh[name] if name.startswith("fc2.") else state[name]), name
     assert notes == [f"initial weights: {file}, but for its head of 1000 classes: fc2.weight is new, with 10"]
@@ -242,7 +243,7 @@ def test_torchvisions_vgg19_becomes_ours_but_for_the_head(tmp_path):
     file = save(tmp_path / "vgg19-random.pth", state)
     del state
     with torch.device("meta"):
-        empty = story.build_model("vgg19", 0)
+        empty = build_model("vgg19", 0)
     model = empty.to_empty(device="cpu")
     nn.init.constant_(model.classifier[6].weight, -1.0)
     nn.init.constant_(model.classifier[6].bias, -2.0)
@@ -269,7 +270,7 @@ def test_torchvisions_vgg19_becomes_ours_but_for_the_head(tmp_path):
 )
 def test_a_network_for_other_images_is_refused(model, shape, says):
     with pytest.raises(UsageError) as caught:
-        weights.refuse_other_images(story.build_model(model, 0), model, shape, 10)
+        weights.refuse_other_images(build_model(model, 0), model, shape, 10)
     message = str(caught.value)
     assert message.startswith(f"--model {model} does not take {says} (")
     assert "type another --model" in message
@@ -278,11 +279,11 @@ def test_a_network_for_other_images_is_refused(model, shape, says):
 
 def test_a_network_for_other_classes_is_refused():
     with pytest.raises(UsageError, match="answers 10 classes, not 100"):
-        weights.refuse_other_images(story.build_model("lenet", 0), "lenet", (3, 32, 32), 100)
+        weights.refuse_other_images(build_model("lenet", 0), "lenet", (3, 32, 32), 100)
 
 
 def test_trying_a_network_out_changes_nothing_in_it():
-    model, fresh = story.build_model("bn_cnn", 0), story.build_model("bn_cnn", 0).state_dict()
+    model, fresh = build_model("bn_cnn", 0), build_model("bn_cnn", 0).state_dict()
     weights.refuse_other_images(model, "bn_cnn", (3, 32, 32), 10)
     assert model.training
     assert all(torch.equal(value, fresh[name]) for name, value in model.state_dict().items())

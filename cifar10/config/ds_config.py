@@ -68,7 +68,7 @@ OPTIMIZER_PARAMS = {
 TORCH_OPTIMIZERS = "ASGD Adadelta Adafactor Adagrad Adam AdamW Adamax Muon NAdam RAdam RMSprop Rprop SGD".split()
 DEEPSPEED_OPTIMIZERS = "adagrad adam adamw lamb lion muadam muadamw muon musgd".split()
 OPTIMIZER_PARAMS["adamw"] = OPTIMIZER_PARAMS["adam"]
-OUR_OPTIMIZERS = ("MuonWithSGD",)  # cifar10/muon.py
+OUR_OPTIMIZERS = ("MuonWithSGD",)  # cifar10/engine/muon.py
 OPTIMIZER_PARAMS["muonwithsgd"] = frozenset("lr momentum bias_lr head_lr sgd_momentum decay newton_schulz_iterations".split())
 
 
@@ -296,7 +296,7 @@ def resolve(config: dict[str, Any], world_size: int) -> tuple[dict[str, Any], Ba
 def _settle_precision(config: dict[str, Any], notes: list[str]) -> None:
     for section, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
         if config.get(section, {}).get("enabled"):
-            loss_scale = config[section] if section == "fp16" else {}  # cifar10/loss_scale.py reads it
+            loss_scale = config[section] if section == "fp16" else {}  # cifar10/engine/loss_scale.py reads it
             config[section] = {**loss_scale, "enabled": False}
             config["torch_autocast"] = {"enabled": True, "dtype": dtype}
             notes.append(f"{section} -> torch_autocast {dtype}, which keeps fp32 weights and BatchNorm statistics")

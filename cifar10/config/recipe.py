@@ -198,7 +198,7 @@ class Experiment:
     precision: Precisions = ()
 
 
-def _nearest(word: str, known: list[str]) -> str:
+def nearest(word: str, known: list[str]) -> str:
     """`; did you mean X?` for a misspelt word, or the list of what there is."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(sorted(known))}"
@@ -225,12 +225,6 @@ def _example(name: str) -> object:
         f.name: f.default for cls in (Recipe, Options) for f in fields(cls) if f.default not in (None, dataclasses.MISSING)
     }
     return examples.get(name, defaults.get(name, 1))
-
-
-def model_names() -> list[str]:
-    """The networks of the story, and those of the files in cifar10/models."""
-    files = sorted(p.stem for p in (PROJECT / "cifar10" / "models").glob("*.py") if p.stem != "__init__")
-    return ["bn_cnn", "bn_cnn_wide", *files]
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -262,8 +256,6 @@ def check_recipe(recipe: Recipe) -> None:
     finite, above_0 = all(map(math.isfinite, recipe.mean)), all(math.isfinite(s) and s > 0 for s in recipe.std)
     _check(recipe, "mean", finite and len(recipe.mean) in (1, 3), "3 finite numbers, or 1 for grey images")
     _check(recipe, "std", above_0 and len(recipe.std) in (1, 3), "3 numbers above 0, or 1 for grey images")
-    if recipe.model not in model_names():
-        raise UsageError(f"--model {recipe.model} is unknown{_nearest(recipe.model, model_names())}")
 
 
 def check_options(options: Options) -> None:
@@ -293,7 +285,7 @@ def load(name: str) -> Experiment:
     if name.endswith(".json"):
         return _load_json(Path(name))
     if name not in recipe_names():
-        raise UsageError(f"--recipe {name} is unknown{_nearest(name, recipe_names())}")
+        raise UsageError(f"--recipe {name} is unknown{nearest(name, recipe_names())}")
     return importlib.import_module(f"recipes.{name}").EXPERIMENT
 
 
@@ -398,7 +390,7 @@ def _refuse_unknown(words: list[str]) -> None:
         return
     flags = ["--" + f.name.replace("_", "-") for cls in (Options, Recipe) for f in fields(cls)]
     flag = words[0].split("=")[0]
-    raise UsageError(f"{flag} is not a flag of this program{_nearest(flag.replace('_', '-'), flags)}")
+    raise UsageError(f"{flag} is not a flag of this program{nearest(flag.replace('_', '-'), flags)}")
 
 
 def parse(argv: list[str], program: str = "cifar10_deepspeed.py", description: str | None = None) -> tuple[Recipe, Options]:

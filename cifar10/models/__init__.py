@@ -1,1 +1,1 @@
-"""Networks beside the story's own, one file per family; each file's `build()` makes its network, freshly initialised."""
+"""The networks. Every public function in these files builds one, and `--model` takes its name (see registry.py)."""

@@ -19,8 +19,8 @@ from torch import Tensor
 from cifar10.config import ds_config
 from cifar10.distributed import world
 from cifar10.distributed.world import World
-from cifar10.engine import Engine, weights_sha256
-from cifar10_deepspeed import build_model
+from cifar10.engine.engine import Engine, weights_sha256
+from cifar10.models.registry import build_model
 from tests.helpers import batch, largest_difference, make_engine, make_loader, one_step
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -46,12 +46,13 @@ def imported(path: Path) -> Any:
 
 def readers(folder: Path) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     """File -> what answers float32 images in 0..1, for each file that is there."""
-    network = imported(folder / "network.py")
+    network, about = imported(folder / "network.py"), json.loads((folder / "export.json").read_text())["about"]
+    mean, std = (torch.tensor(about["normalisation"][key])[:, None, None] for key in ("mean", "std"))
 
     def with_weights(weights: dict[str, torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-        model = network.build()
+        model = getattr(network, about["model"])(num_classes=len(about["classes"])).eval()
         model.load_state_dict(weights)
-        return lambda images: model(network.normalise(images))
+        return lambda images: model((images - mean) / std)
 
     def onnx(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
         session = onnxruntime.InferenceSession(str(folder / name), providers=["CPUExecutionProvider"])

@@ -27,7 +27,7 @@ import torch
 import cifar10_deepspeed as story
 from cifar10 import stop
 from cifar10.data.registry import DATASETS
-from cifar10.engine import prepare
+from cifar10.engine.engine import prepare
 
 ENDS = ("finished", "stopped")
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import small_runs
 
 from cifar10.data import cifar
-from cifar10.engine import prepare
+from cifar10.engine.engine import prepare
 
 DEADLINE_SECONDS = 120  # a start that takes longer hangs: SIGALRM ends it
 

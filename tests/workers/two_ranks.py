@@ -21,10 +21,11 @@ from cifar10.data import augment, synthetic
 from cifar10.data.loader import EvaluationLoader
 from cifar10.distributed import world
 from cifar10.distributed.world import World
-from cifar10.engine import Engine
+from cifar10.engine.engine import Engine
+from cifar10.models.registry import build_model
 from cifar10.state import RunState
 from cifar10.tape import Tape, count_steps
-from cifar10_deepspeed import build_model, evaluate
+from cifar10_deepspeed import evaluate
 from tests.helpers import MEAN, SGD, STD, CountOperations, CountReads, batch, make_engine, make_loader, one_step, snapshot
 
 INFINITE, NOT_A_NUMBER = float("inf"), float("nan")

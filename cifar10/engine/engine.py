@@ -26,12 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cifar10 import UsageError, muon
+from cifar10 import UsageError
 from cifar10.distributed.world import World
-from cifar10.levels import Level
-from cifar10.loss_scale import LossScale
-from cifar10.muon import MuonWithSGD
-from cifar10.recorder import CudaRecorder, Kept, RecordedForward, RecordedStep, Recorder
+from cifar10.engine.cuda_graphs import CudaRecorder, Kept, RecordedForward, RecordedStep, Recorder
+from cifar10.engine.engine import muon
+from cifar10.engine.levels import Level
+from cifar10.engine.loss_scale import LossScale
+from cifar10.engine.muon import MuonWithSGD
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # DeepSpeed's own
 
@@ -132,7 +133,9 @@ class Engine:
     def _take_over_clipping(self) -> None:
         replaced = self.deepspeed.clip_fp32_gradients
         if inspect.signature(replaced).parameters:
-            raise RuntimeError("this DeepSpeed clips in another way; cifar10/engine.py must be read again before it is used")
+            raise RuntimeError(
+                "this DeepSpeed clips in another way; cifar10/engine/engine.py must be read again before it is used"
+            )
         self.deepspeed.clip_fp32_gradients = self._measure_and_clip
 
     def _start_momentum_at_zero(self) -> None:

@@ -1,0 +1,48 @@
+"""Networks by name: every public function in the other files of this folder builds one, like torchvision's `resnet18()`.
+
+A new network is a new file with such a function; nothing else has to know of it. The names are read from the sources, so that
+a command line can be checked without importing torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+NOT_NETWORKS = {"__init__", "registry", "weights"}
+
+
+@cache
+def _files() -> dict[str, str]:
+    """Network -> the module that builds it: {"bn_cnn_wide": "bn_cnn", ...}."""
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.stem not in NOT_NETWORKS:
+            body = ast.parse(path.read_text(encoding="utf-8")).body
+            found |= {node.name: path.stem for node in body if isinstance(node, ast.FunctionDef) and node.name[0] != "_"}
+    return found
+
+
+def model_names() -> list[str]:
+    """What `--model` takes."""
+    return sorted(_files())
+
+
+def source_file(name: str) -> Path:
+    """The file that defines the network called `name`."""
+    return Path(__file__).with_name(f"{_files()[name]}.py")
+
+
+def build_model(name: str, seed: int, num_classes: int = 10) -> nn.Module:
+    """The network called `name` with a head for `num_classes`, its initial weights drawn from `seed`."""
+    import torch
+
+    module = importlib.import_module(f"cifar10.models.{_files()[name]}")
+    torch.manual_seed(seed)
+    return getattr(module, name)(num_classes=num_classes)
