@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar10 import UsageError, checkpoint, patience, preflight, report, run_folder
+from cifar10 import UsageError, preflight, report
 from cifar10.config.recipe import Recipe, as_json, without_launcher_flags
 from cifar10.data.dataset import stratified_split
 from cifar10.data.loader import EvaluationLoader, MicroBatch, TrainLoader
@@ -36,13 +36,15 @@ from cifar10.models.lenet import Net
 from cifar10.models.mnist_cnn import CNNModelEnhanced
 from cifar10.models.registry import build_model
 from cifar10.models.weights import load, refuse_not_finite, refuse_other_images
-from cifar10.predictions import TEST_FILE, save_predictions
 from cifar10.preflight import Plan
+from cifar10.run import checkpoint, patience
+from cifar10.run import folder as run_folder
+from cifar10.run.evaluation import Augmented
+from cifar10.run.metric_buffer import Tape, TooManySkippedSteps, count_steps
+from cifar10.run.predictions import TEST_FILE, save_predictions
+from cifar10.run.state import RunState, Sums
+from cifar10.run.stop import StopRequest
 from cifar10.sinks import open_sinks
-from cifar10.state import RunState, Sums
-from cifar10.stop import StopRequest
-from cifar10.tape import Tape, TooManySkippedSteps, count_steps
-from cifar10.tta import Augmented
 
 # The names that the reference documents import from this file.
 __all__ = ["CIFAR10CNNEnhanced", "CNNModelEnhanced", "Net", "calculate_accuracy", "get_lr_schedule", "run"]

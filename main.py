@@ -33,9 +33,10 @@ from types import FrameType
 
 import psutil
 
-from cifar10 import UsageError, preflight, run_folder, sweep
+from cifar10 import UsageError, preflight, sweep
 from cifar10.distributed import device
 from cifar10.preflight import Plan
+from cifar10.run import folder as run_folder
 
 SCRIPT = Path(__file__).resolve().with_name("cifar10_deepspeed.py")
 FINISHED, FAILED, CANNOT, RESUMABLE = 0, 1, 2, 75  # 75 is sysexits.h's EX_TEMPFAIL: try again

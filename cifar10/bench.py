@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from cifar10 import UsageError, bench_levels, preflight, run_folder
+from cifar10 import UsageError, bench_levels, preflight
 from cifar10.config import ds_config
 from cifar10.data.loader import MicroBatch
 from cifar10.distributed import world
@@ -43,8 +43,9 @@ from cifar10.distributed.world import World
 from cifar10.engine.engine import Engine, own_optimizer, prepare
 from cifar10.models.registry import build_model
 from cifar10.preflight import Plan
-from cifar10.state import RunState
-from cifar10.tape import Tape, count_steps
+from cifar10.run import folder as run_folder
+from cifar10.run.metric_buffer import Tape, count_steps
+from cifar10.run.state import RunState
 from cifar10_deepspeed import (
     CIFAR10CNNEnhanced,
     calculate_accuracy,

@@ -33,7 +33,7 @@ from cifar10.engine.engine import Engine, own_optimizer, prepare
 from cifar10.engine.levels import LEVELS
 from cifar10.models.registry import build_model
 from cifar10.preflight import Plan
-from cifar10.tape import Tape
+from cifar10.run.metric_buffer import Tape
 from cifar10_deepspeed import get_cifar10_dataloaders, train_step
 
 PLAIN = "plain PyTorch"

@@ -37,13 +37,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from cifar10 import UsageError, run_folder, trained
+from cifar10 import UsageError
 from cifar10.data.dataset import Images
 from cifar10.data.loader import EvaluationLoader, at_once
 from cifar10.distributed.world import World
 from cifar10.evaluate import answers, split_images
 from cifar10.models.registry import build_model, source_file
-from cifar10.trained import METADATA_KEY, SAFETENSORS_FILE, Trained, Which
+from cifar10.run import folder as run_folder
+from cifar10.run import trained
+from cifar10.run.trained import METADATA_KEY, SAFETENSORS_FILE, Trained, Which
 
 Format = Literal["safetensors", "state_dict", "torch_export", "onnx", "onnx_int8"]
 FORMATS: tuple[Format, ...] = get_args(Format)

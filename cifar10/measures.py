@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 
 import numpy as np
 
-from cifar10.predictions import Predictions
+from cifar10.run.predictions import Predictions
 
 Z_95 = 1.959963984540054  # a normal deviate lies within this many sds 95 times of 100
 BINS = 15  # of confidence, equally wide, as in Guo et al. 2017, "On Calibration of Modern Neural Networks"

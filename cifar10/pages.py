@@ -21,7 +21,7 @@ from cifar10.config.settings import flattened
 from cifar10.files import written_whole
 from cifar10.measures import Spread, spread
 from cifar10.metrics import Sink
-from cifar10.record import Record, by_experiment, differing, open_record
+from cifar10.run.record import Record, by_experiment, differing, open_record
 
 PAGE, PICTURES = "report.html", "report"  # in a run's folder
 FIRST_FACTS = ("processor", "commit", "command", "time", "python", "torch", "torchvision", "deepspeed", "numpy")

@@ -21,7 +21,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from cifar10.measures import BINS, Calibration, wilson
-from cifar10.record import Record, Row
+from cifar10.run.record import Record, Row
 
 if TYPE_CHECKING:  # which needs torch, and a comparison of runs does not
     from cifar10.samples import Mistake

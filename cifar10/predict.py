@@ -24,10 +24,11 @@ import torch.nn.functional as F
 import tyro
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
-from cifar10 import UsageError, trained
+from cifar10 import UsageError
 from cifar10.data.loader import EvaluationLoader, at_once
 from cifar10.distributed.world import World
-from cifar10.trained import Trained, Which
+from cifar10.run import trained
+from cifar10.run.trained import Trained, Which
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "TGA")
 SUFFIXES = frozenset(".png .jpg .jpeg .jpe .bmp .gif .tif .tiff .webp .ppm .pgm .pnm .tga".split())  # looked for in folders

@@ -10,16 +10,17 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from cifar10 import UsageError, run_folder
+from cifar10 import UsageError
 from cifar10.config import ds_config
 from cifar10.config.recipe import RECIPE_DEFAULTS, Options, Precisions, Recipe, nearest, parse
 from cifar10.data import registry
 from cifar10.data.dataset import DataSet, Images, Split
 from cifar10.data.registry import DATASETS
 from cifar10.distributed import device
-from cifar10.engine.engine import levels
+from cifar10.engine import levels
 from cifar10.models import weights
 from cifar10.models.registry import model_names
+from cifar10.run import folder as run_folder
 
 
 def image_shape(recipe: Recipe) -> tuple[int, int, int]:

@@ -17,8 +17,8 @@ from cifar10 import overview
 from cifar10.data.dataset import DataSet
 from cifar10.metrics import Section, SplitResult
 from cifar10.preflight import Plan
-from cifar10.state import RunState
-from cifar10.tta import VIEWS
+from cifar10.run.evaluation import VIEWS
+from cifar10.run.state import RunState
 
 TIERS = ("Excellent", "Good", "Fair", "Poor")  # the reference documents'
 

@@ -12,7 +12,7 @@ from cifar10.config.recipe import Recipe
 from cifar10.data import augment, registry, rng
 from cifar10.data.dataset import Images, Split, stratified_split
 from cifar10.measures import worst_mistakes
-from cifar10.predictions import Predictions
+from cifar10.run.predictions import Predictions
 
 SHOWN = 24  # images of a sheet
 

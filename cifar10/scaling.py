@@ -24,7 +24,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from cifar10 import UsageError, bench_levels, run_folder
+from cifar10 import UsageError, bench_levels
 from cifar10.bench import measuring
 from cifar10.bench_levels import PLAIN
 from cifar10.config import ds_config
@@ -32,6 +32,7 @@ from cifar10.config.recipe import PROJECT
 from cifar10.distributed import device, world
 from cifar10.distributed.world import World
 from cifar10.preflight import Plan
+from cifar10.run import folder as run_folder
 from cifar10_deepspeed import get_cifar10_dataloaders
 
 STAGES = (0, 1, 2, 3)

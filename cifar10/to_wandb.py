@@ -32,7 +32,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from cifar10.metrics import EpochRow, Sink, SplitResult, StepRow, Steps
-from cifar10.run_folder import title
+from cifar10.run.folder import title
 
 Mode = Literal["online", "offline", "off"]
 PROJECT = "deepspeed-cifar10"

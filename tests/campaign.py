@@ -29,9 +29,9 @@ from typing import Any
 import torch
 
 import cifar10_deepspeed as story
-from cifar10 import checkpoint
-from cifar10.checkpoint import PAUSES
 from cifar10.engine.engine import prepare, weights_sha256
+from cifar10.run import checkpoint
+from cifar10.run.checkpoint import PAUSES
 from tests.workers.small_runs import free_port, shrink_the_data_sets
 
 SMALL = "--dataset synthetic --val-images 100 --test-images 100 --global-batch-size 50 --lr 0.05 --threads 1 --epochs 5"

@@ -19,14 +19,15 @@ from statistics import median
 
 import torch
 
-from cifar10 import checkpoint, preflight
+from cifar10 import preflight
 from cifar10.data.loader import MicroBatch
 from cifar10.distributed.world import World
 from cifar10.engine.engine import Engine, prepare
 from cifar10.models.registry import build_model
 from cifar10.preflight import Plan
-from cifar10.state import RunState
-from cifar10.tape import Tape
+from cifar10.run import checkpoint
+from cifar10.run.metric_buffer import Tape
+from cifar10.run.state import RunState
 from cifar10_deepspeed import get_cifar10_dataloaders, train_step
 from tests.helpers import batch, make_engine, one_step
 from tests.workers.resumes import in_world

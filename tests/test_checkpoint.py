@@ -1,4 +1,4 @@
-"""cifar10/checkpoint.py and the engine's save and load: a resumed run is the uninterrupted one, to the last bit.
+"""cifar10/run/checkpoint.py and the engine's save and load: a resumed run is the uninterrupted one, to the last bit.
 
 The runs are the program's own, on a small synthetic data set: 500 training images, so 15 steps of 32 an epoch.
 """
@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from cifar10 import UsageError, checkpoint
+from cifar10 import UsageError
 from cifar10.data import cifar
 from cifar10.engine.engine import Engine, weights_sha256
 from cifar10.models.registry import build_model
-from cifar10.state import RunState
+from cifar10.run import checkpoint
+from cifar10.run.state import RunState
 from tests.helpers import WORKERS, batch, launch, make_engine, one_rank, one_step, same_bits, snapshot, two_ranks
 
 SMALL = "--dataset synthetic --val-images 100 --test-images 200 --global-batch-size 32 --lr 0.05 --threads 1".split()

@@ -13,7 +13,7 @@ from tests.launching import run
 COUNT = """
 import resource
 import torch
-from cifar10 import trained
+from cifar10.run import trained
 from cifar10.distributed import device, world
 
 def faults(rounds):

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from cifar10 import checkpoint
 from cifar10.config import ds_config
 from cifar10.config.recipe import PROJECT, Recipe, load
+from cifar10.run import checkpoint
 from tests.helpers import WORKERS, launch, same_bits
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

@@ -14,7 +14,7 @@ import torch
 
 from cifar10.data import synthetic
 from cifar10.data.augment import Normalise
-from cifar10.predictions import TEST_FILE, read
+from cifar10.run.predictions import TEST_FILE, read
 
 BASIC = """
 import torch

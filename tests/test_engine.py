@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar10 import checkpoint
 from cifar10.engine.engine import Engine, weights_sha256
 from cifar10.models.registry import build_model
 from cifar10.models.smooth_cnn import SmoothCNN
-from cifar10.state import RunState
-from cifar10.tape import Tape, TooManySkippedSteps, count_steps
+from cifar10.run import checkpoint
+from cifar10.run.metric_buffer import Tape, TooManySkippedSteps, count_steps
+from cifar10.run.state import RunState
 from cifar10_deepspeed import CIFAR10CNNEnhanced, train_step
 from tests.helpers import (
     SGD,

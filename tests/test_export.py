@@ -21,8 +21,8 @@ from cifar10.data.dataset import stratified_split
 from cifar10.data.loader import EvaluationLoader
 from cifar10.export import FILES, FORMATS
 from cifar10.models.registry import build_model, model_names, source_file
-from cifar10.predictions import TEST_FILE
-from cifar10.trained import load
+from cifar10.run.predictions import TEST_FILE
+from cifar10.run.trained import load
 from tests.helpers import WORKERS, one_rank, same_bits
 from tests.small_trained import command, cut_down
 

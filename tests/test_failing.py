@@ -14,12 +14,13 @@ import psutil
 import pytest
 import torch
 
-from cifar10 import checkpoint, report
+from cifar10 import report
 from cifar10.engine.engine import weights_sha256
 from cifar10.metrics import Metrics, Sink, StepRow
 from cifar10.models.registry import build_model
-from cifar10.state import RunState
-from cifar10.stop import StopRequest
+from cifar10.run import checkpoint
+from cifar10.run.state import RunState
+from cifar10.run.stop import StopRequest
 from tests.helpers import make_engine, one_rank
 from tests.launching import PROJECT, environment, has_trained, run, summary, wait_until
 

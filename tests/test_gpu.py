@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cifar10.distributed import device
 from cifar10.engine.engine import Engine
 from cifar10.models.registry import build_model
-from cifar10.tape import Tape
+from cifar10.run.metric_buffer import Tape
 from cifar10_deepspeed import train_step
 from tests.helpers import batch, largest_difference, make_engine, one_rank, one_step
 

@@ -25,8 +25,8 @@ import numpy as np
 import pytest
 import torch
 
-from cifar10.checkpoint import PORTABLE_FILE
 from cifar10.data import cifar
+from cifar10.run.checkpoint import PORTABLE_FILE
 from tests.launching import PROJECT, environment
 
 SMALL = "--dataset synthetic --val-images 100 --test-images 100 --global-batch-size 50 --lr 0.05 --threads 1 --epochs 2".split()

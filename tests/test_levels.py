@@ -14,7 +14,8 @@ from torch import nn
 from cifar10 import UsageError, preflight
 from cifar10.config import ds_config
 from cifar10.distributed import device
-from cifar10.engine.engine import Engine, levels
+from cifar10.engine import levels
+from cifar10.engine.engine import Engine
 from cifar10_deepspeed import initial_model, start_run
 from tests.helpers import SGD, batch, largest_difference, make_engine, one_rank, one_step, snapshot
 from tests.launching import COMMANDS, SHORT, run

@@ -11,7 +11,7 @@ from torch import nn
 
 from cifar10 import UsageError
 from cifar10.config import ds_config
-from cifar10.engine.engine import muon
+from cifar10.engine import muon
 from cifar10.engine.muon import MuonWithSGD, orthogonalised, parameter_groups
 from cifar10.models.registry import build_model
 from tests.helpers import batch

@@ -1,4 +1,4 @@
-"""cifar10/patience.py: what counts as an improvement, when a plateau is told of, and when a run is over."""
+"""cifar10/run/patience.py: what counts as an improvement, when a plateau is told of, and when a run is over."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from cifar10 import patience
 from cifar10.config.recipe import Recipe
-from cifar10.state import RunState
+from cifar10.run import patience
+from cifar10.run.state import RunState
 
 
 class Watched:

@@ -18,8 +18,8 @@ from PIL import Image
 
 from cifar10.data import registry, synthetic
 from cifar10.predict import files_in, probabilities, read_image, shown
-from cifar10.predictions import TEST_FILE, read
-from cifar10.trained import alone, load
+from cifar10.run.predictions import TEST_FILE, read
+from cifar10.run.trained import alone, load
 from tests.launching import PROJECT, environment
 from tests.small_trained import command
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cifar10 import UsageError
-from cifar10.predictions import interleaved, read, save_predictions
+from cifar10.run.predictions import interleaved, read, save_predictions
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 12])

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cifar10 import UsageError, checkpoint
+from cifar10 import UsageError
 from cifar10.engine.cuda_graphs import Forward, Work
 from cifar10.engine.engine import Engine
-from cifar10.state import RunState
-from cifar10.tape import Tape
+from cifar10.run import checkpoint
+from cifar10.run.metric_buffer import Tape
+from cifar10.run.state import RunState
 from cifar10_deepspeed import train_step
 from tests.helpers import CountOperations, batch, make_engine, one_rank, one_step, same_bits, snapshot
 

@@ -16,12 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from cifar10 import UsageError, checkpoint
+from cifar10 import UsageError
 from cifar10.engine.engine import Engine
 from cifar10.models.registry import build_model
 from cifar10.preflight import check
-from cifar10.run_folder import open_run
-from cifar10.state import RunState
+from cifar10.run import checkpoint
+from cifar10.run.folder import open_run
+from cifar10.run.state import RunState
 from tests.helpers import batch, make_engine, one_rank, one_step, same_bits
 
 SETTINGS = {"recipe": {"epochs": 2, "model": "smooth_cnn"}, "deepspeed": {"optimizer": {"params": {"lr": 0.1}}}}

@@ -19,15 +19,16 @@ import torch
 from PIL import Image
 
 import cifar10_deepspeed as story
-from cifar10 import UsageError, measures, pages, record, samples
+from cifar10 import UsageError, measures, pages, samples
 from cifar10.__main__ import main
 from cifar10.config.recipe import as_json, load, parse
 from cifar10.data import augment, synthetic
 from cifar10.data.registry import DATASETS
 from cifar10.distributed.world import World
 from cifar10.metrics import Metrics
-from cifar10.predictions import Predictions, save_predictions
 from cifar10.preflight import check
+from cifar10.run import record
+from cifar10.run.predictions import Predictions, save_predictions
 from tests.launching import SHORT, run
 
 RNG = np.random.default_rng(0)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from cifar10 import checkpoint
+from cifar10.run import checkpoint
 from tests.helpers import WORKERS, launch, same_bits
 
 SMALL = "--dataset synthetic --val-images 100 --test-images 200 --global-batch-size 32 --log-every-steps 4 --threads 1".split()

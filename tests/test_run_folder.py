@@ -1,4 +1,4 @@
-"""cifar10/run_folder.py: which folder a run has, whether a command may use it, and what stands in it."""
+"""cifar10/run/folder.py: which folder a run has, whether a command may use it, and what stands in it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from cifar10 import UsageError, run_folder
+from cifar10 import UsageError
 from cifar10.config.recipe import as_json, load, parse
 from cifar10.preflight import Plan, check
+from cifar10.run import folder as run_folder
 
 PROJECT = Path(__file__).resolve().parent.parent
 BASE = ["--dataset", "synthetic"]
@@ -338,7 +339,7 @@ def test_the_command_to_continue_starts_as_the_program_was_started(monkeypatch):
 def test_a_second_process_may_not_train_in_the_same_folder(tmp_path):
     folder = tmp_path / "run"
     begin(folder, "--epochs", "2")  # this process holds it now
-    code = f"from cifar10 import run_folder; from pathlib import Path; run_folder._hold(Path({str(folder)!r}))"
+    code = f"from cifar10.run import folder as run_folder; from pathlib import Path; run_folder._hold(Path({str(folder)!r}))"
     other = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=False)
     assert other.returncode != 0
     assert "another process is training in" in other.stderr

@@ -20,7 +20,7 @@ from cifar10.config.recipe import Recipe, load
 from cifar10.data.loader import EvaluationLoader
 from cifar10.data.registry import DATASETS
 from cifar10.models.registry import build_model
-from cifar10.state import RunState, Sums
+from cifar10.run.state import RunState, Sums
 from cifar10_deepspeed import CIFAR10CNNEnhanced, calculate_accuracy, get_lr_schedule, lr_multiplier
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ import pytest
 
 import main
 from cifar10 import sweep
-from cifar10.record import open_record
+from cifar10.run.record import open_record
 from main import Launch, Machines, split_flags, started_by
 from tests.launching import SHORT, run, summary
 from tests.test_report import make_run

@@ -1,4 +1,4 @@
-"""cifar10/tape.py and state.py: what steps measured, summed over ranks; skipped steps counted, and kept out of the means."""
+"""and state.py: what steps measured, summed over ranks; skipped steps counted, and kept out of the means."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from cifar10.distributed.world import World
-from cifar10.state import RunState, Sums
-from cifar10.tape import Row, Tape, TooManySkippedSteps, count_steps
+from cifar10.run.metric_buffer import Row, Tape, TooManySkippedSteps, count_steps
+from cifar10.run.state import RunState, Sums
 from tests.helpers import two_ranks
 
 CPU = torch.device("cpu")

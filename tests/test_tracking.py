@@ -336,7 +336,7 @@ import sys
 from pathlib import Path
 from cifar10 import preflight
 from cifar10.sinks import open_sinks
-from cifar10.state import RunState
+from cifar10.run.state import RunState
 plan = preflight.check(sys.argv[2:], 1, "x")
 metrics = open_sinks(plan, Path(sys.argv[1]), RunState(), 10, 10)
 metrics.event("opened")

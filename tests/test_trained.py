@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from cifar10 import UsageError
-from cifar10.checkpoint import PORTABLE_FILE
-from cifar10.trained import alone, load
+from cifar10.run.checkpoint import PORTABLE_FILE
+from cifar10.run.trained import alone, load
 from tests.helpers import same_bits
 
 BEST = Path("checkpoints") / "best_model" / PORTABLE_FILE

@@ -1,4 +1,4 @@
-"""cifar10/tta.py: several views of an image, each counted as it should be, and no image answered by its neighbours."""
+"""several views of an image, each counted as it should be, and no image answered by its neighbours."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cifar10.tta import VIEWS, Augmented, views
+from cifar10.run.evaluation import VIEWS, Augmented, views
 from tests.helpers import batch
 
 

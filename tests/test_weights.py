@@ -13,10 +13,11 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from cifar10 import UsageError, checkpoint
+from cifar10 import UsageError
 from cifar10.models import weights
 from cifar10.models.registry import build_model
 from cifar10.preflight import check
+from cifar10.run import checkpoint
 
 
 def ensure_and_load(built: nn.Module, model: str, file: Path | str) -> list[str]:

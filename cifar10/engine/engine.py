@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from cifar10 import UsageError
 from cifar10.distributed.world import World
+from cifar10.engine import muon
 from cifar10.engine.cuda_graphs import CudaRecorder, Kept, RecordedForward, RecordedStep, Recorder
-from cifar10.engine.engine import muon
 from cifar10.engine.levels import Level
 from cifar10.engine.loss_scale import LossScale
 from cifar10.engine.muon import MuonWithSGD

@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cifar10 import checkpoint
 from cifar10.config import ds_config
 from cifar10.data.loader import MicroBatch
 from cifar10.distributed import world
 from cifar10.distributed.world import World
 from cifar10.engine.engine import Engine, prepare, weights_sha256
 from cifar10.models.registry import build_model
-from cifar10.state import RunState
+from cifar10.run import checkpoint
+from cifar10.run.state import RunState
 from tests.helpers import make_engine, make_loader, one_step
 from tests.workers.small_runs import free_port
 

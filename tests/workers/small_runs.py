@@ -25,9 +25,9 @@ from typing import Any
 import torch
 
 import cifar10_deepspeed as story
-from cifar10 import stop
 from cifar10.data.registry import DATASETS
 from cifar10.engine.engine import prepare
+from cifar10.run import stop
 
 ENDS = ("finished", "stopped")
 

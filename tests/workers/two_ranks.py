@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cifar10 import checkpoint
 from cifar10.config import ds_config
 from cifar10.data import augment, synthetic
 from cifar10.data.loader import EvaluationLoader
@@ -23,8 +22,9 @@ from cifar10.distributed import world
 from cifar10.distributed.world import World
 from cifar10.engine.engine import Engine
 from cifar10.models.registry import build_model
-from cifar10.state import RunState
-from cifar10.tape import Tape, count_steps
+from cifar10.run import checkpoint
+from cifar10.run.metric_buffer import Tape, count_steps
+from cifar10.run.state import RunState
 from cifar10_deepspeed import evaluate
 from tests.helpers import MEAN, SGD, STD, CountOperations, CountReads, batch, make_engine, make_loader, one_step, snapshot
 

@@ -17,8 +17,8 @@ from cifar10.config.recipe import RECIPE_DEFAULTS
 from cifar10.config.settings import FREE, flattened
 from cifar10.data.dataset import DataSet
 from cifar10.data.registry import DATASETS
-from cifar10.predictions import TEST_FILE, Predictions, read
-from cifar10.run_folder import read_json, title
+from cifar10.run.folder import read_json, title
+from cifar10.run.predictions import TEST_FILE, Predictions, read
 
 Row = dict[str, float]
 

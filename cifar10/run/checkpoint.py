@@ -35,7 +35,7 @@ from cifar10.config.settings import differences
 from cifar10.distributed.world import World
 from cifar10.engine.engine import Engine
 from cifar10.files import sync_folder, written_whole
-from cifar10.state import RunState
+from cifar10.run.state import RunState
 
 PORTABLE_FILE, STATE_FILE, MANIFEST_FILE = "mp_rank_00_model_states.pt", "state.pt", "manifest.json"
 LONGEST_TAG = 100  # bytes of a pointer that are read

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cifar10.config.recipe import Recipe
-from cifar10.state import RunState
+from cifar10.run.state import RunState
 
 
 def is_over(recipe: Recipe, state: RunState) -> bool:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from cifar10.distributed.world import World
-from cifar10.state import RunState
+from cifar10.run.state import RunState
 
 Row = tuple[float, int, float, bool]  # mean loss of the global batch, correct images, gradient norm, skipped
 
