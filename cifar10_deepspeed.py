@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar10 import UsageError, preflight, report
+from cifar10 import UsageError, report
 from cifar10.config.recipe import Recipe, as_json, without_launcher_flags
 from cifar10.data.dataset import stratified_split
 from cifar10.data.loader import EvaluationLoader, MicroBatch, TrainLoader
@@ -36,7 +36,7 @@ from cifar10.models.lenet import Net
 from cifar10.models.mnist_cnn import CNNModelEnhanced
 from cifar10.models.registry import build_model
 from cifar10.models.weights import load, refuse_not_finite, refuse_other_images
-from cifar10.preflight import Plan
+from cifar10.plan import Plan, make_plan
 from cifar10.run import checkpoint, patience
 from cifar10.run import folder as run_folder
 from cifar10.run.evaluation import Augmented
@@ -383,7 +383,7 @@ def train_and_finish(plan: Plan, here: World, folder: Path, model: nn.Module, ho
 
 def run(argv: list[str]) -> None:
     """Train as the command line says. Raises UsageError for one that cannot be carried out."""
-    plan = preflight.check(argv, launchers.world_size(), "cifar10_deepspeed.py", __doc__)
+    plan = make_plan(argv, launchers.world_size(), "cifar10_deepspeed.py", __doc__)
     here = world.join(plan.options.threads, plan.options.timeout_minutes, deterministic=plan.options.deterministic)
     model, notes = initial_model(plan)
     plan = replace(plan, notes=[*plan.notes, *notes])

@@ -33,9 +33,9 @@ from types import FrameType
 
 import psutil
 
-from cifar10 import UsageError, preflight, sweep
+from cifar10 import UsageError, sweep
 from cifar10.distributed import device
-from cifar10.preflight import Plan
+from cifar10.plan import Plan, make_plan
 from cifar10.run import folder as run_folder
 
 SCRIPT = Path(__file__).resolve().with_name("cifar10_deepspeed.py")
@@ -214,7 +214,7 @@ def check(argv: list[str]) -> tuple[Machines, int, list[str], Plan, Path]:
     """All that is needed to launch: the machines, the ranks on this one, the script's flags, its plan and its folder."""
     machines, flags = split_flags(argv)
     ranks = ranks_wanted(machines.num_gpus, device.count_gpus())
-    plan = preflight.check(flags, ranks * machines.num_nodes, "main.py", __doc__)
+    plan = make_plan(flags, ranks * machines.num_nodes, "main.py", __doc__)
     if machines.num_nodes > 1 and plan.options.output_dir is None:
         raise UsageError("--num-nodes needs --output-dir, a folder that all machines see, as in --output-dir SHARED/run")
     return machines, ranks, flags, plan, run_folder.choose(plan.options.output_dir, plan.options.recipe)
@@ -265,7 +265,7 @@ def train_seeds(machines: Machines, ranks: int, flags: list[str], plan: Plan, ou
     """A run for each of --seeds, and what they come to. Raises UsageError if one of them cannot be, before any is started."""
     seeds, of_each = range(plan.recipe.seed, plan.recipe.seed + (machines.seeds or 1)), replace(machines, seeds=None)
     for seed in seeds:
-        preflight.check(sweep.flags_of(flags, output, seed), ranks, "main.py")
+        make_plan(sweep.flags_of(flags, output, seed), ranks, "main.py")
     if len(seeds) > 1:  # each is a run of its own at W&B, whose id a sweep's agent chooses for one
         os.environ.pop("WANDB_RUN_ID", None)
     for number in SIGNALS:  # between two runs; a run in progress has its own way to stop

@@ -35,14 +35,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from cifar10 import UsageError, bench_levels, preflight
+from cifar10 import UsageError, bench_levels
 from cifar10.config import ds_config
 from cifar10.data.loader import MicroBatch
 from cifar10.distributed import world
 from cifar10.distributed.world import World
 from cifar10.engine.engine import Engine, own_optimizer, prepare
 from cifar10.models.registry import build_model
-from cifar10.preflight import Plan
+from cifar10.plan import Plan, make_plan
 from cifar10.run import folder as run_folder
 from cifar10.run.metric_buffer import Tape, count_steps
 from cifar10.run.state import RunState
@@ -314,7 +314,7 @@ def run(
         return
     flags = {**images, "--threads": threads}
     words = [f"{flag}={value}" for flag, value in flags.items() if value is not None]
-    plan, fast = (preflight.check([*words, f"--recipe={name}"], 1, "bench") for name in (RECIPE, FAST_RECIPE))
+    plan, fast = (make_plan([*words, f"--recipe={name}"], 1, "bench") for name in (RECIPE, FAST_RECIPE))
     with measuring(threads, console) as (here, environment):
         rows = measure(plan, fast, here, rounds, warmup_steps, steps, console)
     ratios = compare(rows)

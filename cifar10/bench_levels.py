@@ -25,14 +25,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from cifar10 import UsageError, preflight
+from cifar10 import UsageError
 from cifar10.data.loader import MicroBatch, TrainLoader
 from cifar10.distributed import device
 from cifar10.distributed.world import World
 from cifar10.engine.engine import Engine, own_optimizer, prepare
 from cifar10.engine.levels import LEVELS
 from cifar10.models.registry import build_model
-from cifar10.preflight import Plan
+from cifar10.plan import Plan, make_plan
 from cifar10.run.metric_buffer import Tape
 from cifar10_deepspeed import get_cifar10_dataloaders, train_step
 
@@ -177,7 +177,7 @@ def refuse_without_gpu() -> None:
 
 def plan_for(flags: dict[str, Any], precision: str, batch: int, level: str = "eager") -> Plan:
     words = {**flags, "--precision": precision, "--global-batch-size": batch, "--engine-level": level}
-    return preflight.check([f"{flag}={value}" for flag, value in words.items() if value is not None], 1, "bench")
+    return make_plan([f"{flag}={value}" for flag, value in words.items() if value is not None], 1, "bench")
 
 
 def measure(

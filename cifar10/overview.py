@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cifar10.config.recipe import Recipe
 from cifar10.data.registry import DATASETS
 from cifar10.metrics import Section
-from cifar10.preflight import Plan
+from cifar10.plan import Plan
 
 if TYPE_CHECKING:
     from torch import nn

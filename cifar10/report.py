@@ -16,7 +16,7 @@ import psutil
 from cifar10 import overview
 from cifar10.data.dataset import DataSet
 from cifar10.metrics import Section, SplitResult
-from cifar10.preflight import Plan
+from cifar10.plan import Plan
 from cifar10.run.evaluation import VIEWS
 from cifar10.run.state import RunState
 

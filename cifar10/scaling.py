@@ -31,7 +31,7 @@ from cifar10.config import ds_config
 from cifar10.config.recipe import PROJECT
 from cifar10.distributed import device, world
 from cifar10.distributed.world import World
-from cifar10.preflight import Plan
+from cifar10.plan import Plan
 from cifar10.run import folder as run_folder
 from cifar10_deepspeed import get_cifar10_dataloaders
 

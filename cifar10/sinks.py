@@ -9,7 +9,7 @@ from typing import Any
 
 from cifar10.metrics import ConsoleSink, CsvSink, Metrics, Sink, Steps
 from cifar10.pages import ReportSink
-from cifar10.preflight import Plan
+from cifar10.plan import Plan
 from cifar10.run.state import RunState
 from cifar10.to_tensorboard import TensorBoardSink
 from cifar10.to_wandb import choose_mode, open_wandb

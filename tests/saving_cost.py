@@ -19,12 +19,11 @@ from statistics import median
 
 import torch
 
-from cifar10 import preflight
 from cifar10.data.loader import MicroBatch
 from cifar10.distributed.world import World
 from cifar10.engine.engine import Engine, prepare
 from cifar10.models.registry import build_model
-from cifar10.preflight import Plan
+from cifar10.plan import Plan, make_plan
 from cifar10.run import checkpoint
 from cifar10.run.metric_buffer import Tape
 from cifar10.run.state import RunState
@@ -86,7 +85,7 @@ def main() -> None:
     parser.add_argument("--data-dir")
     options = parser.parse_args()
     data = [f"--data-dir={options.data_dir}"] if options.data_dir else []
-    plan = preflight.check([*data, "--precision=fp32", f"--global-batch-size={BATCH}"], 1, "saving_cost")
+    plan = make_plan([*data, "--precision=fp32", f"--global-batch-size={BATCH}"], 1, "saving_cost")
     prepare()
 
     def measure(here: World, folder: Path) -> list[tuple[float, float]] | list[float]:

@@ -18,9 +18,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from cifar10 import preflight
 from cifar10.bench import OurLoop
 from cifar10.distributed import world
+from cifar10.plan import make_plan
 
 MATRIX, TRIES, SHOWN = 2048, 8, 14
 
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="bn_cnn_fast")
     parser.add_argument("--steps", type=int, default=30)
     known, flags = parser.parse_known_args()
-    plan = preflight.check([f"--recipe={known.recipe}", *flags], 1, "tests.step_profile")
+    plan = make_plan([f"--recipe={known.recipe}", *flags], 1, "tests.step_profile")
     here = world.join(plan.options.threads)
     try:
         dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32

@@ -18,7 +18,7 @@ import pytest
 
 from cifar10 import UsageError
 from cifar10.data import cifar
-from cifar10.preflight import Plan, check
+from cifar10.plan import Plan, make_plan
 from tests.launching import PROJECT, run
 
 SOUND = {"train_batch_size": 32, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
@@ -50,7 +50,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 
 def plan(*argv: str, world_size: int = 1) -> Plan:
-    return check(list(argv), world_size, "cifar10_deepspeed.py")
+    return make_plan(list(argv), world_size, "cifar10_deepspeed.py")
 
 
 def refusal(here: Path, *argv: str, world_size: int = 1, may_add: tuple[str, ...] = ()) -> str:

@@ -19,14 +19,14 @@ from cifar10.config.recipe import Recipe
 from cifar10.data import cifar, mnist, registry, synthetic
 from cifar10.data.dataset import Images
 from cifar10.data.registry import DATASETS
-from cifar10.preflight import Plan, check
+from cifar10.plan import Plan, make_plan
 from tests.launching import PROJECT, environment
 
 DRAWN = sorted(name for name, dataset in DATASETS.items() if dataset.draw)
 
 
 def plan(*argv: str) -> Plan:
-    return check(list(argv), 1, "test")
+    return make_plan(list(argv), 1, "test")
 
 
 def refusal(*argv: str) -> str:
@@ -229,8 +229,8 @@ def test_sound_mnist_files_are_checked_without_torch(here, contents):
     write(here / "data", contents)
     source = f"""
 import sys
-from cifar10.preflight import check
-check({REAL!r}, 1, "test")
+from cifar10.plan import make_plan
+make_plan({REAL!r}, 1, "test")
 print(sorted({{"torch", "torchvision"}} & set(sys.modules)))
 """
     variables = environment(PYTHONPATH=str(PROJECT))

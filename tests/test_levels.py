@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from cifar10 import UsageError, preflight
+from cifar10 import UsageError
 from cifar10.config import ds_config
 from cifar10.distributed import device
 from cifar10.engine import levels
 from cifar10.engine.engine import Engine
+from cifar10.plan import make_plan
 from cifar10_deepspeed import initial_model, start_run
 from tests.helpers import SGD, batch, largest_difference, make_engine, one_rank, one_step, snapshot
 from tests.launching import COMMANDS, SHORT, run
@@ -82,7 +83,7 @@ def test_what_a_level_cannot_do_is_refused_with_the_remedy(
 def test_graphs_are_refused_without_a_gpu(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "count_gpus", lambda: 0)
     with pytest.raises(UsageError, match=f"--engine-level {level} needs a GPU, .* take --engine-level eager, or compile"):
-        preflight.check(["--dataset", "synthetic", "--engine-level", level], 1, "test")
+        make_plan(["--dataset", "synthetic", "--engine-level", level], 1, "test")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def test_compiled_steps_are_the_eager_ones() -> None:
 def test_the_story_takes_the_level_that_was_asked_for(tmp_path: Path) -> None:
     """Compiling itself waits for the first step, and there is none here."""
     for level in ("auto", "compile") if COMPILES else ("auto",):
-        plan = preflight.check(["--dataset", "synthetic", "--engine-level", level], 1, "test")
+        plan = make_plan(["--dataset", "synthetic", "--engine-level", level], 1, "test")
         (tmp_path / level / "checkpoints").mkdir(parents=True)
         run, _ = start_run(plan, one_rank(), tmp_path / level, initial_model(plan)[0])
         run.metrics.close()

@@ -9,18 +9,19 @@ import torch
 from torch import nn
 
 import cifar10_deepspeed as story
-from cifar10 import UsageError, overview, preflight, report
+from cifar10 import UsageError, overview, report
 from cifar10.config.recipe import recipe_names
 from cifar10.metrics import ConsoleSink, Section, plain_lines
 from cifar10.models import weights
 from cifar10.models.registry import build_model, model_names
+from cifar10.plan import Plan, make_plan
 
 IMAGES = {"mnist_cnn": (1, 28, 28), "vgg19": (3, 64, 64)}
 
 
-def plan(*flags: str) -> preflight.Plan:
+def plan(*flags: str) -> Plan:
     """Of a command line on images that need no disk."""
-    return preflight.check([*flags, "--dataset", "synthetic"], 1, "x")
+    return make_plan([*flags, "--dataset", "synthetic"], 1, "x")
 
 
 @pytest.mark.parametrize("name", model_names())

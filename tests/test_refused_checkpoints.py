@@ -19,7 +19,7 @@ from torch import Tensor
 from cifar10 import UsageError
 from cifar10.engine.engine import Engine
 from cifar10.models.registry import build_model
-from cifar10.preflight import check
+from cifar10.plan import make_plan
 from cifar10.run import checkpoint
 from cifar10.run.folder import open_run
 from cifar10.run.state import RunState
@@ -206,14 +206,14 @@ def test_a_checkpoint_of_another_experiment_is_refused_with_the_difference(folde
 
 def test_another_runs_checkpoint_on_other_images_is_refused_before_anything_starts(folder: Path, tmp_path: Path) -> None:
     flags = ["--dataset", "synthetic", "--output-dir"]
-    theirs = check([*flags, str(tmp_path)], 1, "a test")
+    theirs = make_plan([*flags, str(tmp_path)], 1, "a test")
     recipe = json.dumps({"settings": theirs.settings["recipe"]})
     open_run(tmp_path, recipe, theirs.ds_config, "auto", ["a test"])
     before = tree(tmp_path)
-    check([*flags, str(tmp_path / "new"), "--resume", str(tmp_path)], 1, "a test")
+    make_plan([*flags, str(tmp_path / "new"), "--resume", str(tmp_path)], 1, "a test")
     grey = [*"--dataset synthetic_mnist --mean 0.5 --std 0.5 --resume".split(), str(tmp_path)]
     with pytest.raises(UsageError, match="dataset is synthetic there, synthetic_mnist here") as caught:
-        check(grey, 1, "a test")
+        make_plan(grey, 1, "a test")
     assert str(caught.value).isprintable()
     assert tree(tmp_path) == before
 

@@ -26,7 +26,7 @@ from cifar10.data import augment, synthetic
 from cifar10.data.registry import DATASETS
 from cifar10.distributed.world import World
 from cifar10.metrics import Metrics
-from cifar10.preflight import check
+from cifar10.plan import make_plan
 from cifar10.run import record
 from cifar10.run.predictions import Predictions, save_predictions
 from tests.launching import SHORT, run
@@ -122,7 +122,7 @@ RECIPES = [
 @pytest.mark.parametrize("flags", RECIPES)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_augmented_images_are_those_that_the_story_trains_on(flags, ranks, small):
-    plan = check([*flags.split(), "--val-images=50", "--global-batch-size=32", "--seed=4"], ranks, "test")
+    plan = make_plan([*flags.split(), "--val-images=50", "--global-batch-size=32", "--seed=4"], ranks, "test")
     seen = []
     for rank in range(ranks):
         train, _ = story.get_cifar10_dataloaders(plan, World(rank, rank, ranks, ranks, torch.device("cpu"), "test"))

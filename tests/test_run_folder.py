@@ -14,7 +14,7 @@ import pytest
 
 from cifar10 import UsageError
 from cifar10.config.recipe import as_json, load, parse
-from cifar10.preflight import Plan, check
+from cifar10.plan import Plan, make_plan
 from cifar10.run import folder as run_folder
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -22,7 +22,7 @@ BASE = ["--dataset", "synthetic"]
 
 
 def plan(*argv: str, world_size: int = 1) -> Plan:
-    return check([*BASE, *argv], world_size, "a test")
+    return make_plan([*BASE, *argv], world_size, "a test")
 
 
 def refusal(*argv: str, world_size: int = 1) -> str:
@@ -324,7 +324,7 @@ def test_the_command_to_continue_is_not_refused_by_its_own_resume_never(tmp_path
         argv = [*BASE, *never, "--epochs", "2"]
         begin(folder, "--epochs", "2")
         words = shlex.split(run_folder.command_to_continue("python cifar10_deepspeed.py", argv, folder))
-        assert check(words[2:], 1, "a test").options.output_dir == folder
+        assert make_plan(words[2:], 1, "a test").options.output_dir == folder
 
 
 def test_the_command_to_continue_starts_as_the_program_was_started(monkeypatch):
@@ -347,7 +347,7 @@ def test_a_second_process_may_not_train_in_the_same_folder(tmp_path):
 
 def test_a_run_goes_on_from_another_only_where_its_position_fits(tmp_path):
     begin(tmp_path / "run", "--epochs", "2")
-    settings = check(["--epochs", "9", "--dataset", "synthetic", "--lr", "0.5"], 1, "test").settings
+    settings = make_plan(["--epochs", "9", "--dataset", "synthetic", "--lr", "0.5"], 1, "test").settings
     run_folder.refuse_other_position(tmp_path / "run", settings)  # a longer run at another rate: fine
     for flags, named in (
         (["--global-batch-size", "32"], "train_batch_size"),
@@ -355,7 +355,9 @@ def test_a_run_goes_on_from_another_only_where_its_position_fits(tmp_path):
         (["--val-images", "0"], "val_images"),
     ):
         with pytest.raises(UsageError, match=named):
-            run_folder.refuse_other_position(tmp_path / "run", check([*flags, "--dataset", "synthetic"], 1, "test").settings)
+            run_folder.refuse_other_position(
+                tmp_path / "run", make_plan([*flags, "--dataset", "synthetic"], 1, "test").settings
+            )
 
 
 def test_a_run_from_before_a_field_existed_goes_on_unless_the_field_is_used(tmp_path):

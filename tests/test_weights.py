@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cifar10 import UsageError
 from cifar10.models import weights
 from cifar10.models.registry import build_model
-from cifar10.preflight import check
+from cifar10.plan import make_plan
 from cifar10.run import checkpoint
 
 
@@ -142,7 +142,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path, damage):
 def test_a_file_that_is_not_there_is_refused_before_anything_starts(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=f"^--weights {name} is no file; type "):
-        check(["--dataset", "synthetic", "--weights", name, "--output-dir", "run"], 1, "test")
+        make_plan(["--dataset", "synthetic", "--weights", name, "--output-dir", "run"], 1, "test")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -225,7 +225,7 @@ def test_an_address_that_cannot_be_reached_is_refused_before_anything_starts(cac
         bound.bind(("127.0.0.1", 0))  # and does not listen
         pretend(monkeypatch, f"http://127.0.0.1:{bound.getsockname()[1]}/vgg19-dcbb9e9d.pth")
         with pytest.raises(UsageError) as caught:
-            check(["--recipe", "vgg19", "--dataset", "synthetic", "--output-dir", str(tmp_path / "run")], 1, "test")
+            make_plan(["--recipe", "vgg19", "--dataset", "synthetic", "--output-dir", str(tmp_path / "run")], 1, "test")
     message = str(caught.value)
     for words in ("--weights imagenet", "Connection refused", str(cache / "vgg19-dcbb9e9d.pth"), "type --weights none"):
         assert words in message

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from cifar10.config.recipe import Recipe
 from cifar10.data import cifar, mnist, synthetic
 from cifar10.data.dataset import DataSet, Images, Split
 
@@ -42,3 +43,10 @@ def load(name: str, split: Split, data_dir: Path, seed: int) -> Images:
         return dataset.read(data_dir, split)
     assert dataset.draw
     return dataset.draw(split, dataset.num_images(split), seed)
+
+
+def image_shape(recipe: Recipe) -> tuple[int, int, int]:
+    """What a recipe's network sees of an image: [C, S, S]."""
+    dataset = DATASETS[recipe.dataset]
+    size = recipe.image_size or recipe.resize or dataset.size
+    return dataset.channels, size, size

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from cifar10 import UsageError
 from cifar10.config.recipe import Recipe, from_settings
 from cifar10.data.dataset import DataSet
-from cifar10.data.registry import DATASETS
+from cifar10.data.registry import DATASETS, image_shape
 from cifar10.distributed import world
 from cifar10.distributed.device import count_gpus, keep_freed_memory
 from cifar10.distributed.world import World
 from cifar10.models.registry import build_model
 from cifar10.models.weights import refuse_other_images
-from cifar10.preflight import image_shape
 from cifar10.run.checkpoint import PORTABLE_FILE
 
 Which = Literal["best_model", "final"]

@@ -15,19 +15,12 @@ from cifar10.config import ds_config
 from cifar10.config.recipe import RECIPE_DEFAULTS, Options, Precisions, Recipe, nearest, parse
 from cifar10.data import registry
 from cifar10.data.dataset import DataSet, Images, Split
-from cifar10.data.registry import DATASETS
+from cifar10.data.registry import DATASETS, image_shape
 from cifar10.distributed import device
 from cifar10.engine import levels
 from cifar10.models import weights
 from cifar10.models.registry import model_names
 from cifar10.run import folder as run_folder
-
-
-def image_shape(recipe: Recipe) -> tuple[int, int, int]:
-    """What a recipe's network sees of an image: [C, S, S]."""
-    dataset = DATASETS[recipe.dataset]
-    size = recipe.image_size or recipe.resize or dataset.size
-    return dataset.channels, size, size
 
 
 def augments(recipe: Recipe) -> bool:
@@ -128,7 +121,7 @@ def _settle(recipe: Recipe, options: Options, world_size: int) -> tuple[dict[str
     return config, batch, [*notes, *changes]
 
 
-def check(argv: list[str], world_size: int, program: str, description: str | None = None) -> Plan:
+def make_plan(argv: list[str], world_size: int, program: str, description: str | None = None) -> Plan:
     """Read and check a command line for `world_size` ranks; nothing is written but a download that is missing.
 
     Raises UsageError (one line). `--help` prints and exits with 0.

@@ -1,4 +1,4 @@
-"""cifar10/preflight.py and device.py: which precision is taken, and what else is settled before anything starts."""
+"""cifar10/plan.py and device.py: which precision is taken, and what else is settled before anything starts."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import pytest
 import torch
 from torch import nn
 
-from cifar10 import UsageError, preflight
+from cifar10 import UsageError
 from cifar10.config import recipe
 from cifar10.config.recipe import Experiment, Recipe, without_launcher_flags
 from cifar10.distributed import device
 from cifar10.models.registry import build_model
-from cifar10.preflight import Plan, check
+from cifar10.plan import Plan, choose_precision, make_plan
 from tests.launching import run
 
 SGD = {"type": "SGD", "params": {"lr": 0.1}}
 
 
 def plan(*argv: str, world_size: int = 1) -> Plan:
-    return check(["--dataset", "synthetic", *argv], world_size, "a test")
+    return make_plan(["--dataset", "synthetic", *argv], world_size, "a test")
 
 
 def precision_of(made: Plan) -> str:
@@ -67,12 +67,12 @@ def json_file(tmp_path: Path) -> Path:
     ],
 )
 def test_of_several_precisions_the_first_that_is_native_is_taken(native, wanted, taken, line):
-    assert preflight.choose_precision(wanted) == (taken, line)
+    assert choose_precision(wanted) == (taken, line)
 
 
 def test_all_that_was_passed_over_is_named(native):
     native.setattr(device, "native_precisions", lambda: ("fp32",))
-    _, (line,) = preflight.choose_precision(("bf16", "fp16", "fp32"))
+    _, (line,) = choose_precision(("bf16", "fp16", "fp32"))
     assert line == "precision: fp32 of bf16, fp16, fp32 (this GPU is not fast in bf16, fp16)"
 
 
@@ -98,7 +98,7 @@ def intel(monkeypatch: pytest.MonkeyPatch) -> None:
     "recipe", ["mnist_synthetic", "slurm_zero2 --dataset synthetic", "vgg19 --weights none --dataset synthetic"]
 )
 def test_a_cpu_that_claims_native_fp16_trains_in_bf16(intel, recipe):
-    made = preflight.check(f"--recipe {recipe}".split(), 2, "main.py")
+    made = make_plan(f"--recipe {recipe}".split(), 2, "main.py")
     assert precision_of(made) == "bf16"
     assert precision_of(plan("--precision", "fp16", "fp32")) == "fp32"
 
