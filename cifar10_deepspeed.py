@@ -23,14 +23,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar10 import UsageError, report
+from cifar10 import UsageError
 from cifar10.config.recipe import Recipe, as_json, without_launcher_flags
 from cifar10.data.dataset import stratified_split
 from cifar10.data.loader import EvaluationLoader, MicroBatch, TrainLoader
 from cifar10.distributed import launchers, world
 from cifar10.distributed.world import World
 from cifar10.engine.engine import Engine, own_optimizer, prepare, weights_sha256
-from cifar10.metrics import EpochRow, Metrics, SplitResult, StepRow
+from cifar10.metrics import text
+from cifar10.metrics.open import open_sinks
+from cifar10.metrics.sink import EpochRow, Metrics, StepRow
 from cifar10.models.bn_cnn import CIFAR10CNNEnhanced
 from cifar10.models.lenet import Net
 from cifar10.models.mnist_cnn import CNNModelEnhanced
@@ -39,12 +41,11 @@ from cifar10.models.weights import load, refuse_not_finite, refuse_other_images
 from cifar10.plan import Plan, make_plan
 from cifar10.run import checkpoint, patience
 from cifar10.run import folder as run_folder
-from cifar10.run.evaluation import Augmented
+from cifar10.run.evaluation import Augmented, SplitResult
 from cifar10.run.metric_buffer import Tape, TooManySkippedSteps, count_steps
 from cifar10.run.predictions import TEST_FILE, save_predictions
 from cifar10.run.state import RunState, Sums
 from cifar10.run.stop import StopRequest
-from cifar10.sinks import open_sinks
 
 # The names that the reference documents import from this file.
 __all__ = ["CIFAR10CNNEnhanced", "CNNModelEnhanced", "Net", "calculate_accuracy", "get_lr_schedule", "run"]
@@ -249,7 +250,7 @@ def finish_epoch(run: Run, state: RunState) -> None:
 def summarise(run: Run, state: RunState, status: str, **results: Any) -> dict[str, Any]:
     """Write summary.json: how the run stands, and what it has measured so far."""
     who = {"status": status, "recipe": run.plan.options.recipe, "seed": run.plan.recipe.seed, "world_size": run.here.size}
-    content = {**who, **report.summary(state, run.train.steps_per_epoch), **results}
+    content = {**who, **summary_of(state, run.train.steps_per_epoch), **results}
     if run.here.is_main:
         run_folder.write_summary(run.folder, content)
     return content
@@ -315,10 +316,10 @@ def finish(run: Run, state: RunState, ended_by: str) -> None:
         raise OSError(
             "the trained weights could not be written; make room, and the same command goes on from its last checkpoint"
         )
-    tested = report.tested(measure_best_model(run, state), run.plan.dataset)
-    results = {**tested, **run.here.peak_memory, "weights_sha256": weights_sha256(weights), "ended_by": ended_by}
+    test_results = tested(measure_best_model(run, state), run.plan.dataset)
+    results = {**test_results, **run.here.peak_memory, "weights_sha256": weights_sha256(weights), "ended_by": ended_by}
     summary = summarise(run, state, "finished", **results)
-    run.metrics.say([*report.closing_lines(summary, len(run.val), run.plan), f"written to {run.folder}"])
+    run.metrics.say([*text.closing_lines(summary, len(run.val), run.plan), f"written to {run.folder}"])
     run.metrics.finished(summary)
 
 
@@ -354,7 +355,7 @@ def start_run(plan: Plan, here: World, folder: Path, model: nn.Module) -> tuple[
 def describe(run: Run, state: RunState) -> None:
     """Say what is about to be trained, on what, and what was settled in DeepSpeed's JSON."""
     images, steps = (len(run.train.labels), len(run.val)), (state.step, run.last_step, run.total_steps)
-    run.metrics.say(report.opening_lines(run.plan, run.folder, run.here.in_words, run.model, images, steps))
+    run.metrics.say(text.opening_lines(run.plan, run.folder, run.here.in_words, run.model, images, steps))
     run.metrics.say(run.metrics.notes)
 
 
@@ -372,7 +373,7 @@ def train_and_finish(plan: Plan, here: World, folder: Path, model: nn.Module, ho
         else:
             finish(run, state, ended_by)
     except Exception as error:
-        words = report.last_words(error, here.rank, state.step, plan.batch.micro_images)
+        words = text.last_words(error, here.rank, state.step, plan.batch.micro_images)
         if not isinstance(error, (UsageError, TooManySkippedSteps)):  # which main() says, once
             print(f"error: {words}", file=sys.stderr)
         summarise(run, state, "failed", reason=words)

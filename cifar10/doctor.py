@@ -493,7 +493,7 @@ def check_wandb(_: Patient) -> Iterator[Finding]:
         yield Finding("W&B", WARN, "wandb is not installed: runs are not logged there", "uv sync, if they should be")
         return
     try:
-        from cifar10.to_wandb import choose_mode, find_key, has_login
+        from cifar10.metrics.wandb_sink import choose_mode, find_key, has_login
     except ImportError as error:
         yield Finding("W&B", FAIL, f"not known: {error}", "uv sync")
         return

@@ -26,11 +26,10 @@ from cifar10.data import registry
 from cifar10.data.dataset import Images, stratified_split
 from cifar10.data.loader import EvaluationLoader
 from cifar10.distributed.world import World
-from cifar10.measures import BINS, calibration, confusion
-from cifar10.metrics import SplitResult
+from cifar10.report.stats import BINS, calibration, confusion
 from cifar10.run import folder as run_folder
 from cifar10.run import trained
-from cifar10.run.evaluation import Augmented
+from cifar10.run.evaluation import Augmented, SplitResult
 from cifar10.run.predictions import Predictions, save_predictions
 from cifar10.run.trained import Trained, Which
 from cifar10_deepspeed import evaluate

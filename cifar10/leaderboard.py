@@ -13,8 +13,8 @@ import tyro
 
 from cifar10 import UsageError
 from cifar10.files import written_whole
-from cifar10.measures import spread
-from cifar10.pages import group_labels, interval, mean_and_sd
+from cifar10.report.html import group_labels, interval, mean_and_sd
+from cifar10.report.stats import spread
 from cifar10.run.record import Record, by_experiment, open_record
 
 HEADER = """# Leaderboard

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import tyro
 
-from cifar10 import UsageError, pages
+from cifar10 import UsageError
 from cifar10.data import registry
+from cifar10.report import html
 
 
 def run(
@@ -26,7 +27,7 @@ def run(
     if not runs:
         raise UsageError("no RUN is given; type the folder of a run, as in python -m cifar10 report runs/mine")
     if len(runs) == 1 and output is None:
-        made = pages.make_report(runs[0], registry.folder(data_dir))
+        made = html.make_report(runs[0], registry.folder(data_dir))
     else:
-        made = pages.make_comparison(runs, output or Path("compare.html"))
+        made = html.make_comparison(runs, output or Path("compare.html"))
     print(f"report: {made}")

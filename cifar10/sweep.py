@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cifar10 import UsageError
-from cifar10.measures import spread
-from cifar10.pages import interval, make_comparison, mean_and_sd, percent
+from cifar10.report.html import interval, make_comparison, mean_and_sd, percent
+from cifar10.report.stats import spread
 from cifar10.run.record import Record, open_record
 
 PAGE = "compare.html"

@@ -14,9 +14,9 @@ import psutil
 import pytest
 import torch
 
-from cifar10 import report
 from cifar10.engine.engine import weights_sha256
-from cifar10.metrics import Metrics, Sink, StepRow
+from cifar10.metrics import text
+from cifar10.metrics.sink import Metrics, Sink, StepRow
 from cifar10.models.registry import build_model
 from cifar10.run import checkpoint
 from cifar10.run.state import RunState
@@ -179,7 +179,7 @@ def test_a_sink_that_fails_is_named_and_let_go_and_the_others_go_on(capsys: pyte
     ],
 )
 def test_the_last_words_say_rank_step_and_remedy(error: Exception, words: str) -> None:
-    said = report.last_words(error, 3, 7, 64)
+    said = text.last_words(error, 3, 7, 64)
     assert said.startswith("rank 3 ")
     assert words in said
     assert "\n" not in said

@@ -1,4 +1,4 @@
-"""cifar10/metrics.py: the CSV files and what the console shows, with a terminal and without."""
+"""cifar10/metrics/sink.py: the CSV files and what the console shows, with a terminal and without."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from cifar10.metrics import ConsoleSink, CsvSink, EpochRow, Metrics, Sink, SplitResult, StepRow
+from cifar10.metrics.console import ConsoleSink
+from cifar10.metrics.csv_sink import CsvSink
+from cifar10.metrics.sink import EpochRow, Metrics, Sink, StepRow
+from cifar10.run.evaluation import SplitResult
 
 TRAIN = SplitResult(loss=1.25, accuracy=0.5625, images=3_200, seconds=2.0)
 VAL = SplitResult(loss=1.5, accuracy=0.5, images=500, seconds=0.5)

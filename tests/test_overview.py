@@ -1,4 +1,4 @@
-"""cifar10/overview.py: true shapes and parameter counts, told in few lines, and nothing about the model changed by telling."""
+"""true shapes and parameter counts, told in few lines, and nothing about the model changed by telling."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 import cifar10_deepspeed as story
-from cifar10 import UsageError, overview, report
+from cifar10 import UsageError
 from cifar10.config.recipe import recipe_names
-from cifar10.metrics import ConsoleSink, Section, plain_lines
+from cifar10.metrics import text
+from cifar10.metrics.console import ConsoleSink, plain_lines
+from cifar10.metrics.sink import Section
 from cifar10.models import weights
 from cifar10.models.registry import build_model, model_names
 from cifar10.plan import Plan, make_plan
@@ -28,14 +30,14 @@ def plan(*flags: str) -> Plan:
 def test_every_parameter_is_in_one_layer_and_in_the_total(name) -> None:
     model = build_model(name, 0)
     total = sum(p.numel() for p in model.parameters())
-    section = overview.model_section(model, IMAGES.get(name, (3, 32, 32)))
+    section = text.model_section(model, IMAGES.get(name, (3, 32, 32)))
     *layers, last = [int(row[-1].replace(",", "")) for row in section.rows]
     assert sum(layers) == last == total
-    assert len(layers) <= overview.MOST_LAYERS
+    assert len(layers) <= text.MOST_LAYERS
 
 
 def test_the_documents_network_in_its_true_numbers() -> None:
-    section = overview.model_section(build_model("bn_cnn", 0), (3, 32, 32))
+    section = text.model_section(build_model("bn_cnn", 0), (3, 32, 32))
     assert [(row[0], row[1], row[2], row[3].strip()) for row in section.rows] == [
         ("conv1", "Conv2d", "16x32x32", "448"),
         ("bn1", "BatchNorm2d", "16x32x32", "32"),
@@ -54,7 +56,7 @@ def test_looking_at_a_model_changes_nothing_and_draws_nothing() -> None:
     modes = [module.training for module in model.modules()]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
-    overview.layers(model, (3, 32, 32))
+    text.layers(model, (3, 32, 32))
     assert torch.equal(torch.get_rng_state(), random)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -76,19 +78,19 @@ class Unusual(nn.Module):
 
 
 def test_a_layer_counts_once_and_what_lies_outside_of_layers_too() -> None:
-    found = overview.layers(Unusual(), (3, 8, 8))
+    found = text.layers(Unusual(), (3, 8, 8))
     assert [(layer.name, layer.shape, layer.parameters) for layer in found] == [
         ("twice", (3, 8, 8), 12),
         ("twice", (3, 8, 8), 0),
         ("head", (10,), 40),
         ("", (), 7),
     ]
-    *_, total = overview.model_section(Unusual(), (3, 8, 8)).rows
+    *_, total = text.model_section(Unusual(), (3, 8, 8)).rows
     assert total == ("total", "47 of them trained", "3x8x8 -> 10", "59")
 
 
 def test_many_layers_are_told_as_their_blocks() -> None:
-    section = overview.model_section(build_model("vgg19", 0), (3, 64, 64))
+    section = text.model_section(build_model("vgg19", 0), (3, 64, 64))
     assert [row[:2] for row in section.rows] == [
         ("features", "16 Conv2d"),
         ("classifier", "3 Linear"),
@@ -102,7 +104,7 @@ def test_many_layers_are_told_as_their_blocks() -> None:
 def test_what_a_run_says_before_it_trains_fits_a_screen(recipe) -> None:
     made = plan("--recipe", recipe)
     model = build_model(made.recipe.model, 0)
-    said = list(report.opening_lines(made, Path("runs/x"), "1 rank", model, (45_000, 5_000), (0, 10, 10)))
+    said = list(text.opening_lines(made, Path("runs/x"), "1 rank", model, (45_000, 5_000), (0, 10, 10)))
     lines = [line for one in said for line in (plain_lines(one) if isinstance(one, Section) else [one])]
     assert 12 <= len([line for line in lines if not line.startswith("note: ")]) <= 20
     assert max(map(len, lines)) <= 150
@@ -110,7 +112,7 @@ def test_what_a_run_says_before_it_trains_fits_a_screen(recipe) -> None:
 
 def test_the_sections_say_what_the_settings_are() -> None:
     made = plan("--lr", "0.05", "--global-batch-size", "96", "--micro-batch-size", "24", "--epochs", "20", "--patience", "7")
-    training = "\n".join(plain_lines(overview.training_section(made)))
+    training = "\n".join(plain_lines(text.training_section(made)))
     for words in (
         "96 images a step: 1 rank x 4 micro-batches x 24",
         "lr 0.05",
@@ -120,14 +122,14 @@ def test_the_sections_say_what_the_settings_are() -> None:
     ):
         assert words in training, words
     assert "fp32; ZeRO stage 0; gradients clipped to norm 1" in training
-    assert "never" in "\n".join(plain_lines(overview.training_section(plan("--patience", "0"))))
-    in_bf16 = plain_lines(overview.training_section(plan("--precision", "bf16")))
+    assert "never" in "\n".join(plain_lines(text.training_section(plan("--patience", "0"))))
+    in_bf16 = plain_lines(text.training_section(plan("--precision", "bf16")))
     assert "bf16 (torch_autocast), weights in fp32" in "\n".join(in_bf16)
-    assert "the JSON's WarmupLR" in "\n".join(plain_lines(overview.training_section(plan("--recipe", "lenet"))))
-    data = "\n".join(plain_lines(overview.data_section(plan("--no-flip", "--crop-padding", "0"))))
+    assert "the JSON's WarmupLR" in "\n".join(plain_lines(text.training_section(plan("--recipe", "lenet"))))
+    data = "\n".join(plain_lines(text.data_section(plan("--no-flip", "--crop-padding", "0"))))
     assert "augmentation  none" in data
     assert "10,000 test images" in data
-    assert "unopened" in "\n".join(plain_lines(overview.data_section(plan("--test-images", "0"))))
+    assert "unopened" in "\n".join(plain_lines(text.data_section(plan("--test-images", "0"))))
 
 
 @pytest.mark.parametrize(
@@ -143,20 +145,20 @@ def test_the_sections_say_what_the_settings_are() -> None:
     ],
 )
 def test_augmentation_is_told_as_it_is(flags, words) -> None:
-    told = overview.augmentation(plan(*flags.split()).recipe)
+    told = text.augmentation(plan(*flags.split()).recipe)
     assert told.startswith(words)
     assert bool(told) == bool(words)
 
 
 def test_changes_of_colour_are_told() -> None:
-    section = overview.data_section(plan("--brightness", "0.1", "--contrast", "0.25"))
+    section = text.data_section(plan("--brightness", "0.1", "--contrast", "0.25"))
     assert ("colours", "brightness changed by up to 0.1, contrast changed by up to 0.25") in section.rows
-    assert [row[0] for row in overview.data_section(plan()).rows] == ["images", "classes", "augmentation"]
+    assert [row[0] for row in text.data_section(plan()).rows] == ["images", "classes", "augmentation"]
 
 
 def test_the_learning_rates_shape_and_the_second_test_are_told() -> None:
     made = plan("--lr-shape", "linear", "--tta", "mirror")
-    told = [line for section in (overview.training_section(made), overview.data_section(made)) for line in plain_lines(section)]
+    told = [line for section in (text.training_section(made), text.data_section(made)) for line in plain_lines(section)]
     assert any(", then a line to 0" in line for line in told)
     assert any("without and with test-time augmentation" in line for line in told)
 

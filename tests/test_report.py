@@ -19,14 +19,17 @@ import torch
 from PIL import Image
 
 import cifar10_deepspeed as story
-from cifar10 import UsageError, measures, pages, samples
+from cifar10 import UsageError
 from cifar10.__main__ import main
 from cifar10.config.recipe import as_json, load, parse
 from cifar10.data import augment, synthetic
 from cifar10.data.registry import DATASETS
 from cifar10.distributed.world import World
-from cifar10.metrics import Metrics
+from cifar10.metrics.report_sink import ReportSink
+from cifar10.metrics.sink import Metrics
 from cifar10.plan import make_plan
+from cifar10.report import html as html_page
+from cifar10.report import samples, stats
 from cifar10.run import record
 from cifar10.run.predictions import Predictions, save_predictions
 from tests.launching import SHORT, run
@@ -47,32 +50,32 @@ def answers(count: int = 200, classes: int = 10) -> Predictions:
 
 
 def test_the_quantiles_are_those_of_the_tables():
-    assert doctest.testmod(measures).failed == 0
+    assert doctest.testmod(stats).failed == 0
     for df, value in {5: 2.5706, 7: 2.3646, 29: 2.0452, 120: 1.9799}.items():
-        assert measures.t_95(df) == pytest.approx(value, abs=5e-5)
+        assert stats.t_95(df) == pytest.approx(value, abs=5e-5)
 
 
 def test_mean_sd_and_interval_of_three_seeds():
-    found = measures.spread([0.8191, 0.8239, 0.8260])
+    found = stats.spread([0.8191, 0.8239, 0.8260])
     assert (found.n, found.mean) == (3, pytest.approx(0.8230))
     assert found.sd == pytest.approx(0.0035369, abs=1e-6)
     assert found.half_width == pytest.approx(4.30265 * 0.0035369 / 3**0.5, abs=1e-6)
 
 
 def test_one_run_has_no_interval_and_none_has_nothing():
-    assert measures.spread([0.5]) == measures.Spread(1, 0.5, None, None)
-    assert measures.spread([]) is None
+    assert stats.spread([0.5]) == stats.Spread(1, 0.5, None, None)
+    assert stats.spread([]) is None
 
 
 def test_wilsons_interval():
-    low, high = measures.wilson(np.array([81, 0, 10, 0]), np.array([100, 10, 10, 0]))
+    low, high = stats.wilson(np.array([81, 0, 10, 0]), np.array([100, 10, 10, 0]))
     assert low == pytest.approx([0.72221, 0, 0.72246, 0], abs=1e-5)  # the first: Brown, Cai, DasGupta 2001, formula (4)
     assert high == pytest.approx([0.87485, 0.27754, 1, 1], abs=1e-5)
 
 
 def test_rows_of_the_confusion_matrix_sum_to_the_images_of_a_class():
     found = answers(203)
-    counts = measures.confusion(found)
+    counts = stats.confusion(found)
     assert counts.sum(axis=1).tolist() == np.bincount(found.labels, minlength=10).tolist()
     assert np.diag(counts).sum() / 203 == found.accuracy
     assert counts[3, 5] == ((found.labels == 3) & (found.answers == 5)).sum()
@@ -81,20 +84,20 @@ def test_rows_of_the_confusion_matrix_sum_to_the_images_of_a_class():
 def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy():
     logits = np.log(np.array([[0.8, 0.2]] * 10 + [[0.55, 0.45]] * 10, np.float32))
     labels = np.array([0] * 6 + [1] * 4 + [0] * 10)  # 60% right where it says 80%, all right where it says 55%
-    found = measures.calibration(Predictions(logits, labels))
+    found = stats.calibration(Predictions(logits, labels))
     assert found.counts.sum() == 20
     assert found.error == pytest.approx((0.2 + 0.45) / 2, abs=1e-6)
-    certain = measures.calibration(Predictions(np.float32([[1000, 0]]), np.array([0])))
+    certain = stats.calibration(Predictions(np.float32([[1000, 0]]), np.array([0])))
     assert (certain.counts[-1], certain.error) == (1, 0)
 
 
 def test_the_worst_mistakes_are_the_most_confident_wrong_answers():
     found = answers()
-    worst = measures.worst_mistakes(found, 7)
+    worst = stats.worst_mistakes(found, 7)
     confidence, wrong = found.probabilities.max(axis=1), found.answers != found.labels
     assert wrong[worst].all()
     assert confidence[worst].tolist() == sorted(confidence[wrong], reverse=True)[:7]
-    assert len(measures.worst_mistakes(Predictions(np.eye(3, dtype=np.float32), np.arange(3)), 7)) == 0
+    assert len(stats.worst_mistakes(Predictions(np.eye(3, dtype=np.float32), np.arange(3)), 7)) == 0
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -151,7 +154,7 @@ def test_the_sheet_shows_the_worst_mistakes_with_their_images():
     found, images = answers(), synthetic.synthetic("test", 200, seed=0)
     found = Predictions(found.logits, images.labels)
     shown = samples.mistakes(found, images, list("abcdefghij"), count=5)
-    assert [one.index for one in shown] == measures.worst_mistakes(found, 5).tolist()
+    assert [one.index for one in shown] == stats.worst_mistakes(found, 5).tolist()
     for one in shown:
         assert np.array_equal(one.pixels, images.pixels[one.index])
         assert one.true == "abcdefghij"[images.labels[one.index]] != one.answered
@@ -213,7 +216,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Predictions]:
     found = with_answers(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(DATASETS, "synthetic", dataclasses.replace(DATASETS["synthetic"], train_images=5_200, test_images=200))
-        pages.make_report(folder, Path("nowhere"))
+        html_page.make_report(folder, Path("nowhere"))
     return folder, found
 
 
@@ -225,8 +228,8 @@ def test_the_pages_numbers_are_those_of_the_files(whole):
     wrong = int((found.answers != found.labels).sum())
     assert f"{wrong} of 200 test images were answered wrongly" in said
     assert f"is right in {found.accuracy:.1%}" in said
-    assert f"calibration error is {measures.calibration(found).error:.2%}" in said
-    for index in measures.worst_mistakes(found, 24):
+    assert f"calibration error is {stats.calibration(found).error:.2%}" in said
+    for index in stats.worst_mistakes(found, 24):
         true, answer = (DATASETS["synthetic"].classes[of[index]] for of in (found.labels, found.answers))
         chances = found.probabilities[index]
         shown = f"{true} {chances[found.labels[index]]:.1%} {answer} {chances[found.answers[index]]:.1%} #{index}"
@@ -264,7 +267,7 @@ def test_a_run_under_way_is_reported_with_what_there_is(tmp_path):
         (folder / name).unlink()
     rows = (folder / "metrics.csv").read_text().splitlines()
     (folder / "metrics.csv").write_text("\n".join([*rows, "3,train,1."]))  # a row that is being written
-    pages.make_report(folder, tmp_path / "nowhere")
+    html_page.make_report(folder, tmp_path / "nowhere")
     said = words(folder / "report.html")
     assert "running" in said
     assert "test accuracy" not in said
@@ -272,7 +275,7 @@ def test_a_run_under_way_is_reported_with_what_there_is(tmp_path):
     assert not (folder / "report" / "optimisation.png").exists()
     for name in ("metrics.csv", "summary.json", "ds_config.json"):
         (folder / name).unlink()
-    pages.make_report(folder, tmp_path / "nowhere")
+    html_page.make_report(folder, tmp_path / "nowhere")
     assert "not started" in words(folder / "report.html")
 
 
@@ -280,7 +283,7 @@ def test_accuracy_with_several_views_stands_beside_the_plain_one(tmp_path):
     folder = make_run(tmp_path / "run", tta="mirror+translate")
     summary = json.loads((folder / "summary.json").read_text())
     (folder / "summary.json").write_text(json.dumps(summary | {"test_accuracy_tta": 0.5321}))
-    pages.make_report(folder, tmp_path)
+    html_page.make_report(folder, tmp_path)
     said = words(folder / "report.html")
     assert "test accuracy 50.00%" in said
     assert "test accuracy, several views 53.21% the same images, with test-time augmentation (mirror+translate)" in said
@@ -288,7 +291,7 @@ def test_accuracy_with_several_views_stands_beside_the_plain_one(tmp_path):
 
 def test_where_nothing_is_held_out_no_validation_has_chosen_the_model(tmp_path):
     folder = make_run(tmp_path / "run", val_images=0)
-    pages.make_report(folder, tmp_path)
+    html_page.make_report(folder, tmp_path)
     said = words(folder / "report.html")
     assert "last model, 200 images" in said
     assert "validation chose" not in said
@@ -300,7 +303,7 @@ def test_without_the_data_set_the_sheets_are_left_out_and_it_is_said(tmp_path):
     content = json.loads((folder / "recipe.json").read_text())
     content["settings"]["dataset"] = "cifar10"
     (folder / "recipe.json").write_text(json.dumps(content))
-    pages.make_report(folder, tmp_path / "nowhere")
+    html_page.make_report(folder, tmp_path / "nowhere")
     said = words(folder / "report.html")
     assert "Left out" in said
     assert "data_batch_1 is missing" in said or "test_batch is missing" in said
@@ -316,8 +319,8 @@ def test_names_are_text_whatever_they_are(tmp_path, monkeypatch):
     with_answers(folder)
     summary = json.loads((folder / "summary.json").read_text())
     (folder / "summary.json").write_text(json.dumps(summary | {"status": "<i>", "reason": HOSTILE}))
-    pages.make_report(folder, tmp_path / "nowhere")
-    compared = pages.make_comparison([folder], tmp_path / "compare.html")
+    html_page.make_report(folder, tmp_path / "nowhere")
+    compared = html_page.make_comparison([folder], tmp_path / "compare.html")
     for page in (folder / "report.html", compared):
         text = page.read_text(encoding="utf-8")
         assert not {"<script", "<i>", "<b><"} & set(re.findall(r"<script|<i>|<b><", text))
@@ -339,7 +342,7 @@ def test_a_damaged_file_is_named_in_one_line(name, content, tmp_path):
     folder = make_run(tmp_path / "run")
     (folder / name).write_text(content)
     with pytest.raises(UsageError) as caught:
-        pages.make_report(folder, tmp_path)
+        html_page.make_report(folder, tmp_path)
     assert name in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert not (folder / "report.html").exists()
@@ -349,7 +352,7 @@ def test_labels_of_no_class_are_damage(tmp_path):
     folder = make_run(tmp_path / "run")
     save_predictions(folder / "test_predictions.npz", [np.ones((2, 3), np.float32)], np.array([0, 3]))
     with pytest.raises(UsageError, match="labels of no class"):
-        pages.make_report(folder, tmp_path)
+        html_page.make_report(folder, tmp_path)
 
 
 def test_answers_that_are_not_finite_have_no_calibration(tmp_path):
@@ -357,7 +360,7 @@ def test_answers_that_are_not_finite_have_no_calibration(tmp_path):
     logits = answers().logits
     logits[3] = np.nan
     save_predictions(folder / "test_predictions.npz", [logits], np.zeros(200, int))
-    pages.make_report(folder, tmp_path)
+    html_page.make_report(folder, tmp_path)
     assert "not all logits are finite" in words(folder / "report.html")
 
 
@@ -368,7 +371,7 @@ def test_runs_that_differ_in_their_seed_are_one_row_with_an_interval(tmp_path):
     accuracies = [0.8191, 0.8239, 0.8260]
     runs = [make_run(tmp_path / f"a/seed_{seed}", seed=seed, test=one) for seed, one in enumerate(accuracies)]
     runs += [make_run(tmp_path / "b", test=0.6, flip=False), make_run(tmp_path / "c", test=0.1, seed=9, status="stopped")]
-    said = words(pages.make_comparison(runs, tmp_path / "out" / "compare.html"))
+    said = words(html_page.make_comparison(runs, tmp_path / "out" / "compare.html"))
     half = 4.30265 * stdev(accuracies) / 3**0.5
     interval = f"{100 * (mean(accuracies) - half):.2f} to {100 * (mean(accuracies) + half):.2f}%"
     assert f"bn_cnn, flip True 3 82.30 ± 0.35% {interval} 62.00 ± 0.00%" in said
@@ -381,7 +384,7 @@ def test_runs_that_differ_in_their_seed_are_one_row_with_an_interval(tmp_path):
 
 def test_runs_of_one_seed_are_not_taken_for_independent_ones(tmp_path):
     runs = [make_run(tmp_path / name) for name in "ab"]
-    said = words(pages.make_comparison(runs, tmp_path / "compare.html"))
+    said = words(html_page.make_comparison(runs, tmp_path / "compare.html"))
     assert "some runs have the same seed" in said
     assert "bn_cnn 2 50.00 ± 0.00% – 62.00" in said
 
@@ -427,7 +430,7 @@ def test_the_command_refuses_in_one_line(arguments, says, capsys, monkeypatch):
 
 
 def test_a_report_that_fails_does_not_end_the_run(tmp_path, capsys):
-    metrics = Metrics([pages.ReportSink(tmp_path, tmp_path)])
+    metrics = Metrics([ReportSink(tmp_path, tmp_path)])
     metrics.finished({})
     assert "ReportSink failed" in capsys.readouterr().err
 

@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cifar10_deepspeed as story
-from cifar10 import report
 from cifar10.config.recipe import Recipe, load
 from cifar10.data.loader import EvaluationLoader
 from cifar10.data.registry import DATASETS
+from cifar10.metrics import text
 from cifar10.models.registry import build_model
 from cifar10.run.state import RunState, Sums
+from cifar10.run.summary import quality_tier, summary_of
 from cifar10_deepspeed import CIFAR10CNNEnhanced, calculate_accuracy, get_lr_schedule, lr_multiplier
 
 CPU = torch.device("cpu")
@@ -284,7 +285,7 @@ def test_the_quality_tiers_at_their_thresholds(dataset, least):
     excellent, good, fair = least
     tiers = {1.0: "Excellent", excellent: "Excellent", excellent - 1e-4: "Good", good: "Good", good - 1e-4: "Fair"}
     tiers |= {fair: "Fair", fair - 1e-4: "Poor", 0.0: "Poor"}
-    assert {accuracy: report.quality_tier(accuracy, DATASETS[dataset].tiers) for accuracy in tiers} == tiers
+    assert {accuracy: quality_tier(accuracy, DATASETS[dataset].tiers) for accuracy in tiers} == tiers
 
 
 def on(dataset: str, augments: bool = True) -> SimpleNamespace:
@@ -293,9 +294,9 @@ def on(dataset: str, augments: bool = True) -> SimpleNamespace:
 
 
 def test_random_labels_have_no_quality_tier_and_their_accuracy_is_said_to_mean_nothing():
-    assert report.quality_tier(0.99, DATASETS["random_mnist"].tiers) is None
+    assert quality_tier(0.99, DATASETS["random_mnist"].tiers) is None
     summary = finished_summary(test_accuracy=0.1015, test_images=2_000, quality=None)
-    *_, test, note = report.closing_lines(summary, val_images=1_000, plan=on("random_mnist"))
+    *_, test, note = text.closing_lines(summary, val_images=1_000, plan=on("random_mnist"))
     assert test.endswith("(best_model; all 2,000 images)")
     assert "memorising" in note
     assert "10%, chance" in note
@@ -305,19 +306,19 @@ def finished_summary(**changes: Any) -> dict[str, Any]:
     state = RunState(step=100, trained_images=3_200, train_seconds=10.0, best_accuracy=0.75, best_step=80)
     state.last_epoch_sums = Sums(steps=10, images=320, correct=240)
     results = {"test_accuracy": 0.7123, "test_images": 10_000, "quality": "Good", "ended_by": "epochs"}
-    return {**report.summary(state, steps_per_epoch=50), **results, **changes}
+    return {**summary_of(state, steps_per_epoch=50), **results, **changes}
 
 
 def test_a_summary_in_numbers():
     summary = finished_summary()
     assert (summary["epochs"], summary["steps"], summary["images_per_second"]) == (2, 100, 320)
     assert (summary["train_accuracy"], summary["val_accuracy"], summary["best_step"]) == (0.75, 0.75, 80)
-    empty = report.summary(RunState(), steps_per_epoch=50)
+    empty = summary_of(RunState(), steps_per_epoch=50)
     assert [empty[k] for k in ("train_accuracy", "val_accuracy", "best_step", "images_per_second")] == [None] * 4
 
 
 def test_every_accuracy_of_the_closing_lines_carries_its_split():
-    lines = report.closing_lines(finished_summary(), val_images=5_000, plan=on("cifar10"))
+    lines = text.closing_lines(finished_summary(), val_images=5_000, plan=on("cifar10"))
     with_numbers = [line for line in lines if "%" in line]
     assert [line.split()[:2] for line in with_numbers] == [["train", "accuracy"], ["val", "accuracy"], ["test", "accuracy"]]
     train, val, test = with_numbers
@@ -336,14 +337,14 @@ def test_the_closing_lines_say_how_far_the_run_has_come():
     for epoch, (correct, loss) in enumerate(((96, 22.5), (256, 5.0), (240, 7.5))):
         state.epoch = epoch
         state.remember_epoch(Sums(steps=10, images=320, loss=loss, correct=correct), val_accuracy=0.25 + epoch / 10)
-    summary = {**finished_summary(), **report.summary(state, steps_per_epoch=50)}
+    summary = {**finished_summary(), **summary_of(state, steps_per_epoch=50)}
     assert (summary["first_train_accuracy"], summary["train_accuracy"], summary["best_train_accuracy"]) == (0.3, 0.75, 0.8)
-    _, train, loss, val, _ = report.closing_lines(summary, val_images=5_000, plan=on("cifar10"))
+    _, train, loss, val, _ = text.closing_lines(summary, val_images=5_000, plan=on("cifar10"))
     assert "first epoch 30.00%, gain +45.00 points, best 80.00%" in train
     assert loss == "training loss  0.7500  (last epoch; first epoch 2.2500)"
     assert "first epoch 25.00%, gain +50.00 points" in val
     one_epoch = {**summary, "epochs": 1.0}
-    assert not any("gain" in line for line in report.closing_lines(one_epoch, val_images=5_000, plan=on("cifar10")))
+    assert not any("gain" in line for line in text.closing_lines(one_epoch, val_images=5_000, plan=on("cifar10")))
 
 
 def test_a_checkpoint_from_before_the_first_epoch_was_kept_goes_on():
@@ -351,23 +352,23 @@ def test_a_checkpoint_from_before_the_first_epoch_was_kept_goes_on():
     for name in ("first_epoch_sums", "first_val_accuracy", "best_train_accuracy"):
         del older[name]
     state = RunState.from_dict(older)
-    assert (state.step, report.summary(state, steps_per_epoch=15)["first_train_accuracy"]) == (30, None)
+    assert (state.step, summary_of(state, steps_per_epoch=15)["first_train_accuracy"]) == (30, None)
 
 
 def test_a_part_of_the_test_split_is_named_as_one():
-    lines = report.closing_lines(finished_summary(test_images=500), val_images=5_000, plan=on("cifar10"))
+    lines = text.closing_lines(finished_summary(test_images=500), val_images=5_000, plan=on("cifar10"))
     assert "first 500 of 10,000 images" in lines[-1]
 
 
 def test_images_are_called_augmented_where_they_are():
-    train = [report.closing_lines(finished_summary(), 0, on("cifar10", augmented))[1] for augmented in (True, False)]
+    train = [text.closing_lines(finished_summary(), 0, on("cifar10", augmented))[1] for augmented in (True, False)]
     assert ["augmented" in line for line in train] == [True, False]
     assert all("weights still moving" in line for line in train)
 
 
 def test_what_was_not_measured_is_not_claimed():
     nothing = finished_summary(test_accuracy=None, test_images=0, val_accuracy=None, quality=None)
-    lines = report.closing_lines(nothing, val_images=0, plan=on("cifar10"))
+    lines = text.closing_lines(nothing, val_images=0, plan=on("cifar10"))
     assert not any(line.startswith(("val", "test")) for line in lines)
     assert [line.split()[:2] for line in lines if "%" in line] == [["train", "accuracy"]]
 

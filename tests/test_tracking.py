@@ -28,9 +28,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cifar10.config.recipe import Options, parse
-from cifar10.metrics import EpochRow, SplitResult, StepRow, Steps
-from cifar10.to_tensorboard import TensorBoardSink
-from cifar10.to_wandb import choose_mode, has_login, open_wandb
+from cifar10.metrics.sink import EpochRow, StepRow, Steps
+from cifar10.metrics.tensorboard_sink import TensorBoardSink
+from cifar10.metrics.wandb_sink import choose_mode, has_login, open_wandb
+from cifar10.run.evaluation import SplitResult
 from tests.helpers import WORKERS
 from tests.launching import DEADLINE_SECONDS, PROJECT, environment, has_trained, run, summary, wait_until
 from tests.test_metrics import rows
@@ -229,9 +230,9 @@ def test_what_tensorboard_was_told_after_the_checkpoint_is_told_again_and_shown_
 DIES = """
 import os, sys
 from pathlib import Path
-from cifar10.metrics import StepRow, Steps
+from cifar10.metrics.sink import StepRow, Steps
 from cifar10 import to_wandb
-from cifar10.to_wandb import open_wandb
+from cifar10.metrics.wandb_sink import open_wandb
 to_wandb.IDLE = "5s"
 sink = open_wandb(Path(sys.argv[1]), Steps(1000, 1000), "offline", None, None, {})
 for step in map(int, sys.argv[3:]):
@@ -335,7 +336,7 @@ OPENS = """
 import sys
 from pathlib import Path
 from cifar10 import preflight
-from cifar10.sinks import open_sinks
+from cifar10.metrics.open import open_sinks
 from cifar10.run.state import RunState
 plan = preflight.check(sys.argv[2:], 1, "x")
 metrics = open_sinks(plan, Path(sys.argv[1]), RunState(), 10, 10)

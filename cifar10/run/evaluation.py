@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 VIEWS = {"mirror": 2, "mirror+translate": 6}  # how often each image is looked at
+
+
+@dataclass(frozen=True)
+class SplitResult:
+    """A split's mean loss and accuracy (a fraction) over `images` images, each counted once, in `seconds` seconds."""
+
+    loss: float
+    accuracy: float
+    images: int
+    seconds: float
+
+    @property
+    def throughput(self) -> float:
+        """Images per second."""
+        return self.images / self.seconds if self.seconds else 0.0
 
 
 def _both_ways(model: nn.Module, images: Tensor) -> Tensor:

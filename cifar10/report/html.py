@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from cifar10 import UsageError, measures, overview
+from cifar10 import UsageError
 from cifar10.config.recipe import load
 from cifar10.config.settings import flattened
 from cifar10.files import written_whole
-from cifar10.measures import Spread, spread
-from cifar10.metrics import Sink
+from cifar10.metrics import text
+from cifar10.report import stats
+from cifar10.report.stats import Spread, spread
 from cifar10.run.record import Record, by_experiment, differing, open_record
 
 PAGE, PICTURES = "report.html", "report"  # in a run's folder
@@ -91,7 +92,7 @@ class Sheets:
 
 def _sheets(record: Record, data_dir: Path) -> Sheets:
     """Nothing is downloaded for a report."""
-    from cifar10 import samples
+    from cifar10.report import samples
 
     mistakes, augmented, words, left_out = [], [], "", []
     try:
@@ -103,9 +104,7 @@ def _sheets(record: Record, data_dir: Path) -> Sheets:
         pixels, labels = samples.first_augmented(recipe, images)
         names = record.classes(len(record.dataset.classes) if record.dataset else int(labels.max()) + 1)
         augmented = [(image, names[label]) for image, label in zip(pixels, labels, strict=True)]
-        words = (
-            ", ".join(filter(None, (overview.augmentation(recipe), overview.colours(recipe)))) or "neither cropped nor mirrored"
-        )
+        words = ", ".join(filter(None, (text.augmentation(recipe), text.colours(recipe)))) or "neither cropped nor mirrored"
     except UsageError as error:
         left_out.append(f"the sheets of images: {error}")
     return Sheets(mistakes, augmented, words, left_out)
@@ -115,7 +114,7 @@ def _tiles(record: Record) -> list[dict[str, str]]:
     """The numbers that people look for first; every accuracy has its split."""
     tiles, images = [], record.number("test_images")
     if (test := record.number("test_accuracy")) is not None and images:
-        low, high = measures.wilson(np.array(round(test * images)), np.array(images))
+        low, high = stats.wilson(np.array(round(test * images)), np.array(images))
         how = f"{_tested_model(record)}, {images:,.0f} images opened once; 95% interval {low:.1%} to {high:.1%}"
         tiles.append({"what": "test accuracy", "value": percent(test), "how": how})
     if (augmented := record.number("test_accuracy_tta")) is not None:
@@ -189,22 +188,22 @@ def _environment(record: Record) -> list[tuple[str, str]]:
 
 def _answers(record: Record, draw: Any) -> tuple[dict[str, Any], list[str]]:
     """What the test's answers amount to, in numbers and pictures, and a line for what they do not allow."""
-    from cifar10 import pictures
+    from cifar10.report import plots
 
     found = record.predictions
     if found is None:
         return {"tested": 0}, ["all that needs the answers to single test images: the run has no test_predictions.npz (yet)"]
-    classes, counts = record.classes(found.logits.shape[1]), measures.confusion(found)
-    draw("confusion", pictures.confusion_matrix, counts, classes)
-    draw("classes", pictures.class_accuracy, counts, classes)
+    classes, counts = record.classes(found.logits.shape[1]), stats.confusion(found)
+    draw("confusion", plots.confusion_matrix, counts, classes)
+    draw("classes", plots.class_accuracy, counts, classes)
     wrong = counts - np.diag(np.diag(counts))
     pairs = [divmod(int(place), len(classes)) for place in np.argsort(-wrong, axis=None, kind="stable")[:3]]
     top = [{"true": classes[t], "answered": classes[a], "count": int(wrong[t, a])} for t, a in pairs if wrong[t, a]]
     values = {"tested": f"{counts.sum():,}", "wrong": f"{wrong.sum():,}", "top": top}
     if not np.isfinite(found.logits).all():
         return values, ["calibration: not all logits are finite"]
-    calibration = measures.calibration(found)
-    draw("calibration", pictures.reliability, calibration)
+    calibration = stats.calibration(found)
+    draw("calibration", plots.reliability, calibration)
     mean, right = float(found.probabilities.max(axis=1).mean()), found.accuracy
     way = "surer than it may be" if mean > right else "less sure than it could be"
     values["calibration_words"] = (
@@ -216,23 +215,23 @@ def _answers(record: Record, draw: Any) -> tuple[dict[str, Any], list[str]]:
 
 def make_report(folder: Path, data_dir: Path) -> Path:
     """Write report.html and report/*.png into a run's folder. Raises UsageError if it is none, or damaged."""
-    from cifar10 import pictures
+    from cifar10.report import plots
 
     record, pngs = open_record(folder), {}
 
     def draw(name: str, how: Any, *what: Any) -> None:
-        pngs[name] = pictures.png(how, *what)
+        pngs[name] = plots.png(how, *what)
 
     if record.epochs:
-        draw("curves", pictures.curves, record)
+        draw("curves", plots.curves, record)
     if record.steps:
-        draw("optimisation", pictures.optimisation, record)
+        draw("optimisation", plots.optimisation, record)
     answers, left_out = _answers(record, draw)
     sheets = _sheets(record, data_dir)
     if sheets.mistakes:
-        draw("mistakes", pictures.mistakes_sheet, sheets.mistakes)
+        draw("mistakes", plots.mistakes_sheet, sheets.mistakes)
     if sheets.augmented:
-        draw("augmented", pictures.augmented_sheet, [image for image, _ in sheets.augmented], [n for _, n in sheets.augmented])
+        draw("augmented", plots.augmented_sheet, [image for image, _ in sheets.augmented], [n for _, n in sheets.augmented])
     page = _render(
         "run.html",
         title=f"{record.recipe}: {record.name}",
@@ -242,8 +241,8 @@ def make_report(folder: Path, data_dir: Path) -> Path:
         plots={**dict.fromkeys(("curves", "optimisation", "confusion", "classes", "calibration")), **_uris(pngs)},
         train_means=_train_means(record),
         holds_out=_holds_out(record),
-        bins=measures.BINS,
-        fewest=pictures.FEWEST,
+        bins=stats.BINS,
+        fewest=plots.FEWEST,
         mistakes=[{"mistake": one, "image": data_uri(tile_png(one.pixels))} for one in sheets.mistakes],
         augmented=[{"name": name, "image": data_uri(tile_png(image))} for image, name in sheets.augmented],
         augmentation=sheets.augmentation,
@@ -271,16 +270,6 @@ def _write(files: dict[Path, bytes]) -> None:
                 file.write(content)
         except OSError as error:
             raise UsageError(f"{path} cannot be written ({error.strerror}); make room, or choose another place") from None
-
-
-class ReportSink(Sink):
-    """Makes the report of a run when it has finished, and says where it is."""
-
-    def __init__(self, folder: Path, data_dir: Path) -> None:
-        self._folder, self._data_dir = folder, data_dir
-
-    def finished(self, summary: dict[str, Any]) -> None:
-        print(f"report: {make_report(self._folder, self._data_dir)}", flush=True)
 
 
 # --- several runs -----------------------------------------------------------------------------------------------------
@@ -316,12 +305,12 @@ def _notes(groups: list[list[Record]], labels: list[str]) -> list[str]:
 
 def make_comparison(folders: Sequence[Path], output: Path) -> Path:
     """Write one page with all runs side by side. Raises UsageError for a folder that is no run's."""
-    from cifar10 import pictures
+    from cifar10.report import plots
 
     groups = by_experiment(open_record(folder) for folder in folders)
     labels = group_labels(groups)
     drawn = [
-        pictures.Group(f"{label} ({len(group)} run{'s' * (len(group) > 1)})", group)
+        plots.Group(f"{label} ({len(group)} run{'s' * (len(group) > 1)})", group)
         for label, group in zip(labels, groups, strict=True)
     ]
     rows, runs = [], []
@@ -341,6 +330,6 @@ def make_comparison(folders: Sequence[Path], output: Path) -> Path:
     ]
     title = f"{len(runs)} runs of {rows[0]['label']}" if len(rows) == 1 else f"{len(runs)} runs, {len(rows)} experiments"
     shown = {"groups": rows, "runs": runs, "different": different, "notes": _notes(groups, labels)}
-    curves = {of: data_uri(pictures.png(pictures.overlaid, drawn, of)) for of in ("accuracy", "loss")}
+    curves = {of: data_uri(plots.png(plots.overlaid, drawn, of)) for of in ("accuracy", "loss")}
     _write({output: _render("compare.html", title=title, curves=curves, **shown)})
     return output

@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from cifar10.metrics import EpochRow, Sink, SplitResult, StepRow, Steps
+from cifar10.metrics.sink import EpochRow, Sink, StepRow, Steps
+from cifar10.run.evaluation import SplitResult
 from cifar10.run.folder import title
 
 Mode = Literal["online", "offline", "off"]

@@ -1,16 +1,20 @@
-"""What a run is about to train, told in sections: the data set, the network layer by layer, how it is trained."""
+"""What a run says: the data set, the network and the training at its start, the results at its end."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar10.config.recipe import Recipe
 from cifar10.data.registry import DATASETS
-from cifar10.metrics import Section
+from cifar10.metrics.sink import Section
 from cifar10.plan import Plan
+from cifar10.run.evaluation import VIEWS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -179,3 +183,89 @@ def training_section(plan: Plan) -> Section:
         ("stops early", waits if recipe.patience else "never"),
     ]
     return Section("training", rows)
+
+
+# --- the first and the last lines ---------------------------------------------------------------------------------------
+
+
+def opening_lines(
+    plan: Plan, folder: Path, place: str, model: Any, images: tuple[int, int], steps: tuple[int, int, int]
+) -> Iterator[str | Section]:
+    """What is about to be trained: `images` are those of train and val, `steps` the first, the last and the schedule's."""
+    (train, val), (first_step, last_step, total_steps) = images, steps
+    parameters = sum(p.numel() for p in model.parameters())
+    yield f"recipe {plan.options.recipe}: {plan.recipe.model}, {parameters:,} parameters; run folder {folder}"
+    yield (
+        f"{train:,} train and {val:,} val images of {plan.recipe.dataset};"
+        f" {total_steps:,} steps of {plan.batch.global_images} images = {plan.recipe.epochs:g} epochs"
+    )
+    yield place
+    yield data_section(plan)
+    yield model_section(model, plan.image_shape)
+    yield training_section(plan)
+    yield from (f"note: {note}" for note in plan.notes)
+    if first_step:
+        yield f"resumed at step {first_step}"
+    if last_step < total_steps:
+        yield f"ends at step {last_step} (--max-steps); the schedule stays that of {total_steps:,} steps"
+
+
+def _since_first(summary: dict[str, Any], split: str) -> str:
+    """How far an accuracy has come since the first epoch, in points: percent of the images."""
+    first, now = summary.get(f"first_{split}_accuracy"), summary[f"{split}_accuracy"]
+    if first is None or summary["epochs"] <= 1:
+        return ""
+    best = f", best {summary['best_train_accuracy']:.2%}" if split == "train" else ""
+    return f"; first epoch {first:.2%}, gain {100 * (now - first):+.2f} points{best}"
+
+
+def closing_lines(summary: dict[str, Any], val_images: int, plan: Plan) -> list[str]:
+    """The end of a finished run, a line for each split that was measured."""
+    lines = [
+        f"finished ({summary['ended_by']}): {summary['epochs']:.4g} epochs, {summary['steps']:,} steps,"
+        f" {summary['train_seconds'] / 60:.1f} minutes of training, {summary['images_per_second'] or 0:,.0f} images/s;"
+        f" this process began {summary['process_seconds']:.1f} seconds ago"
+    ]
+    since = _since_first(summary, "train") if summary["train_accuracy"] is not None else ""
+    if summary["train_accuracy"] is not None:
+        images = "augmented images, " if plan.augments else ""
+        lines.append(f"train accuracy {summary['train_accuracy']:.2%}  (last epoch: {images}weights still moving{since})")
+    if summary.get("train_loss") is not None:
+        first = f"; first epoch {summary['first_train_loss']:.4f}" if since else ""
+        lines.append(f"training loss  {summary['train_loss']:.4f}  (last epoch{first})")
+    if summary["val_accuracy"] is not None:
+        lines.append(
+            f"val accuracy   {summary['val_accuracy']:.2%}  (best_model, step {summary['best_step']}; {val_images:,} images"
+            f"{_since_first(summary, 'val')})"
+        )
+    if summary["test_accuracy"] is not None:
+        used, there = summary["test_images"], plan.dataset.test_images
+        which = f"all {used:,} images" if used == there else f"the first {used:,} of {there:,} images"
+        lines.append(
+            f"test accuracy  {summary['test_accuracy']:.2%}  (best_model; {which})  {summary['quality'] or ''}".rstrip()
+        )
+    if summary.get("test_accuracy_tta") is not None:
+        views = f"{VIEWS[plan.recipe.tta]} views of an image"
+        unsure = f" of which the model is less than {plan.recipe.tta_below:.0%} sure" if plan.recipe.tta_below < 1 else ""
+        lines.append(f"test accuracy  {summary['test_accuracy_tta']:.2%}  with test-time augmentation: {views}{unsure}")
+    if plan.dataset.note:
+        lines.append(f"note: {plan.dataset.note}")
+    return lines
+
+
+def last_words(error: Exception, rank: int, step: int, micro_images: int) -> str:
+    """Why a run has failed, in one line: which rank, at which step, and what to change where that is known."""
+    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    said = re.sub(r"^\[\S+\] ", "", said).split(" This is typically")[
+        0
+    ]  # gloo begins with its source file, and ends with guesses
+    if isinstance(error, MemoryError) or "out of memory" in said.lower() or "allocate memory" in said.lower():
+        advice = (
+            f"type --micro-batch-size {max(1, micro_images // 2)}, which keeps the global batch, or a ZeRO stage in the JSON"
+        )
+        return f"rank {rank} is out of memory at step {step}; {advice}"
+    if any(sign in said for sign in ("Timed out", "timed out", "Timeout")):
+        return f"rank {rank} has waited in vain for another at step {step}, which has died or hangs: {said}"
+    if any(sign in said for sign in ("closed by peer", "Connection reset", "Broken pipe", "Connection refused")):
+        return f"rank {rank} has lost another at step {step}, which has died: {said}"
+    return f"rank {rank} failed at step {step}: {type(error).__name__}: {said}"

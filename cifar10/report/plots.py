@@ -20,11 +20,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from cifar10.measures import BINS, Calibration, wilson
+from cifar10.report.stats import BINS, Calibration, wilson
 from cifar10.run.record import Record, Row
 
 if TYPE_CHECKING:  # which needs torch, and a comparison of runs does not
-    from cifar10.samples import Mistake
+    from cifar10.report.samples import Mistake
 
 INK, PALE, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 COLOURS = {"train": "#0072b2", "val": "#d55e00", "test": "#009e73"}

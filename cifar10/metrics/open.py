@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cifar10.metrics import ConsoleSink, CsvSink, Metrics, Sink, Steps
-from cifar10.pages import ReportSink
+from cifar10.metrics.console import ConsoleSink
+from cifar10.metrics.csv_sink import CsvSink
+from cifar10.metrics.sink import Metrics, Sink, Steps
+from cifar10.metrics.tensorboard_sink import TensorBoardSink
+from cifar10.metrics.wandb_sink import choose_mode, open_wandb
 from cifar10.plan import Plan
+from cifar10.report.html import ReportSink
 from cifar10.run.state import RunState
-from cifar10.to_tensorboard import TensorBoardSink
-from cifar10.to_wandb import choose_mode, open_wandb
 
 
 def flat_settings(plan: Plan) -> dict[str, Any]:

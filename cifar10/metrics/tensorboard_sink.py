@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cifar10.metrics import EpochRow, Sink, SplitResult, StepRow, Steps
+from cifar10.metrics.sink import EpochRow, Sink, StepRow, Steps
+from cifar10.run.evaluation import SplitResult
 
 FLUSH_SECONDS = 10  # at most this old is what a viewer sees
 

@@ -11,7 +11,7 @@ import torch
 from cifar10.config.recipe import Recipe
 from cifar10.data import augment, registry, rng
 from cifar10.data.dataset import Images, Split, stratified_split
-from cifar10.measures import worst_mistakes
+from cifar10.report.stats import worst_mistakes
 from cifar10.run.predictions import Predictions
 
 SHOWN = 24  # images of a sheet

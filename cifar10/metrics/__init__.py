@@ -1,0 +1,1 @@
+"""What a run says and measures, and where that goes: console, CSV, TensorBoard, W&B."""

@@ -1,0 +1,106 @@
+"""The console: a live line in a terminal, lines that grep well elsewhere."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from itertools import zip_longest
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from cifar10.metrics.sink import EpochRow, Section, Sink, StepRow
+
+
+def plain_lines(section: Section) -> list[str]:
+    """A section without a terminal: each row begins with the title and has its cells in columns."""
+    widths = [max(map(len, column)) for column in zip_longest(*section.rows, fillvalue="")]
+    cells = (map(str.ljust, row, widths) for row in section.rows)
+    return [f"{section.title}: {'  '.join(row)}".rstrip() for row in cells]
+
+
+def _table(section: Section) -> Table:
+    """A section in a terminal: words to the left, numbers to the right."""
+    table = Table(title=section.title, title_justify="left", box=box.ROUNDED, show_header=bool(section.header))
+    for number, column in enumerate(zip_longest(*section.rows, fillvalue="")):
+        are_numbers = all(re.fullmatch(r"[\d, ]*", cell) for cell in column)
+        header = section.header[number] if section.header else ""
+        table.add_column(header, justify="right" if are_numbers else "left", style="bold" if number == 0 else "")
+    for row in section.rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+class ConsoleSink(Sink):
+    """With a terminal a live line with images/s and the time left; without, one line per epoch that greps well.
+
+    `says_steps` adds a line per log interval, as PyTorch's tutorials print it: `[2,  4000] loss: 1.421`.
+    """
+
+    def __init__(
+        self, total_steps: int, steps_per_epoch: int, first_step: int, global_images: int, *, says_steps: bool = False
+    ) -> None:
+        self._console = Console(soft_wrap=True, highlight=False, emoji=False)
+        self._total_epochs = math.ceil(total_steps / steps_per_epoch)
+        self._steps_per_epoch = steps_per_epoch
+        self._says_steps = says_steps
+        self._progress = None
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TimeElapsedColumn(),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[speed]}"),
+                console=self._console,
+                refresh_per_second=4,
+                transient=True,
+            )
+            self._task = self._progress.add_task("training", total=total_steps, completed=first_step, speed="")
+            self._progress.start()
+        self._global_images = global_images
+
+    def line(self, text: str = "") -> None:
+        self._console.print(text, markup=False)
+        if not self._console.is_terminal:
+            sys.stdout.flush()
+
+    def step(self, row: StepRow) -> None:
+        if self._says_steps:
+            self.line(f"[{row.epoch}, {row.step - (row.epoch - 1) * self._steps_per_epoch:5d}] loss: {row.loss:.3f}")
+        if self._progress is not None:
+            speed = self._progress.tasks[self._task].speed
+            self._progress.update(
+                self._task,
+                completed=row.step,
+                description=f"epoch {row.epoch}/{self._total_epochs}  loss {row.loss:.4f}  train accuracy {row.accuracy:.2%}",
+                speed=f"{speed * self._global_images:,.0f} images/s" if speed else "",
+            )
+
+    def epoch(self, row: EpochRow) -> None:
+        val = f"  val loss {row.val.loss:.4f} accuracy {row.val.accuracy:.2%}" if row.val else ""
+        skipped = f"  skipped {row.skipped} steps" if row.skipped else ""
+        self.line(
+            f"epoch {row.epoch}/{self._total_epochs}  train loss {row.train.loss:.4f} accuracy {row.train.accuracy:.2%}{val}"
+            f"  lr {row.lr:.6f}  grad norm {row.grad_norm:.3f}  {row.train.throughput:,.0f} images/s{skipped}"
+        )
+
+    def event(self, what: str | Section) -> None:
+        if isinstance(what, str):
+            self.line(what)
+        elif self._console.is_terminal:
+            self._console.print(_table(what), soft_wrap=False)
+        else:
+            for line in plain_lines(what):
+                self.line(line)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None

@@ -1,0 +1,58 @@
+"""metrics.csv and steps.csv, flushed row by row."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import astuple, fields
+from pathlib import Path
+from typing import TextIO
+
+from cifar10.files import written_whole
+from cifar10.metrics.sink import EpochRow, Sink, StepRow
+from cifar10.run.evaluation import SplitResult
+
+
+class CsvSink(Sink):
+    """metrics.csv (a row per epoch and split) and steps.csv (a row per log interval), flushed row by row.
+
+    On a resume, rows later than the checkpoint are cut, and the files go on from there.
+    """
+
+    METRICS = ("epoch", "phase", "loss", "accuracy", "throughput")
+    STEPS = tuple(f.name for f in fields(StepRow))
+
+    def __init__(self, folder: Path, *, step: int, epoch: int) -> None:
+        self._metrics_file = self._open(folder / "metrics.csv", self.METRICS, last=epoch)
+        self._steps_file = self._open(folder / "steps.csv", self.STEPS, last=step)
+        self._metrics, self._steps = csv.writer(self._metrics_file), csv.writer(self._steps_file)
+
+    @staticmethod
+    def _open(path: Path, header: Sequence[str], last: int) -> TextIO:
+        """Open for appending after the rows whose first column is at most `last`; a row that a crash has torn is cut."""
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        rows = [line.split(",") for line in text.splitlines()[1:]]
+        whole = (row for row in rows if len(row) == len(header) and row[0].isdecimal())
+        kept = [row for row in whole if int(row[0]) <= last and row[1] != "test"]
+        with written_whole(path) as file:
+            file.write("".join(",".join(row) + "\r\n" for row in [header, *kept]).encode())
+        return path.open("a", newline="", encoding="utf-8", buffering=1)
+
+    def _split(self, epoch: int, phase: str, result: SplitResult) -> None:
+        accuracy = f"{result.accuracy:.6f}"
+        self._metrics.writerow((epoch, phase, f"{result.loss:.6f}", accuracy, f"{result.throughput:.1f}"))
+
+    def step(self, row: StepRow) -> None:
+        self._steps.writerow(f"{value:.7g}" if isinstance(value, float) else value for value in astuple(row))
+
+    def epoch(self, row: EpochRow) -> None:
+        self._split(row.epoch, "train", row.train)
+        if row.val is not None:
+            self._split(row.epoch, "val", row.val)
+
+    def test(self, epoch: int, result: SplitResult) -> None:
+        self._split(epoch, "test", result)
+
+    def close(self) -> None:
+        self._metrics_file.close()
+        self._steps_file.close()

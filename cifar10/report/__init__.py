@@ -1,0 +1,1 @@
+"""Runs as numbers, plots and pages."""
