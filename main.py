@@ -33,8 +33,9 @@ from types import FrameType
 
 import psutil
 
-from cifar10 import UsageError, sweep
+from cifar10 import UsageError
 from cifar10.distributed import device
+from cifar10.launch import seeds as sweep
 from cifar10.plan import Plan, make_plan
 from cifar10.run import folder as run_folder
 

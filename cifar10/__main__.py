@@ -13,16 +13,16 @@ from typing import Any
 
 from cifar10 import UsageError
 
-COMMANDS = {  # command -> (the file in cifar10/ whose `run` it is, what it does)
-    "evaluate": ("evaluate", "what a trained model answers on a split: loss, accuracy by class, confusions, calibration"),
-    "predict": ("predict", "the label and the confidence for image files of any kind and size"),
-    "export": ("export", "safetensors, state dict, torch.export, ONNX and INT8 ONNX, each checked against the model"),
-    "report": ("reporting", "runs as pages: curves, confusions, calibration, mistakes; several side by side"),
-    "leaderboard": ("leaderboard", "all finished runs in some folders as a table in Markdown"),
-    "doctor": ("doctor", "whether this machine can train, and what to type where it cannot"),
-    "bench": ("bench", "images per second beside a plain PyTorch loop and a stock DeepSpeed one"),
-    "scaling": ("scaling", "what more ranks gain, and what the engine costs at each ZeRO stage and precision"),
-    "recipes": ("catalogue", "the recipes as a table in Markdown: network, parameters, and what was measured"),
+COMMANDS = {  # each is the `run` of a file in cifar10/commands
+    "evaluate": "what a trained model answers on a split: loss, accuracy by class, confusions, calibration",
+    "predict": "the label and the confidence for image files of any kind and size",
+    "export": "safetensors, state dict, torch.export, ONNX and INT8 ONNX, each checked against the model",
+    "report": "runs as pages: curves, confusions, calibration, mistakes; several side by side",
+    "leaderboard": "all finished runs in some folders as a table in Markdown",
+    "doctor": "whether this machine can train, and what to type where it cannot",
+    "bench": "images per second beside a plain PyTorch loop and a stock DeepSpeed one",
+    "scaling": "what more ranks gain, and what the engine costs at each ZeRO stage and precision",
+    "recipes": "the recipes as a table in Markdown: network, parameters, and what was measured",
 }
 PROGRAM = "python -m cifar10"
 
@@ -40,7 +40,7 @@ def _called(run: Callable[..., Any], argv: list[str], command: str) -> int:
 
 def _listed() -> str:
     width = max(map(len, COMMANDS))
-    lines = (f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items())
+    lines = (f"  {name:{width}}  {what}" for name, what in COMMANDS.items())
     return f"usage: {PROGRAM} COMMAND ...\n\n" + "\n".join(lines) + f"\n\n{PROGRAM} COMMAND --help says more."
 
 
@@ -52,8 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         if command not in COMMANDS:
-            raise UsageError(f"{command} is no command; there are: {', '.join(COMMANDS)}")
-        return _called(importlib.import_module(f"cifar10.{COMMANDS[command][0]}").run, rest, command)
+            raise UsageError(f"unknown command {command}; there are: {', '.join(COMMANDS)}")
+        return _called(importlib.import_module(f"cifar10.commands.{command}").run, rest, command)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

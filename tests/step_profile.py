@@ -18,7 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from cifar10.bench import OurLoop
+from cifar10.commands.bench import OurLoop
 from cifar10.distributed import world
 from cifar10.plan import make_plan
 

@@ -1,4 +1,4 @@
-"""cifar10/data/augment.py and draws.py: the same pixels as torchvision's transforms, and draws that behave like random ones."""
+"""and draws.py: the same pixels as torchvision's transforms, and draws that behave like random ones."""
 
 from __future__ import annotations
 

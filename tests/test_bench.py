@@ -15,7 +15,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from cifar10 import UsageError, bench, bench_levels, scaling
+from cifar10 import UsageError
+from cifar10.commands import bench, bench_levels, scaling
 from cifar10.distributed import device, world
 from tests.helpers import one_rank
 
@@ -179,6 +180,6 @@ def test_what_cannot_be_scaled_is_refused(impossible: dict[str, Any]) -> None:
 
 
 def test_importing_it_starts_nothing() -> None:
-    look = "import sys, cifar10.bench; print('deepspeed' in sys.modules, 'torchvision' in sys.modules)"
+    look = "import sys, cifar10.commands.bench; print('deepspeed' in sys.modules, 'torchvision' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == ["False", "False"], done.stderr

@@ -1,4 +1,4 @@
-"""cifar10/run/checkpoint.py and the engine's save and load: a resumed run is the uninterrupted one, to the last bit.
+"""and the engine's save and load: a resumed run is the uninterrupted one, to the last bit.
 
 The runs are the program's own, on a small synthetic data set: 500 training images, so 15 steps of 32 an epoch.
 """

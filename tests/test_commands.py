@@ -20,14 +20,14 @@ def test_without_a_command_all_are_listed(capsys):
 
 
 def test_every_command_is_there():
-    for file, _ in COMMANDS.values():
-        tree = ast.parse((PROJECT / "cifar10" / f"{file}.py").read_text())
+    for name in COMMANDS:
+        tree = ast.parse((PROJECT / "cifar10" / "commands" / f"{name}.py").read_text())
         assert "run" in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
 def test_an_unknown_command_is_refused(capsys):
     assert main(["evalute"]) == 2
-    assert capsys.readouterr().err.startswith("error: evalute is no command; there are: ")
+    assert capsys.readouterr().err.startswith("error: unknown command evalute")
 
 
 LOOK = """

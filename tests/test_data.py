@@ -1,4 +1,4 @@
-"""cifar10/data/cifar.py: verification, repair and download against a real local server; splits; synthetic images."""
+"""verification, repair and download against a real local server; splits; synthetic images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""cifar10/data/registry.py and mnist.py: every data set is what it says, and what cannot be had is refused in one line."""
+"""and mnist.py: every data set is what it says, and what cannot be had is refused in one line."""
 
 from __future__ import annotations
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 import main as launcher
-from cifar10 import doctor
+from cifar10.commands import doctor
+from cifar10.commands.doctor import ADVICE, CHECKS, FAIL, OK, WARN, Finding, Patient
 from cifar10.config.recipe import Options, Recipe
 from cifar10.data import cifar
-from cifar10.doctor import ADVICE, CHECKS, FAIL, OK, WARN, Finding, Patient
 from tests.launching import PROJECT, environment, free_port
 
 Disk = namedtuple("Disk", "total used free")

@@ -1,4 +1,4 @@
-"""cifar10/engine/engine.py against plain PyTorch on one rank, and against one rank on two; what it costs, and what it skips."""
+"""against plain PyTorch on one rank, and against one rank on two; what it costs, and what it skips."""
 
 from __future__ import annotations
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cifar10 import evaluate
+from cifar10.commands import evaluate
+from cifar10.commands.evaluate import predictions_file
 from cifar10.data import synthetic
-from cifar10.evaluate import predictions_file
 from cifar10.report.stats import calibration, confusion
 from cifar10.run.evaluation import Augmented
 from cifar10.run.predictions import TEST_FILE, Predictions, read

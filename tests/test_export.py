@@ -14,12 +14,12 @@ import onnx
 import pytest
 import torch
 
-from cifar10 import export
+from cifar10.commands import export
+from cifar10.commands.export import FILES, FORMATS
 from cifar10.data import registry, synthetic
 from cifar10.data.augment import centre
 from cifar10.data.dataset import stratified_split
 from cifar10.data.loader import EvaluationLoader
-from cifar10.export import FILES, FORMATS
 from cifar10.models.registry import build_model, model_names, source_file
 from cifar10.run.predictions import TEST_FILE
 from cifar10.run.trained import load

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cifar10 import UsageError, leaderboard
+from cifar10 import UsageError
 from cifar10.__main__ import main
+from cifar10.commands import leaderboard
 from tests.test_report import make_run
 
 

@@ -1,4 +1,4 @@
-"""cifar10/engine/loss_scale.py: when the scale halves, when it doubles, and what an fp16 section asks for."""
+"""when the scale halves, when it doubles, and what an fp16 section asks for."""
 
 from __future__ import annotations
 

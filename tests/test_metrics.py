@@ -1,4 +1,4 @@
-"""cifar10/metrics/sink.py: the CSV files and what the console shows, with a terminal and without."""
+"""the CSV files and what the console shows, with a terminal and without."""
 
 from __future__ import annotations
 

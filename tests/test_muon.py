@@ -1,4 +1,4 @@
-"""cifar10/engine/muon.py: updates that are nearly orthogonal, groups that fit the model, and SGD that is PyTorch's."""
+"""updates that are nearly orthogonal, groups that fit the model, and SGD that is PyTorch's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""cifar10/run/patience.py: what counts as an improvement, when a plateau is told of, and when a run is over."""
+"""what counts as an improvement, when a plateau is told of, and when a run is over."""
 
 from __future__ import annotations
 

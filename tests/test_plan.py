@@ -1,4 +1,4 @@
-"""cifar10/plan.py and device.py: which precision is taken, and what else is settled before anything starts."""
+"""and device.py: which precision is taken, and what else is settled before anything starts."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cifar10.commands.predict import files_in, probabilities, read_image, shown
 from cifar10.data import registry, synthetic
-from cifar10.predict import files_in, probabilities, read_image, shown
 from cifar10.run.predictions import TEST_FILE, read
 from cifar10.run.trained import alone, load
 from tests.launching import PROJECT, environment

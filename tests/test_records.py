@@ -7,9 +7,10 @@ from statistics import mean, median, stdev
 
 import pytest
 
-from cifar10 import catalogue, leaderboard
+from cifar10.commands import leaderboard
+from cifar10.commands import recipes as catalogue
+from cifar10.commands.export import times_as_fast
 from cifar10.data.registry import DATASETS
-from cifar10.export import times_as_fast
 
 PROJECT = Path(__file__).resolve().parent.parent
 README = (PROJECT / "README.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""cifar10/run/folder.py: which folder a run has, whether a command may use it, and what stands in it."""
+"""which folder a run has, whether a command may use it, and what stands in it."""
 
 from __future__ import annotations
 

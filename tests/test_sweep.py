@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import main
-from cifar10 import sweep
+from cifar10.launch import seeds as sweep
 from cifar10.run.record import open_record
 from main import Launch, Machines, split_flags, started_by
 from tests.launching import SHORT, run, summary

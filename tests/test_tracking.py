@@ -231,9 +231,9 @@ DIES = """
 import os, sys
 from pathlib import Path
 from cifar10.metrics.sink import StepRow, Steps
-from cifar10 import to_wandb
+from cifar10.metrics import wandb_sink
 from cifar10.metrics.wandb_sink import open_wandb
-to_wandb.IDLE = "5s"
+wandb_sink.IDLE = "5s"
 sink = open_wandb(Path(sys.argv[1]), Steps(1000, 1000), "offline", None, None, {})
 for step in map(int, sys.argv[3:]):
     sink.step(StepRow(step, 1, 0.5, 0.5, 1.0, 0.1, 0))
@@ -335,10 +335,10 @@ def test_the_flags_are_options_that_change_no_settings() -> None:
 OPENS = """
 import sys
 from pathlib import Path
-from cifar10 import preflight
+from cifar10.plan import make_plan
 from cifar10.metrics.open import open_sinks
 from cifar10.run.state import RunState
-plan = preflight.check(sys.argv[2:], 1, "x")
+plan = make_plan(sys.argv[2:], 1, "x")
 metrics = open_sinks(plan, Path(sys.argv[1]), RunState(), 10, 10)
 metrics.event("opened")
 metrics.close()

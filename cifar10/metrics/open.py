@@ -9,11 +9,11 @@ from typing import Any
 
 from cifar10.metrics.console import ConsoleSink
 from cifar10.metrics.csv_sink import CsvSink
+from cifar10.metrics.report_sink import ReportSink
 from cifar10.metrics.sink import Metrics, Sink, Steps
 from cifar10.metrics.tensorboard_sink import TensorBoardSink
 from cifar10.metrics.wandb_sink import choose_mode, open_wandb
 from cifar10.plan import Plan
-from cifar10.report.html import ReportSink
 from cifar10.run.state import RunState
 
 

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 from cifar10 import UsageError
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 CGROUP, SHM = Path("/sys/fs/cgroup"), Path("/dev/shm")
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 PROBE_SECONDS, CONNECT_SECONDS = 60.0, 3.0

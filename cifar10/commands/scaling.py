@@ -24,9 +24,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from cifar10 import UsageError, bench_levels
-from cifar10.bench import measuring
-from cifar10.bench_levels import PLAIN
+from cifar10 import UsageError
+from cifar10.commands import bench_levels
+from cifar10.commands.bench import measuring
+from cifar10.commands.bench_levels import PLAIN
 from cifar10.config import ds_config
 from cifar10.config.recipe import PROJECT
 from cifar10.distributed import device, world

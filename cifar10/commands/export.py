@@ -38,10 +38,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from cifar10 import UsageError
+from cifar10.commands.evaluate import answers, split_images
 from cifar10.data.dataset import Images
 from cifar10.data.loader import EvaluationLoader, at_once
 from cifar10.distributed.world import World
-from cifar10.evaluate import answers, split_images
 from cifar10.models.registry import build_model, source_file
 from cifar10.run import folder as run_folder
 from cifar10.run import trained

@@ -35,7 +35,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from cifar10 import UsageError, bench_levels
+from cifar10 import UsageError
+from cifar10.commands import bench_levels
 from cifar10.config import ds_config
 from cifar10.data.loader import MicroBatch
 from cifar10.distributed import world
