@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-import cifar10_deepspeed as story
+import cifar10_deepspeed as script
 from cifar10.engine.engine import prepare, weights_sha256
 from cifar10.run import checkpoint
 from cifar10.run.checkpoint import PAUSES
@@ -98,7 +98,7 @@ class Start:
             if moment != RANDOM:
                 os.environ.update(CIFAR10_TEST_PAUSE=moment, CIFAR10_TEST_PAUSED=str(self.paused))
             sys.argv[1:] = [*FLAGS, "--output-dir", str(folder)]
-            code = story.main()
+            code = script.main()
         except BaseException as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         finally:

@@ -79,7 +79,7 @@ SGD = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}
 
 
 def make_engine(here: World, model: nn.Module, *, global_images: int = 32, accumulation: int = 1, **config: Any) -> Engine:
-    """An engine as the story makes it, from DeepSpeed's JSON with these keys."""
+    """An engine as the script makes it, from DeepSpeed's JSON with these keys."""
     sizes = {"train_batch_size": global_images, "gradient_accumulation_steps": accumulation}
     resolved, _, _ = ds_config.resolve({"optimizer": SGD, "gradient_clipping": 1.0, **sizes, **config}, here.size)
     model = model.to(here.device)
@@ -90,7 +90,7 @@ def make_engine(here: World, model: nn.Module, *, global_images: int = 32, accum
 
 
 def make_loader(here: World, *, global_images: int = 32, accumulation: int = 1, num_images: int = 800) -> TrainLoader:
-    """This rank's share of a few synthetic training images, augmented as in the story."""
+    """This rank's share of a few synthetic training images, augmented as in the script."""
     images = synthetic.synthetic("train", num_images, seed=0)
     return TrainLoader(
         store=augment.pack(torch.from_numpy(images.pixels).to(here.device), padding=4),

@@ -34,10 +34,10 @@ PYTHON = ["import torch"]  # blocks of Python by their first line, carried out
 PRINTED = {  # blocks that show what a program prints, by their first line, and the file that holds all of it
     "recipe bn_cnn: bn_cnn, 268,746 parameters; run folder runs/bn_2": "records/2026-11-21_bn_cnn_cpu/seed_2/console.log",
 }
-TWO_HOSTS, SLURM = "tests/test_two_hosts.py", "tests/test_slurm.py"
+TWO_HOSTS, SLURM = "tests/launch/test_two_hosts.py", "tests/launch/test_slurm.py"
 COVERED = {  # a line of shell, or the first line of another block -> the test that runs what it says
     "pip install uv && uv run python main.py # trains the default recipe on what this machine has": (
-        "tests/test_launchers.py",
+        "tests/launch/test_launchers.py",
         "def test_a_launcher_runs_to_a_finished_summary(",
     ),
     "uv run pytest -n 2 --dist loadfile # the tests, two files at a time": (".ci/run", "uv run pytest -n 2 --dist loadfile"),
@@ -63,10 +63,10 @@ COVERED = {  # a line of shell, or the first line of another block -> the test t
     ),
     "sbatch --nodes=2 --gres=gpu:4 run_deepspeed.sh sbatch's own flags come first": (SLURM, "def test_sbatch_on_two_nodes("),
     "uv run python main.py --seeds 3 --output-dir runs/three # seeds 0, 1, 2, one after another": (
-        "tests/test_sweep.py",
+        "tests/launch/test_seeds.py",
         "def test_real_runs_of_two_seeds(",
     ),
-    "runs/bn_cnn-20261121-101500/": ("tests/test_launchers.py", "def test_the_run_folder_says_what_was_run("),
+    "runs/bn_cnn-20261121-101500/": ("tests/launch/test_launchers.py", "def test_the_run_folder_says_what_was_run("),
 }
 
 

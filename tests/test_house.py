@@ -1,4 +1,4 @@
-"""How the house is built, read from its own source: who imports whom, what importing does, and how long the story is."""
+"""How the house is built, read from its own source: who imports whom, what importing does, and how long the script is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from tests.launching import PROJECT, environment
 
 PACKAGE = PROJECT / "cifar10"
-STORY = PROJECT / "cifar10_deepspeed.py"
+SCRIPT = PROJECT / "cifar10_deepspeed.py"
 
 # From the bottom up: a package imports only what stands in an earlier line. `UsageError` is everyone's.
 FLOORS = (
@@ -126,7 +126,7 @@ def test_importing_the_story_does_nothing(tmp_path):
 
 
 def test_the_story_can_be_read_in_one_sitting():
-    assert len(read(STORY).splitlines()) <= 470
+    assert len(read(SCRIPT).splitlines()) <= 470
 
 
 def compares_recipes_by_name(source: str) -> list[str]:

@@ -4,7 +4,7 @@ Cutout and changes of brightness and contrast come after it, if a recipe asks fo
 
 Images stay on the device as uint8. A pixel's three bytes and a spare one make one int32, so that one `index_select` moves
 a pixel at a time: half the time of gathering three bytes. Equal, bit for bit, to RandomCrop(32, padding=4),
-RandomHorizontalFlip, ToTensor, Normalize of torchvision for the same draws (tests/test_augment.py goes through every cell).
+RandomHorizontalFlip, ToTensor, Normalize of torchvision for the same draws (tests/data/test_augment.py tries every cell).
 For bf16 on a CPU they are normalised once, a pixel's three numbers and a spare one in an int64: a batch takes a quarter of the
 time, and 50,000 images 580 MB in place of 290.
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's engine with its quirks settled: the only file, beside the story's own `deepspeed.initialize`, that knows them.
+"""DeepSpeed's engine with its quirks settled: the only file, beside the script's own `deepspeed.initialize`, that knows them.
 
 Everything goes through DeepSpeed's forward, backward and step. What this file adds, and why:
 

@@ -1,6 +1,6 @@
 """How a step is carried out, `--engine-level`: what each level can do, and what it cannot, before any rank starts.
 
-    eager      as the story has it, one operation after another: the reference that the others are tested against
+    eager      as the script has it, one operation after another: the reference that the others are tested against
     compile    DeepSpeed's engine.compile(): forward and backward as kernels that PyTorch's Inductor makes
     graph      forward and backward as two CUDA graphs; averaging over ranks and the update stay eager
     captured   the whole step as one CUDA graph: nothing of DeepSpeed's Python, or ours, is left in it

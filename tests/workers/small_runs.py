@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-import cifar10_deepspeed as story
+import cifar10_deepspeed as script
 from cifar10.data.registry import DATASETS
 from cifar10.engine.engine import prepare
 from cifar10.run import stop
@@ -40,9 +40,9 @@ def shrink_the_data_sets() -> None:
 
 
 def stop_after(steps: int) -> None:
-    """Let the story's training step send the signal when it has been taken so often; several ranks agree on it at once."""
+    """Let the script's training step send the signal when it has been taken so often; several ranks agree on it at once."""
     stop.TIMED_STEPS, stop.SECONDS_BETWEEN_AGREEMENTS = 2, 0.0
-    train_step, taken = story.train_step, 0
+    train_step, taken = script.train_step, 0
 
     def counted(*args: Any) -> None:
         nonlocal taken
@@ -51,19 +51,19 @@ def stop_after(steps: int) -> None:
         if taken == steps:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    story.train_step = counted
+    script.train_step = counted
 
 
 def write_the_end_late() -> None:
     """Let rank 0 take its time to write how the run has ended, as a slow disk would."""
-    summarise = story.summarise
+    summarise = script.summarise
 
     def late(run: Any, state: Any, status: str, **results: Any) -> dict[str, Any]:
         if run.here.is_main and status in ENDS:
             time.sleep(1)
         return summarise(run, state, status, **results)
 
-    story.summarise = late
+    script.summarise = late
 
 
 def free_port() -> int:
@@ -84,7 +84,7 @@ def run_rank(start: dict[str, Any], rank: int, port: int) -> int:
     if "stderr" in start:
         os.dup2(os.open(start["stderr"], os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
     sys.argv[1:] = start["flags"]
-    code = story.main()
+    code = script.main()
     if "code" in start:
         return int(code != start["code"])
     status = json.loads((run_folder_of(start) / "summary.json").read_text())["status"]

@@ -37,9 +37,9 @@ def be_the_program(asked: dict[str, Any], out: Path, err: Path) -> int:
     if "cifar10" in asked:
         cifar.FILES = {name: tuple(facts) for name, facts in asked["cifar10"]["files"].items()}
         cifar.ARCHIVE_MD5 = asked["cifar10"]["archive_md5"]
-    sys.argv = [str(Path(small_runs.story.__file__)), *asked["flags"]]
+    sys.argv = [str(Path(small_runs.script.__file__)), *asked["flags"]]
     try:
-        return small_runs.story.main()
+        return small_runs.script.main()
     except BaseException:
         traceback.print_exc()
         return 1

@@ -1,4 +1,4 @@
-"""cifar10/models and the story's networks: sizes, shapes, initial weights, and the documents' own names for them."""
+"""cifar10/models and the script's networks: sizes, shapes, initial weights, and the documents' own names for them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import cifar10_deepspeed as story
+import cifar10_deepspeed as script
 from cifar10.data import synthetic
 from cifar10.models.registry import build_model
 from tests.launching import PROJECT, environment
@@ -120,7 +120,7 @@ print(Net.__module__, CNNModelEnhanced.__module__, CIFAR10CNNEnhanced.__module__
 
 def test_a_name_that_the_script_does_not_have_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'NetEnhanced'"):
-        _ = story.NetEnhanced
+        _ = script.NetEnhanced
 
 
 def test_speednet_whitens_patches_of_the_images_it_starts_from():

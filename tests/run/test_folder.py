@@ -17,7 +17,7 @@ from cifar10.config.recipe import as_json, load, parse
 from cifar10.plan import Plan, make_plan
 from cifar10.run import folder as run_folder
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 BASE = ["--dataset", "synthetic"]
 
 

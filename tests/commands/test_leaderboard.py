@@ -11,7 +11,7 @@ import pytest
 from cifar10 import UsageError
 from cifar10.__main__ import main
 from cifar10.commands import leaderboard
-from tests.test_report import make_run
+from tests.report.test_report import make_run
 
 
 def rows(folder: Path) -> list[list[str]]:

@@ -26,7 +26,7 @@ from cifar10 import UsageError
 from cifar10.data import cifar, download, synthetic
 from cifar10.data.dataset import stratified_split
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 IMAGES_PER_FILE = 4
 PATIENCE_SECONDS = 60  # only so that a broken test ends; nothing is timed
 

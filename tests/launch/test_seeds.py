@@ -17,7 +17,7 @@ from cifar10.launch import seeds as sweep
 from cifar10.run.record import open_record
 from main import Launch, Machines, split_flags, started_by
 from tests.launching import SHORT, run, summary
-from tests.test_report import make_run
+from tests.report.test_report import make_run
 
 FLAGS = ["--dataset", "synthetic", "--threads", "1"]
 

@@ -113,7 +113,7 @@ def small_net(dropout: float = 0.0) -> nn.Module:
 
 
 def train(engine: Engine, steps: range, smoothing: float = 0.1) -> list[Any]:
-    """Steps as the story has them, one in ten on images that are not numbers; what the tape says of them."""
+    """Steps as the script has them, one in ten on images that are not numbers; what the tape says of them."""
     tape = Tape(len(steps), one_rank().device)
     for step in steps:
         images, labels = batch(8, seed=step)

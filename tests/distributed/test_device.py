@@ -1,4 +1,4 @@
-"""what the C library is told about memory. (What a machine computes in: tests/test_preflight.py.)"""
+"""what the C library is told about memory. (What a machine computes in: tests/test_plan.py.)"""
 
 from __future__ import annotations
 

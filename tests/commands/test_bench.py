@@ -20,7 +20,7 @@ from cifar10.commands import bench, bench_levels, scaling
 from cifar10.distributed import device, world
 from tests.helpers import one_rank
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LOOPS = ["plain PyTorch", "stock DeepSpeed", "this program", "bn_cnn_fast"]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-import cifar10_deepspeed as story
+import cifar10_deepspeed as script
 from cifar10 import UsageError
 from cifar10.config.recipe import recipe_names
 from cifar10.metrics import text
@@ -192,15 +192,15 @@ def test_weights_that_are_not_finite_are_refused_by_name() -> None:
 
 def test_first_sizes_that_the_network_does_not_take_are_refused() -> None:
     with pytest.raises(UsageError, match=r"--model bn_cnn does not take colour images of 24x24 pixels"):
-        story.initial_model(plan("--first-sizes", "24", "--first-epochs", "1"))
+        script.initial_model(plan("--first-sizes", "24", "--first-epochs", "1"))
 
 
 def test_a_run_is_refused_whose_weights_are_not_finite(monkeypatch) -> None:
-    class Broken(story.CIFAR10CNNEnhanced):
+    class Broken(script.CIFAR10CNNEnhanced):
         def _initialise(self) -> None:
             super()._initialise()
             self.conv2.bias.data.fill_(float("inf"))
 
-    monkeypatch.setattr(story, "CIFAR10CNNEnhanced", Broken)
+    monkeypatch.setattr(script, "CIFAR10CNNEnhanced", Broken)
     with pytest.raises(UsageError, match=r"conv2\.bias"):
-        story.initial_model(plan())
+        script.initial_model(plan())

@@ -28,7 +28,7 @@ from cifar10.config.ds_config import (
     with_precision,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WORLD_SIZES = (1, 2, 3, 4, 8)
 
 

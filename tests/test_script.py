@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import cifar10_deepspeed as story
+import cifar10_deepspeed as script
 from cifar10.config.recipe import Recipe, load
 from cifar10.data.loader import EvaluationLoader
 from cifar10.data.registry import DATASETS
@@ -256,7 +256,7 @@ def test_evaluation_equals_a_plain_computation_at_any_world_size(size):
         loader, images, labels = evaluation_loader(rank, size)
         model.train()
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        results.append(story.evaluate(model, loader, SimpleNamespace(device=CPU, total=alone)))
+        results.append(script.evaluate(model, loader, SimpleNamespace(device=CPU, total=alone)))
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with torch.no_grad():
         logits = model.eval()(images)
@@ -270,7 +270,7 @@ def test_evaluation_does_not_depend_on_how_the_split_is_cut():
     model, results = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), []
     for batch_images in (1, 10, 36, 37, 1_000):
         loader, _, _ = evaluation_loader(0, 1, batch_images=batch_images)
-        results.append(story.evaluate(model, loader, SimpleNamespace(device=CPU, total=alone)))
+        results.append(script.evaluate(model, loader, SimpleNamespace(device=CPU, total=alone)))
     assert {r.accuracy for r in results} == {results[0].accuracy}
     assert [r.loss for r in results] == pytest.approx([results[0].loss] * 5, rel=1e-6)
 
@@ -374,6 +374,6 @@ def test_what_was_not_measured_is_not_claimed():
 
 
 def test_the_numbers_in_the_docstrings_are_what_the_code_gives():
-    results = doctest.testmod(story)
+    results = doctest.testmod(script)
     assert results.attempted > 0
     assert results.failed == 0

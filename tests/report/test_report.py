@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-import cifar10_deepspeed as story
+import cifar10_deepspeed as script
 from cifar10 import UsageError
 from cifar10.__main__ import main
 from cifar10.config.recipe import as_json, load, parse
@@ -128,7 +128,7 @@ def test_the_augmented_images_are_those_that_the_story_trains_on(flags, ranks, s
     plan = make_plan([*flags.split(), "--val-images=50", "--global-batch-size=32", "--seed=4"], ranks, "test")
     seen = []
     for rank in range(ranks):
-        train, _ = story.get_cifar10_dataloaders(plan, World(rank, rank, ranks, ranks, torch.device("cpu"), "test"))
+        train, _ = script.get_cifar10_dataloaders(plan, World(rank, rank, ranks, ranks, torch.device("cpu"), "test"))
         seen += next(train.epoch(0))
     images, labels = torch.cat([images for images, _ in seen])[:24], torch.cat([labels for _, labels in seen])[:24]
     pixels, its_labels = samples.first_augmented(plan.recipe, plan.images("train"))

@@ -34,7 +34,7 @@ from cifar10.metrics.wandb_sink import choose_mode, has_login, open_wandb
 from cifar10.run.evaluation import SplitResult
 from tests.helpers import WORKERS
 from tests.launching import DEADLINE_SECONDS, PROJECT, environment, has_trained, run, summary, wait_until
-from tests.test_metrics import rows
+from tests.metrics.test_sinks import rows
 
 SMALL = "--dataset synthetic --val-images 100 --test-images 200 --global-batch-size 32 --log-every-steps 4 --threads 1".split()
 STEPS = [4, 8, 12, 15, 19, 23, 27, 30]  # of the rows: every fourth of an epoch of 15 steps, and its last
