@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar10 import UsageError
-from cifar10.config.recipe import Recipe, as_json, without_launcher_flags
+from cifar10.config.cli import without_launcher_flags
+from cifar10.config.recipe import Recipe, as_json
 from cifar10.data.dataset import stratified_split
 from cifar10.data.loader import EvaluationLoader, MicroBatch, TrainLoader
 from cifar10.distributed import launchers, world

@@ -1,4 +1,6 @@
-"""The parts that `cifar10_deepspeed.py` is built from; each module knows one thing. Importing the package imports none."""
+"""The packages that `cifar10_deepspeed.py` is built from. Importing this one imports none of them."""
+
+import difflib
 
 
 class UsageError(Exception):
@@ -10,3 +12,9 @@ class UsageError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__("".join(char if char.isprintable() else " " for char in message))
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """`; did you mean X?` for a misspelt word, or the list of what there is."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(sorted(known))}"

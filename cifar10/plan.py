@@ -12,14 +12,15 @@ from typing import Any
 
 from cifar10 import UsageError
 from cifar10.config import ds_config
-from cifar10.config.recipe import RECIPE_DEFAULTS, Options, Precisions, Recipe, nearest, parse
+from cifar10.config.cli import Options, parse
+from cifar10.config.recipe import RECIPE_DEFAULTS, Precisions, Recipe
 from cifar10.data import registry
 from cifar10.data.dataset import DataSet, Images, Split
 from cifar10.data.registry import DATASETS, image_shape
 from cifar10.distributed import device
 from cifar10.engine import levels
 from cifar10.models import weights
-from cifar10.models.registry import model_names
+from cifar10.models.registry import refuse_unknown_model
 from cifar10.run import folder as run_folder
 
 
@@ -127,8 +128,7 @@ def make_plan(argv: list[str], world_size: int, program: str, description: str |
     Raises UsageError (one line). `--help` prints and exits with 0.
     """
     recipe, options = parse(argv, program, description)
-    if recipe.model not in model_names():
-        raise UsageError(f"--model {recipe.model} is unknown{nearest(recipe.model, model_names())}")
+    refuse_unknown_model(recipe.model)
     config, batch, notes = _settle(recipe, options, world_size)
     log_every = options.log_every_steps or config.get("steps_per_print") or 100
     level = levels.settle(options.engine_level, config, world_size, sync_bn=recipe.sync_bn)

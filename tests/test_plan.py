@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from cifar10 import UsageError
-from cifar10.config import recipe
-from cifar10.config.recipe import Experiment, Recipe, without_launcher_flags
+from cifar10.config import cli
+from cifar10.config.cli import without_launcher_flags
+from cifar10.config.recipe import Experiment, Recipe
 from cifar10.distributed import device
 from cifar10.models.registry import build_model
 from cifar10.plan import Plan, choose_precision, make_plan
@@ -146,7 +147,7 @@ def test_the_command_line_beats_the_json(native, json_file, argv, due, world_siz
 def test_a_recipes_preference_goes_with_its_own_json(native, json_file, tmp_path, argv, due, said):
     (tmp_path / "fp32.json").write_text(json.dumps({"train_batch_size": 32, "optimizer": SGD}))
     small = Recipe(epochs=1, warmup_epochs=0, val_images=0)
-    native.setattr(recipe, "load", lambda name: Experiment(small, precision=("fp16", "bf16", "fp32")))
+    native.setattr(cli, "load", lambda name: Experiment(small, precision=("fp16", "bf16", "fp32")))
     made = plan(*argv.replace("JSON", str(json_file)).replace("FP32", str(tmp_path / "fp32.json")).split())
     assert precision_of(made) == due
     assert len(about_precision(made)) == said

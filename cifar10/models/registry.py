@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cifar10 import UsageError, nearest
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -34,15 +36,22 @@ def model_names() -> list[str]:
     return sorted(_files())
 
 
+def refuse_unknown_model(name: str) -> None:
+    """Raise UsageError, which names the nearest network, unless `name` is one."""
+    if name not in _files():
+        raise UsageError(f"--model {name} is unknown{nearest(name, model_names())}")
+
+
 def source_file(name: str) -> Path:
     """The file that defines the network called `name`."""
     return Path(__file__).with_name(f"{_files()[name]}.py")
 
 
 def build_model(name: str, seed: int, num_classes: int = 10) -> nn.Module:
-    """The network called `name` with a head for `num_classes`, its initial weights drawn from `seed`."""
+    """The network called `name` with a head for `num_classes`, its initial weights drawn from `seed`. Raises UsageError."""
     import torch
 
+    refuse_unknown_model(name)
     module = importlib.import_module(f"cifar10.models.{_files()[name]}")
     torch.manual_seed(seed)
     return getattr(module, name)(num_classes=num_classes)

@@ -27,7 +27,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cifar10 import UsageError
-from cifar10.config.recipe import Options
+from cifar10.config.cli import Options
 from cifar10.config.settings import differences, is_deep
 from cifar10.files import written_whole
 

@@ -18,7 +18,8 @@ import pytest
 import main as launcher
 from cifar10.commands import doctor
 from cifar10.commands.doctor import ADVICE, CHECKS, FAIL, OK, WARN, Finding, Patient
-from cifar10.config.recipe import Options, Recipe
+from cifar10.config.cli import Options
+from cifar10.config.recipe import Recipe
 from cifar10.data import cifar
 from tests.launching import PROJECT, environment, free_port
 

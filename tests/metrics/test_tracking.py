@@ -27,7 +27,7 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cifar10.config.recipe import Options, parse
+from cifar10.config.cli import Options, parse
 from cifar10.metrics.sink import EpochRow, StepRow, Steps
 from cifar10.metrics.tensorboard_sink import TensorBoardSink
 from cifar10.metrics.wandb_sink import choose_mode, has_login, open_wandb

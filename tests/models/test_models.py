@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cifar10_deepspeed as script
+from cifar10 import UsageError
 from cifar10.data import synthetic
 from cifar10.models.registry import build_model
+from cifar10.plan import make_plan
 from tests.launching import PROJECT, environment
 
 SHAPES = {"mnist_cnn": (1, 28, 28)}  # of the images that a network takes, where they are not CIFAR-10's
@@ -145,3 +147,10 @@ def test_speednet_passes_signals_through_at_the_start():
 def test_speednet_answers_for_images_of_any_size():
     model = build_model("speednet_small", 0)
     assert all(model(torch.randn(2, 3, size, size)).shape == (2, 10) for size in (16, 24, 28, 32))
+
+
+@pytest.mark.parametrize(("name", "near"), [("smoth_cnn", "smooth_cnn"), ("bn_cnm", "bn_cnn"), ("zzz", "speednet_small")])
+def test_an_unknown_model_is_refused_with_the_nearest_or_all_names(name, near):
+    for refuse in (lambda: build_model(name, 0), lambda: make_plan(["--model", name], 1, "main.py")):
+        with pytest.raises(UsageError, match=f"^--model {name} is unknown; .*{near}"):
+            refuse()

@@ -21,7 +21,8 @@ from PIL import Image
 import cifar10_deepspeed as script
 from cifar10 import UsageError
 from cifar10.__main__ import main
-from cifar10.config.recipe import as_json, load, parse
+from cifar10.config.cli import parse
+from cifar10.config.recipe import as_json, load
 from cifar10.data import augment, synthetic
 from cifar10.data.registry import DATASETS
 from cifar10.distributed.world import World

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from cifar10 import UsageError
-from cifar10.config.recipe import as_json, load, parse
+from cifar10.config.cli import parse
+from cifar10.config.recipe import as_json, load
 from cifar10.plan import Plan, make_plan
 from cifar10.run import folder as run_folder
 
