@@ -12,9 +12,9 @@ from typing import Any
 
 from cifar10 import UsageError
 from cifar10.config import ds_config
-from cifar10.config.cli import Options, parse
-from cifar10.config.recipe import RECIPE_DEFAULTS, Precisions, Recipe
-from cifar10.data import registry
+from cifar10.config.cli import Options, parse, take_old_flags
+from cifar10.config.recipe import RECIPE_DEFAULTS, Precisions, Recipe, load
+from cifar10.data import augment, registry
 from cifar10.data.dataset import DataSet, Images, Split
 from cifar10.data.registry import DATASETS, image_shape
 from cifar10.distributed import device
@@ -24,20 +24,14 @@ from cifar10.models.registry import refuse_unknown_model
 from cifar10.run import folder as run_folder
 
 
-def augments(recipe: Recipe) -> bool:
-    """Whether training with a recipe sees other images than evaluation would."""
-    (_, size, _), whole = image_shape(recipe), recipe.resize or DATASETS[recipe.dataset].size
-    is_cut = recipe.crop_padding > 0 or size < whole or any(first != whole for first in recipe.first_sizes)
-    return is_cut or recipe.flip or any((recipe.cutout, recipe.brightness, recipe.contrast))
-
-
 @dataclass(frozen=True)
 class Plan:
     """A command line, understood: what to train, how to carry it out, and DeepSpeed's JSON for this world size."""
 
     recipe: Recipe
     options: Options
-    ds_config: dict[str, Any]
+    given_config: dict[str, Any]  # DeepSpeed's JSON as the recipe, a file and the command line have it
+    ds_config: dict[str, Any]  # the same as DeepSpeed gets it: resolved for this world size
     batch: ds_config.Batch
     notes: list[str]  # what was changed in the JSON, and what to know of the data set, a line each
 
@@ -49,11 +43,6 @@ class Plan:
     def image_shape(self) -> tuple[int, int, int]:
         """What the network sees of an image: [C, S, S]."""
         return image_shape(self.recipe)
-
-    @property
-    def augments(self) -> bool:
-        """Whether training sees other images than evaluation would."""
-        return augments(self.recipe)
 
     @property
     def precision(self) -> str:
@@ -103,23 +92,36 @@ def choose_precision(wanted: Precisions) -> tuple[str | None, list[str]]:
     return taken, [f"precision: {taken} of {', '.join(wanted)} ({reason})"]
 
 
-def _settle(recipe: Recipe, options: Options, world_size: int) -> tuple[dict[str, Any], ds_config.Batch, list[str]]:
-    """DeepSpeed's JSON with what the command line and this machine make of it, its batch, and a line for each change."""
-    assert options.deepspeed_config is not None  # parse fills it in
-    config = ds_config.read(options.deepspeed_config)
+def _given_config(options: Options) -> dict[str, Any]:
+    """The DeepSpeed config that is asked for: the file's or the recipe's, with what the command line overrides."""
+    config = ds_config.read(options.deepspeed_config or load(options.recipe).deepspeed)
     sizes = {"global_batch_size": options.global_batch_size, "micro_batch_size": options.micro_batch_size}
-    config = ds_config.override(config, lr=options.lr, **sizes)
-    precision, notes = choose_precision(options.precision)
+    return ds_config.override(config, lr=options.lr, **sizes)
+
+
+def _resolve_config(
+    given: dict[str, Any], precisions: Precisions, world_size: int
+) -> tuple[dict[str, Any], ds_config.Batch, list[str]]:
+    """The config for this machine and world size, its batch, and a note for each change."""
+    precision, notes = choose_precision(precisions)
     if precision is not None:
-        config = ds_config.with_precision(config, precision)
-    config, batch, changes = ds_config.resolve(config, world_size)
+        given = ds_config.with_precision(given, precision)
+    config, batch, changes = ds_config.resolve(given, world_size)
     if precision_of(config) == "fp16" and not device.count_gpus():
         changes.append("fp16 on a CPU can take 400 times as long as fp32; --precision bf16 or --precision fp32 avoids that")
-    if recipe.lr_reference_batch:
-        changes.append(f"learning rate: the JSON's x global batch {batch.global_images} / {recipe.lr_reference_batch}")
-    if DATASETS[recipe.dataset].note:
-        changes.append(DATASETS[recipe.dataset].note)
     return config, batch, [*notes, *changes]
+
+
+def _resolve_augment(recipe: Recipe, old: dict[str, Any], dataset: DataSet) -> tuple[Recipe, list[str]]:
+    """The recipe with its augmentation checked and in one spelling; a note if flags of 0.1 were used."""
+    operations, whole = augment.parse(recipe.augment), recipe.resize or dataset.size
+    if old:
+        operations = augment.with_old_flags(operations, {"crops": 0 < recipe.image_size < whole, **old})
+    augment.check(operations, min((whole, *recipe.first_sizes)))
+    text = augment.as_text(operations)
+    flags = ", ".join("--" + name.replace("_", "-") for name in old)
+    notes = [f'{flags}: deprecated, to be removed after 0.2; use --augment "{text}"'] if old else []
+    return dataclasses.replace(recipe, augment=text), notes
 
 
 def make_plan(argv: list[str], world_size: int, program: str, description: str | None = None) -> Plan:
@@ -127,14 +129,23 @@ def make_plan(argv: list[str], world_size: int, program: str, description: str |
 
     Raises UsageError (one line). `--help` prints and exits with 0.
     """
+    argv, old_flags = take_old_flags(argv)
     recipe, options = parse(argv, program, description)
     refuse_unknown_model(recipe.model)
-    config, batch, notes = _settle(recipe, options, world_size)
+    dataset = DATASETS[recipe.dataset]
+    given = _given_config(options)
+    config, batch, notes = _resolve_config(given, options.precision, world_size)
+    recipe, augment_notes = _resolve_augment(recipe, old_flags, dataset)
     log_every = options.log_every_steps or config.get("steps_per_print") or 100
     level = levels.settle(options.engine_level, config, world_size, sync_bn=recipe.sync_bn)
-    plan = Plan(recipe, dataclasses.replace(options, log_every_steps=log_every, engine_level=level), config, batch, notes)
-    _check_sizes(recipe, options, batch, plan.dataset)
-    _check_images(recipe, plan.dataset)
+    options = dataclasses.replace(options, log_every_steps=log_every, engine_level=level)
+    _check_schedule(recipe, config)
+    _check_sizes(recipe, options, batch, dataset)
+    _check_images(recipe, dataset)
+    if recipe.lr_reference_batch:
+        notes.append(f"learning rate: the config's x global batch {batch.global_images} / {recipe.lr_reference_batch}")
+    notes += [*augment_notes, *([dataset.note] if dataset.note else [])]
+    plan = Plan(recipe, options, given, config, batch, notes)
     if recipe.sync_bn and not device.count_gpus():
         raise UsageError("--sync-bn needs GPUs: PyTorch shares statistics between ranks on GPUs only; leave it out")
     if options.resume not in ("auto", "never"):
@@ -144,10 +155,20 @@ def make_plan(argv: list[str], world_size: int, program: str, description: str |
         run_folder.refuse_if_never(options.output_dir, options.resume)
         run_folder.refuse_other_settings(options.output_dir, plan.settings, RECIPE_DEFAULTS)
         run_folder.refuse_damaged_summary(options.output_dir)
-    if plan.dataset.ensure:
-        plan.dataset.ensure(options.data_dir, need_test=options.test_images != 0)
+    if dataset.ensure:
+        dataset.ensure(options.data_dir, need_test=options.test_images != 0)
     weights.ensure(recipe.weights, recipe.model)
     return plan
+
+
+def _check_schedule(recipe: Recipe, config: dict[str, Any]) -> None:
+    """Refuse what a scheduler of the config would ignore in silence."""
+    for name, flag in (("lr_reference_batch", "--lr-reference-batch"), ("plateau_lr_factor", "--plateau-lr-factor")):
+        if config.get("scheduler") and getattr(recipe, name) != RECIPE_DEFAULTS[name]:
+            raise UsageError(
+                f"{flag} is not supported with a scheduler in the config ({config['scheduler'].get('type')}), which sets the"
+                f" learning rate itself; leave out {flag} or the scheduler"
+            )
 
 
 def _check_sizes(recipe: Recipe, options: Options, batch: ds_config.Batch, dataset: DataSet) -> None:
@@ -179,11 +200,6 @@ def _check_images(recipe: Recipe, dataset: DataSet) -> None:
             f" {kind}; type {_flag('mean', dataset.mean)} {_flag('std', dataset.std)}"
         )
     whole = recipe.resize or dataset.size
-    if recipe.padding_mode == "reflect" and recipe.crop_padding >= (smallest := min((whole, *recipe.first_sizes))):
-        raise UsageError(
-            f"--padding-mode reflect cannot add {recipe.crop_padding} pixels to images of {smallest}x{smallest};"
-            f" type --crop-padding {smallest - 1} or less"
-        )
     if recipe.image_size > whole:
         raise UsageError(
             f"--image-size {recipe.image_size} is larger than the images, {whole}x{whole} pixels; type --image-size {whole}"

@@ -1,1 +1,1 @@
-"""One file = one experiment: EXPERIMENT holds a frozen Recipe and the name of its DeepSpeed JSON."""
+"""One file is one experiment: its docstring is the claim, EXPERIMENT holds the recipe and its DeepSpeed config."""

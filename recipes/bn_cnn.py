@@ -7,9 +7,9 @@ minutes of training on two CPU cores, as these were shared. Batch, base learning
 label smoothing differ from the document's; what was tried is in records/LOG.md.
 """
 
-from cifar10.config.recipe import Experiment, Recipe
+from cifar10.config.recipe import PROJECT, Experiment, Recipe
 
 EXPERIMENT = Experiment(
-    Recipe(epochs=50, warmup_epochs=5, val_images=5_000, crop_padding=3, label_smoothing=0.1),
-    deepspeed_config="ds_config.json",
+    Recipe(epochs=50, warmup_epochs=5, val_images=5_000, augment="RandomCrop(3) RandomHorizontalFlip", label_smoothing=0.1),
+    deepspeed=PROJECT / "ds_config.json",  # in a file of its own, for users to edit
 )

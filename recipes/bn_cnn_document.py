@@ -10,5 +10,12 @@ from cifar10.config.recipe import Experiment, Recipe
 
 EXPERIMENT = Experiment(
     Recipe(epochs=50, warmup_epochs=5, val_images=0, lr_moves="per-epoch"),
-    deepspeed_config="recipes/bn_cnn_document.json",
+    deepspeed={
+        "train_batch_size": 32,
+        "train_micro_batch_size_per_gpu": 32,
+        "gradient_accumulation_steps": 1,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9}},
+        "gradient_clipping": 1.0,
+        "fp16": {"enabled": False},
+    },
 )

@@ -13,13 +13,24 @@ EXPERIMENT = Experiment(
     Recipe(
         model="lenet",
         epochs=2,
-        warmup_epochs=0,  # the JSON's scheduler moves the learning rate
+        warmup_epochs=0,  # the config's scheduler sets the learning rate
         val_images=0,
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
-        crop_padding=0,
-        flip=False,
+        augment="none",
         patience=0,
     ),
-    deepspeed_config="recipes/lenet.json",
+    deepspeed={
+        "train_batch_size": 4,
+        "steps_per_print": 2000,
+        "optimizer": {
+            "type": "Adam",
+            "params": {"lr": 0.001, "betas": [0.8, 0.999], "eps": 1e-8, "weight_decay": 3e-7},
+        },
+        "scheduler": {
+            "type": "WarmupLR",
+            "params": {"warmup_min_lr": 0, "warmup_max_lr": 0.001, "warmup_num_steps": 1000},
+        },
+        "wall_clock_breakdown": False,
+    },
 )

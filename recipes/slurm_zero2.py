@@ -11,7 +11,14 @@ best epoch to speak of.
 from cifar10.config.recipe import Experiment, Recipe
 
 EXPERIMENT = Experiment(
-    Recipe(model="bn_cnn_wide", epochs=100, warmup_epochs=5, val_images=5_000, crop_padding=4),
-    deepspeed_config="recipes/slurm_zero2.json",
+    Recipe(model="bn_cnn_wide", epochs=100, warmup_epochs=5, val_images=5_000),
+    deepspeed={
+        "train_batch_size": 128,
+        "train_micro_batch_size_per_gpu": 64,
+        "gradient_accumulation_steps": 1,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}},
+        "fp16": {"enabled": True},
+        "zero_optimization": {"stage": 2},
+    },
     precision=("fp16", "bf16", "fp32"),
 )

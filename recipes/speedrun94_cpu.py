@@ -8,27 +8,21 @@ the process began, of which 11.7 to 11.9 were training. Chosen on validation ima
 seven of the ten epochs see smaller images (records/LOG.md).
 """
 
-from cifar10.config.recipe import Experiment, Recipe
+from dataclasses import replace
+
+from cifar10.config.recipe import Experiment
+from recipes import speedrun94
 
 EXPERIMENT = Experiment(
-    Recipe(
-        model="speednet",
-        epochs=10,
-        warmup_epochs=0,
-        lr_shape="linear",
-        val_images=0,
-        first_sizes=(24, 28),
-        first_epochs=(3, 4),
-        crop_padding=2,
-        padding_mode="reflect",
-        brightness=0.14,
-        contrast=0.13,
-        alternate_flip=True,
-        label_smoothing=0.09,
-        std=(0.2470, 0.2435, 0.2616),
-        patience=0,
-        tta="mirror+translate",
-        tta_below=0.7,
-    ),
-    deepspeed_config="recipes/speedrun94_cpu.json",
+    replace(speedrun94.EXPERIMENT.recipe, epochs=10, first_epochs=(3, 4), tta_below=0.7),
+    deepspeed={
+        "train_batch_size": 1024,
+        "optimizer": {
+            "type": "MuonWithSGD",
+            "params": {"lr": 0.17, "momentum": 0.7, "bias_lr": 59, "head_lr": 555, "sgd_momentum": 0.85, "decay": 0.0011},
+        },
+        "gradient_clipping": 0,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 0},
+    },
 )

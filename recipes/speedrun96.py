@@ -6,24 +6,28 @@ After airbench96 (github.com/KellerJordan/cifar10-airbench), with Muon and small
 easy images. No GPU has run it yet, and a CPU would take hours, so the 96% is an aim.
 """
 
-from cifar10.config.recipe import Experiment, Recipe
+from dataclasses import replace
+
+from cifar10.config.recipe import Experiment
+from recipes import speedrun94
 
 EXPERIMENT = Experiment(
-    Recipe(
+    replace(
+        speedrun94.EXPERIMENT.recipe,
         model="speednet_large",
         epochs=36,
-        warmup_epochs=0,
-        lr_shape="linear",
-        val_images=0,
-        first_sizes=(24, 28),
         first_epochs=(12, 10),
-        crop_padding=4,
-        alternate_flip=True,
-        cutout=12,
+        augment="RandomCrop(4) AlternatingFlip Cutout(12)",
         label_smoothing=0.2,
-        std=(0.2470, 0.2435, 0.2616),
-        patience=0,
-        tta="mirror+translate",
     ),
-    deepspeed_config="recipes/speedrun96.json",
+    deepspeed={
+        "train_batch_size": 1000,
+        "optimizer": {
+            "type": "MuonWithSGD",
+            "params": {"lr": 0.24, "momentum": 0.6, "bias_lr": 53, "head_lr": 670, "sgd_momentum": 0.85, "decay": 0.002},
+        },
+        "gradient_clipping": 0,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 0},
+    },
 )

@@ -21,9 +21,14 @@ EXPERIMENT = Experiment(
         std=(0.229, 0.224, 0.225),
         resize=256,
         image_size=224,
-        crop_padding=0,
+        augment="RandomCrop(0) RandomHorizontalFlip",
         lr_reference_batch=256,
     ),
-    deepspeed_config="recipes/vgg19.json",
+    deepspeed={
+        "train_batch_size": 256,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}},
+        "fp16": {"enabled": True},
+        "gradient_clipping": 1.0,
+    },
     precision=("fp16", "bf16", "fp32"),
 )

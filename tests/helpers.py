@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cifar10.config import ds_config
-from cifar10.data import augment, synthetic
+from cifar10.data import augment, pixels, synthetic
 from cifar10.data.loader import TrainLoader
 from cifar10.distributed import world
 from cifar10.distributed.world import World
@@ -93,10 +93,10 @@ def make_loader(here: World, *, global_images: int = 32, accumulation: int = 1, 
     """This rank's share of a few synthetic training images, augmented as in the script."""
     images = synthetic.synthetic("train", num_images, seed=0)
     return TrainLoader(
-        store=augment.pack(torch.from_numpy(images.pixels).to(here.device), padding=4),
+        store=pixels.pack(torch.from_numpy(images.pixels).to(here.device), padding=4),
         labels=torch.from_numpy(images.labels).to(here.device),
-        normalise=augment.Normalise(MEAN, STD, here.device),
-        flip=True,
+        normalize=pixels.Normalize(MEAN, STD, here.device),
+        operations=augment.parse("RandomCrop(4) RandomHorizontalFlip"),
         seed=3,
         global_images=global_images,
         micro_images=global_images // here.size // accumulation,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cifar10.config import ds_config
-from cifar10.config.recipe import PROJECT, Recipe, load
+from cifar10.config.recipe import Recipe, load
 from cifar10.run import checkpoint
 from tests.helpers import WORKERS, launch, same_bits
 
@@ -20,7 +20,7 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 def numbers(name: str) -> tuple[Recipe, dict[str, Any]]:
     """A recipe, and its DeepSpeed JSON."""
     experiment = load(name)
-    return experiment.recipe, ds_config.read(PROJECT / experiment.deepspeed_config)
+    return experiment.recipe, ds_config.read(experiment.deepspeed)
 
 
 def has(recipe: Recipe, **fields: Any) -> bool:
@@ -30,7 +30,7 @@ def has(recipe: Recipe, **fields: Any) -> bool:
 def test_lenet():
     recipe, config = numbers("lenet")
     assert has(recipe, model="lenet", dataset="cifar10", epochs=2, val_images=0, patience=0, mean=(0.5,) * 3, std=(0.5,) * 3)
-    assert has(recipe, crop_padding=0, flip=False, resize=0, image_size=0, weights="none", label_smoothing=0)
+    assert has(recipe, augment="none", resize=0, image_size=0, weights="none", label_smoothing=0)
     params = {"lr": 0.001, "betas": [0.8, 0.999], "eps": 1e-8, "weight_decay": 3e-7}
     assert config["optimizer"]["type"] == "Adam"
     assert config["optimizer"]["params"].items() >= params.items()
@@ -43,14 +43,21 @@ def test_mnist():
     recipe, config = numbers("mnist_synthetic")
     assert has(recipe, model="mnist_cnn", dataset="synthetic_mnist", mean=(0.1307,), std=(0.3081,), val_images=1_000)
     assert has(recipe, epochs=50, warmup_epochs=5, lr_moves="per-epoch", patience=15, min_improvement=1e-5)
-    assert has(recipe, crop_padding=0, flip=False, weights="none")
+    assert has(recipe, augment="none", weights="none")
     assert (config["optimizer"]["type"], config["optimizer"]["params"]["lr"]) == ("Adam", 1e-3)
     assert [config[key] for key in ds_config.BATCH_KEYS] == [32, 32, 1]
 
 
 def test_slurm():
     recipe, config = numbers("slurm_zero2")
-    assert has(recipe, model="bn_cnn_wide", dataset="cifar10", epochs=100, val_images=5_000, crop_padding=4, flip=True)
+    assert has(
+        recipe,
+        model="bn_cnn_wide",
+        dataset="cifar10",
+        epochs=100,
+        val_images=5_000,
+        augment="RandomCrop(4) RandomHorizontalFlip",
+    )
     assert config["optimizer"] == {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}}
     assert [config[key] for key in ds_config.BATCH_KEYS] == [128, 64, 1]
     assert config["zero_optimization"]["stage"] == 2
@@ -60,7 +67,7 @@ def test_slurm():
 def test_vgg19():
     recipe, config = numbers("vgg19")
     assert has(recipe, model="vgg19", weights="imagenet", dataset="cifar10", epochs=20, val_images=5_000, **IMAGENET)
-    assert has(recipe, resize=256, image_size=224, crop_padding=0, flip=True)
+    assert has(recipe, resize=256, image_size=224, augment="RandomCrop(0) RandomHorizontalFlip")
     assert config["optimizer"] == {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}}
     assert (config["train_batch_size"], config["gradient_clipping"]) == (256, 1.0)
 
@@ -75,7 +82,7 @@ RUNS = {
     "grey": f"--recipe mnist_synthetic {SMALL} --epochs 12",
     "random": f"--recipe mnist_synthetic {SMALL} --epochs 1 --dataset random_mnist",
     "zero": f"--recipe slurm_zero2 {SMALL} --dataset synthetic --max-steps 2",
-    "resized": f"--recipe bn_cnn {SMALL} {SLOW} --resize 40 --image-size 32 --crop-padding 0",
+    "resized": f"--recipe bn_cnn {SMALL} {SLOW} --resize 40 --image-size 32 --augment none",
     "from a file": f"--recipe bn_cnn {SMALL} {SLOW} --seed 5 --weights BASE/resized/{FINAL}",
 }
 

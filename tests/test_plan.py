@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from cifar10 import UsageError
+from cifar10 import plan as plan_module
 from cifar10.config import cli
 from cifar10.config.cli import without_launcher_flags
 from cifar10.config.recipe import Experiment, Recipe
@@ -147,7 +148,9 @@ def test_the_command_line_beats_the_json(native, json_file, argv, due, world_siz
 def test_a_recipes_preference_goes_with_its_own_json(native, json_file, tmp_path, argv, due, said):
     (tmp_path / "fp32.json").write_text(json.dumps({"train_batch_size": 32, "optimizer": SGD}))
     small = Recipe(epochs=1, warmup_epochs=0, val_images=0)
-    native.setattr(cli, "load", lambda name: Experiment(small, precision=("fp16", "bf16", "fp32")))
+    own = Experiment(small, {"train_batch_size": 32, "optimizer": SGD}, precision=("fp16", "bf16", "fp32"))
+    for module in (cli, plan_module):
+        native.setattr(module, "load", lambda name: own)
     made = plan(*argv.replace("JSON", str(json_file)).replace("FP32", str(tmp_path / "fp32.json")).split())
     assert precision_of(made) == due
     assert len(about_precision(made)) == said
@@ -238,7 +241,7 @@ def test_the_linear_scaling_rule_is_said_where_it_is_used(world_size):
     """It goes by the global batch, which does not depend on the number of ranks; the JSON's own rate stays in the settings."""
     scaled = plan("--lr-reference-batch", "128", "--global-batch-size", "256", "--lr", "0.1", world_size=world_size)
     (note,) = (note for note in scaled.notes if note.startswith("learning rate"))
-    assert note == "learning rate: the JSON's x global batch 256 / 128"
+    assert note == "learning rate: the config's x global batch 256 / 128"
     assert scaled.ds_config["optimizer"]["params"]["lr"] == 0.1
     assert not any(note.startswith("learning rate") for note in plan("--global-batch-size", "256").notes)
 

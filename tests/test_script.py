@@ -289,8 +289,8 @@ def test_the_quality_tiers_at_their_thresholds(dataset, least):
 
 
 def on(dataset: str, augments: bool = True) -> SimpleNamespace:
-    """What the report reads of a plan."""
-    return SimpleNamespace(dataset=DATASETS[dataset], augments=augments)
+    """What the closing lines read of a plan."""
+    return SimpleNamespace(dataset=DATASETS[dataset], recipe=SimpleNamespace(is_augmented=augments))
 
 
 def test_random_labels_have_no_quality_tier_and_their_accuracy_is_said_to_mean_nothing():

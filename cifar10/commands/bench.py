@@ -37,7 +37,6 @@ from torch import Tensor, nn
 
 from cifar10 import UsageError
 from cifar10.commands import bench_levels
-from cifar10.config import ds_config
 from cifar10.data.loader import MicroBatch
 from cifar10.distributed import world
 from cifar10.distributed.world import World
@@ -74,7 +73,7 @@ def tutorial_loader(plan: Plan, round_steps: int) -> Iterable[MicroBatch]:
     from torchvision.datasets import CIFAR10
 
     recipe, batch = plan.recipe, plan.batch.global_images
-    augment = [transforms.RandomCrop(32, padding=recipe.crop_padding), transforms.RandomHorizontalFlip()]
+    augment = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]  # the document's
     transform = transforms.Compose([*augment, transforms.ToTensor(), transforms.Normalize(recipe.mean, recipe.std)])
     if recipe.dataset == "cifar10":
         dataset = CIFAR10(plan.options.data_dir, train=True, transform=transform)
@@ -127,7 +126,7 @@ class TutorialLoop:
 
 def plain_loop(plan: Plan, here: World, loader: Iterable[MicroBatch]) -> TutorialLoop:
     """The tutorial's loop in PyTorch alone, with the JSON's optimizer and clipping."""
-    config = ds_config.read(plan.options.deepspeed_config)
+    config = plan.given_config
     model = document_model(plan, here)
     optimizer = torch.optim.SGD(model.parameters(), **config["optimizer"]["params"])
 
@@ -146,7 +145,7 @@ def deepspeed_engine(model: nn.Module, config: dict[str, Any]) -> Any:
 
 def stock_loop(plan: Plan, here: World, loader: Iterable[MicroBatch]) -> TutorialLoop:
     """The same loop through DeepSpeed, and the JSON as it stands: none of `ds_json.resolve`, none of `Engine`."""
-    engine = deepspeed_engine(document_model(plan, here), ds_config.read(plan.options.deepspeed_config))
+    engine = deepspeed_engine(document_model(plan, here), plan.given_config)
 
     def update(loss: Tensor) -> None:
         engine.backward(loss)

@@ -272,7 +272,7 @@ def zero_to_one(images: Tensor) -> Tensor:
 
 def in_zero_to_one(images: Images, found: Trained, here: World) -> EvaluationLoader:
     """The images as an exported file takes them."""
-    return replace(EvaluationLoader.of(images.pixels, images.labels, found.recipe, here), normalise=zero_to_one)
+    return replace(EvaluationLoader.of(images.pixels, images.labels, found.recipe, here), normalize=zero_to_one)
 
 
 @torch.no_grad()

@@ -97,11 +97,7 @@ def show_ranks(rows: dict[str, dict[str, Any]], batch: int, console: Console) ->
 
 def at_stage(plan: Plan, stage: int) -> Plan:
     """The same plan under ZeRO."""
-    assert plan.options.deepspeed_config is not None
-    config = ds_config.override(
-        ds_config.read(plan.options.deepspeed_config), lr=None, global_batch_size=plan.batch.global_images
-    )
-    config = ds_config.with_precision(config, plan.options.precision[0])
+    config = ds_config.with_precision(plan.given_config, plan.precision)
     config, batch, _ = ds_config.resolve({**config, "zero_optimization": {"stage": stage}}, 1)
     return replace(plan, ds_config=config, batch=batch)
 

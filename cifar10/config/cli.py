@@ -6,6 +6,7 @@ DeepSpeed's JSON, is in `Options`.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import math
@@ -14,12 +15,12 @@ import re
 from dataclasses import dataclass, fields
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from cifar10 import UsageError, nearest
-from cifar10.config.recipe import PROJECT, Precisions, Recipe, check_recipe, check_value, load
+from cifar10.config.recipe import Precisions, Recipe, check_recipe, check_value, load
 
 # Flags whose default the help text explains in words.
 _Whole = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
@@ -185,7 +186,6 @@ def parse(argv: list[str], program: str = "cifar10_deepspeed.py", description: s
     names_a_json = any(_early_value(argv, flag) is not None for flag in ("--deepspeed_config", "--deepspeed-config"))
     options = Options(
         data_dir=Path(os.environ.get("CIFAR10_DIR") or "data"),
-        deepspeed_config=PROJECT / experiment.deepspeed_config,  # an absolute path stays as it is
         precision=() if names_a_json else experiment.precision,
         report=os.environ.get("CIFAR10_REPORT") != "0",
     )
@@ -209,3 +209,27 @@ def parse(argv: list[str], program: str = "cifar10_deepspeed.py", description: s
     check_recipe(line.experiment)
     check_options(line.run)
     return line.experiment, line.run
+
+
+def take_old_flags(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """`argv` without the flags of 0.1 that --augment replaces, and their values; to be removed after 0.2."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for name, kind in (
+        ("crop-padding", int),
+        ("cutout", int),
+        ("brightness", float),
+        ("contrast", float),
+        ("padding-mode", str),
+    ):
+        parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", type=kind)
+    for name in ("flip", "alternate-flip"):
+        parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", action=argparse.BooleanOptionalAction)
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            old, rest = parser.parse_known_args(argv)
+    except SystemExit:
+        raise UsageError(
+            f"{printed.getvalue().strip().splitlines()[-1].partition('error: ')[2]}; --augment replaces it"
+        ) from None
+    return rest, {name.replace("-", "_"): value for name, value in vars(old).items()}

@@ -95,13 +95,17 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return seen
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The checked content of a DeepSpeed JSON file; comments are allowed, as DeepSpeed allows them.
+def read(source: Path | dict[str, Any]) -> dict[str, Any]:
+    """The checked content of a DeepSpeed JSON file, or of a recipe's dict; comments are allowed, as DeepSpeed allows them.
 
     Raises UsageError (one line) for a file that cannot be read or parsed, a misspelt key, or a value that cannot be meant.
     """
+    if isinstance(source, dict):
+        check(source)
+        return copy.deepcopy(source)
+    path = Path(source)
     try:
-        config = hjson.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)
+        config = hjson.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)
     except UsageError as error:
         raise UsageError(f"--deepspeed_config {path}: {error}") from None
     except OSError as error:

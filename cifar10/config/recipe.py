@@ -60,21 +60,9 @@ class Recipe:
     """Pixels a side that images are resized to at the start of training, one size after another; then they are whole."""
     first_epochs: _Sizes = ()
     """Epochs of each of --first-sizes."""
-    crop_padding: int = 4
-    """Pixels added on each side of the image before the random crop; 0 with image size 0 turns the crop off."""
-    padding_mode: Literal["constant", "reflect"] = "constant"
-    """What --crop-padding adds: constant, black; reflect, the image mirrored at its border, which itself is not repeated."""
-    flip: bool = True
-    """Mirror every other training image, at random."""
-    alternate_flip: bool = False
-    """Mirror each image in every other epoch instead, which half of them in the first being left to chance."""
-    cutout: int = 0
-    """Pixels a side of a black square that is laid over each training image, anywhere inside it; 0 lays none."""
-    brightness: float = 0.0
-    """The most that is added to all normalised pixels of a training image, or taken from them, at random; in units of --std."""
-    contrast: float = 0.0
-    """The most by which the contrast of a training image changes, at random: with 0.1 its pixels' distance from --mean is
-    multiplied by 0.9 to 1.1."""
+    augment: str = "RandomCrop(4) RandomHorizontalFlip"
+    """What changes training images at random, in order, named as in torchvision: RandomCrop(padding, constant|reflect) and
+    RandomHorizontalFlip or AlternatingFlip first, then Cutout(size), BrightnessContrast(most, most), ...; or none."""
     label_smoothing: float = 0.0
     """Share of each training target spread evenly over all classes."""
     patience: int = 15
@@ -100,6 +88,11 @@ class Recipe:
     split_seed: int = 0
     """Seeds the choice of validation images, apart from --seed so that seeds can be compared on one split."""
 
+    @property
+    def is_augmented(self) -> bool:
+        """Whether training sees other images than evaluation does."""
+        return self.augment != "none" or bool(self.first_sizes)
+
     def lr_scale(self, global_images: int) -> float:
         """What the linear scaling rule multiplies the learning rate by."""
         return global_images / self.lr_reference_batch if self.lr_reference_batch else 1.0
@@ -110,11 +103,11 @@ RECIPE_DEFAULTS = {f.name: f.default for f in fields(Recipe) if f.default is not
 
 @dataclass(frozen=True)
 class Experiment:
-    """What one file in recipes/ defines: a recipe, the DeepSpeed JSON that goes with it (a path inside the project), and
-    the precisions it prefers, best first; with none, the precision is the JSON's."""
+    """What one file in recipes/ defines: a recipe, the DeepSpeed config that goes with it (a dict, or the path of a JSON file),
+    and the precisions it prefers, best first; without any, the precision is the config's."""
 
     recipe: Recipe
-    deepspeed_config: str = "ds_config.json"
+    deepspeed: dict[str, Any] | Path
     precision: Precisions = ()
 
 
@@ -150,10 +143,6 @@ def check_recipe(recipe: Recipe) -> None:
     for name in ("min_improvement", "plateau_lr_factor"):
         value = getattr(recipe, name)
         check_value(recipe, name, math.isfinite(value) and value > 0, positive)
-    check_value(recipe, "cutout", 0 <= recipe.cutout <= 1024, "a whole number of pixels from 0 to 1024")
-    check_value(recipe, "crop_padding", 0 <= recipe.crop_padding <= 32, "a whole number from 0 to 32, the size of an image")
-    for name in ("brightness", "contrast"):
-        check_value(recipe, name, 0 <= getattr(recipe, name) <= 1, "a number from 0 to 1")
     for name in ("resize", "image_size"):
         check_value(recipe, name, 0 <= getattr(recipe, name) <= 1024, "a whole number of pixels from 0 to 1024")
     for name in ("patience", "val_images", "lr_reference_batch", "seed", "split_seed"):
@@ -227,7 +216,7 @@ def _load_json(path: Path) -> Experiment:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
         reason = f"{type(error).__name__}: {error}"[:200]
         raise UsageError(f"--recipe {path} is not the recipe.json of a run: {reason}") from None
-    return Experiment(recipe, deepspeed_config=str(path.absolute().parent / "ds_config.json"))
+    return Experiment(recipe, path.absolute().parent / "ds_config.json")
 
 
 def as_json(recipe: Recipe, name: str) -> str:

@@ -1,189 +1,273 @@
-"""Random crop, mirror and normalisation of a whole batch in one gather; the same images as torchvision's transforms.
+"""Augmentations as values: `--augment "RandomCrop(4) RandomHorizontalFlip Cutout(12)"`, or a recipe's `augment`.
 
-Cutout and changes of brightness and contrast come after it, if a recipe asks for them.
+Each is a frozen operation, named as torchvision names it, that is called with a batch of normalized images. Its random numbers
+come from `Draws`, a pure function of seed, epoch and image, so that a batch is the same on any number of ranks and after a
+resume. To add one, write a class here; the command line, the console, the loader and the report find it by its name.
 
-Images stay on the device as uint8. A pixel's three bytes and a spare one make one int32, so that one `index_select` moves
-a pixel at a time: half the time of gathering three bytes. Equal, bit for bit, to RandomCrop(32, padding=4),
-RandomHorizontalFlip, ToTensor, Normalize of torchvision for the same draws (tests/data/test_augment.py tries every cell).
-For bf16 on a CPU they are normalised once, a pixel's three numbers and a spare one in an int64: a batch takes a quarter of the
-time, and 50,000 images 580 MB in place of 290.
-
-A recipe that enlarges images keeps them as they are, too, and resizes those of a batch when they are asked for: 50,000 images
-of 256x256 would take 13 GB. Smaller ones are made once.
+Importing this file does not import torch, so that a command line can be checked without it: operations use tensor methods, or
+import what they need when they are called.
 """
 
-from dataclasses import dataclass, replace
+from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+import ast
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from cifar10.data import rng
+from cifar10 import UsageError, nearest
 
-AT_ONCE = 5_000  # images resized at once
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cifar10.data.pixels import PixelStore
+    from cifar10.data.rng import Draws
 
 
 @dataclass(frozen=True)
-class PixelStore:
-    """Images packed one word a pixel, and what is cut out of them: int32 in colour, uint8 in grey, int64 if normalised."""
+class Operation:
+    """One augmentation; its fields are its arguments on the command line."""
 
-    pixels: Tensor  # [N * stored * stored]
-    stored: int  # height and width of an image in `pixels`; with the padding, unless images are resized first
-    channels: int
-    size: int  # height and width of a crop
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        """Normalized images [B, C, S, S] -> the same shape and type; the input is left as it was."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """What it does, in a few words for the console and the report."""
+        raise NotImplementedError
+
+    def check(self, size: int) -> None:
+        """Raise ValueError unless the arguments are valid for images of `size` pixels a side."""
+
+    def __str__(self) -> str:
+        given = [getattr(self, f.name) for f in dataclasses.fields(self)]
+        defaults = [f.default for f in dataclasses.fields(self)]
+        while given and given[-1] == defaults[-1]:
+            given.pop(), defaults.pop()
+        return f"{type(self).__name__}({', '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in given)})".removesuffix(
+            "()"
+        )
+
+
+# --- crop and flip: one gather does both (see pixels.py), so they come first ------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RandomCrop(Operation):
+    """A crop of the image's own size (or of --image-size) after padding."""
+
     padding: int
-    resize: int = 0  # height and width to which images are resized when they are gathered; 0: they are not
-    reflect: bool = False  # the padding is the image mirrored at its border, not black
+    padding_mode: Literal["constant", "reflect"] = "constant"  # black, or the image reflected at its border
 
-    @property
-    def is_normalised(self) -> bool:
-        """Whether crops come out as Normalise makes them, in bf16."""
-        return self.pixels.dtype == torch.int64
+    def check(self, size: int) -> None:
+        most = size - 1 if self.padding_mode == "reflect" else size
+        if not 0 <= self.padding <= most:
+            raise ValueError(f"padding must be from 0 to {most} for images of {size}x{size}")
 
-    @property
-    def side(self) -> int:
-        """Height and width that crops are taken from: resized and padded."""
-        return self.resize + 2 * self.padding if self.resize else self.stored
+    def describe(self) -> str:
+        mode = " with reflection" if self.padding_mode == "reflect" else ""
+        return f"random crop after padding by {self.padding}{mode}" if self.padding else "random crop"
 
 
-def pack(images: Tensor, padding: int, resize: int = 0, image_size: int = 0, *, reflect: bool = False) -> PixelStore:
-    """uint8 [N, S, S, C] -> a store on the same device, of images of `resize` (0: S) pixels a side and the padding around them.
+@dataclass(frozen=True)
+class RandomHorizontalFlip(Operation):
+    """Flip each image with probability 1/2."""
 
-    Crops are of `image_size` pixels (0: all but the padding). The padding is black, added before normalising as torchvision
-    does; with `reflect` it is torchvision's padding_mode="reflect". Raises ValueError for one of as many pixels as the image.
+    def flipped(self, cell: Tensor, cells: int, draws: Draws) -> Tensor:
+        """1 for an image that is flipped, else 0, from its draw below `cells`: int64 [B] -> int64 [B]."""
+        return cell % 2
+
+    def describe(self) -> str:
+        return "random horizontal flip"
+
+
+@dataclass(frozen=True)
+class AlternatingFlip(RandomHorizontalFlip):
+    """Flip each image in every other epoch, starting at random (Jordan 2024, arXiv 2404.00498)."""
+
+    def flipped(self, cell: Tensor, cells: int, draws: Draws) -> Tensor:
+        return (draws.below(cells, "crop", epoch=0) % 2 + draws.epoch) % 2
+
+    def describe(self) -> str:
+        return "horizontal flip in every other epoch"
+
+
+GATHERED = (RandomCrop, RandomHorizontalFlip)
+
+
+def crop_and_flip(operations: tuple[Operation, ...], store: PixelStore, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each image is cropped, and whether it is flipped: top, left, flipped, int64 [B] each.
+
+    One draw per image picks one of (side - size + 1)^2 crops, times two with a flip.
     """
-    if resize and resize < images.shape[1]:
-        images = torch.cat([_resize(part.permute(0, 3, 1, 2), resize) for part in images.split(AT_ONCE)])
-    num_images, size, _, channels = images.shape
-    resize = 0 if resize == size else resize
-    now = 0 if resize else padding
-    stored = size + 2 * now
-    padded = torch.zeros(num_images, stored, stored, 1 if channels == 1 else 4, dtype=torch.uint8, device=images.device)
-    if reflect and padding >= (resize or size):
-        raise ValueError(f"{padding} pixels cannot be reflected in an image of {resize or size}x{resize or size}")
-    if reflect and now:
-        across = torch.arange(-now, size + now, device=images.device).abs()
-        across = torch.minimum(across, 2 * (size - 1) - across)
-        padded[..., :channels] = images[:, across[:, None], across]
-    else:
-        padded[:, now : now + size, now : now + size, :channels] = images
-    pixels = padded.view(-1) if channels == 1 else padded.view(torch.int32).view(-1)
-    return PixelStore(pixels, stored, channels, image_size or resize or size, padding, resize, reflect)
+    crop, flip = find(operations, RandomCrop), find(operations, RandomHorizontalFlip)
+    offsets, sides = store.side - store.size + 1 if crop else 1, 2 if flip else 1
+    cells = offsets * offsets * sides
+    cell = draws.below(cells, "crop")
+    flipped = flip.flipped(cell, cells, draws) if flip else cell * 0
+    place, center = cell // sides, 0 if crop else round((store.side - store.size) / 2)
+    return center + place // offsets, center + place % offsets, flipped
 
 
-def _cut(store: PixelStore, indices: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The stored images' pixels at rows x columns: int64 [B], [B, H], [B, W] -> uint8 or bf16 [B, C, H, W]."""
-    first = (indices * store.stored**2)[:, None] + rows * store.stored  # [B, H]
-    where = first[:, :, None] + columns[:, None, :]  # [B, H, W]
-    pixels = store.pixels.index_select(0, where.view(-1)).view(torch.bfloat16 if store.is_normalised else torch.uint8)
-    return pixels.view(*where.shape, -1)[..., : store.channels].permute(0, 3, 1, 2)
+# --- the others, applied one after another ----------------------------------------------------------------------------------
 
 
-def _resize(images: Tensor, size: int) -> Tensor:
-    """uint8 [B, C, S, S] -> uint8 [B, size, size, C]: torchvision's Resize, antialiased as by default."""
-    images = images.to(torch.float32, memory_format=torch.contiguous_format)
-    images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
-    return images.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+@dataclass(frozen=True)
+class BrightnessContrast(Operation):
+    """Add up to +-brightness to an image's normalized pixels, then multiply them by 1 +- contrast, computed in float32.
 
-
-def _resized(store: PixelStore, indices: Tensor) -> PixelStore:
-    """A store of these images alone, resized and padded."""
-    every = torch.arange(store.stored, device=indices.device).expand(len(indices), -1)
-    images = _resize(_cut(store, indices, every, every), store.resize)
-    return pack(images, store.padding, image_size=store.size, reflect=store.reflect)
-
-
-def gather(store: PixelStore, indices: Tensor, top: Tensor, left: Tensor, mirrored: Tensor) -> Tensor:
-    """Crops of the stored images at (top, left), mirrored where asked: int64 [B] each -> uint8 [B, C, size, size]."""
-    if store.resize:
-        store, indices = _resized(store, indices), torch.arange(len(indices), device=indices.device)
-    across = torch.arange(store.size, device=indices.device)
-    rows = top[:, None] + across  # [B, size]
-    columns = left[:, None] + torch.where(mirrored[:, None].bool(), store.size - 1 - across, across)  # [B, size]
-    return _cut(store, indices, rows, columns)
-
-
-class Normalise:
-    """uint8 [B, C, S, S] -> float32, channels last: ToTensor's /255, then Normalize's (x - mean) / std; bf16 stays as it is."""
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
-        self.mean = torch.tensor(mean, device=device)[:, None, None]
-        self.std = torch.tensor(std, device=device)[:, None, None]
-
-    def __call__(self, images: Tensor) -> Tensor:
-        if images.dtype == torch.bfloat16:  # of a store that is normalised already
-            return images.contiguous(memory_format=torch.channels_last)
-        images = images.to(torch.float32, memory_format=torch.channels_last)
-        return images.div_(255).sub_(self.mean).div_(self.std)
-
-    def to_pixels(self, images: Tensor) -> Tensor:
-        """Normalised float32 [B, C, S, S] -> uint8, the nearest pixels that there are; what lies outside 0..255 is clipped."""
-        return images.mul(self.std).add_(self.mean).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
-
-
-def normalised(store: PixelStore, normalise: Normalise) -> PixelStore:
-    """The same colour images, normalised and rounded to bf16: what autocast would feed the first layer with, to the bit."""
-    bytes_of_pixels = store.pixels.view(-1, 1).view(torch.uint8)  # [N * stored * stored, 4]
-    words = torch.empty(len(bytes_of_pixels), 4, dtype=torch.bfloat16, device=store.pixels.device)
-    rows = AT_ONCE * store.stored**2
-    for part, out in zip(bytes_of_pixels.split(rows), words.split(rows), strict=True):
-        out[:, :3] = normalise(part[None, :, None, :3].permute(0, 3, 1, 2))[0, :, :, 0].T
-    return replace(store, pixels=words.view(torch.int64).view(-1))
-
-
-def draw(
-    store: PixelStore, indices: Tensor, *, seed: int, epoch: int, flip: bool, alternate: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Each image's own crop and mirroring for this epoch: int64 [B] -> top, left, mirrored, int64 [B] each.
-
-    One draw a sample picks a cell of (side - size + 1)^2 crops, times two if images are mirrored at random. If mirroring
-    alternates (Jordan 2024, arXiv 2404.00498), the draw of epoch 0 says how an image begins.
+    As in github.com/hiverge/cifar10-speedrun; torchvision's ColorJitter works on pixels that are not normalized.
     """
-    offsets, sides = store.side - store.size + 1, 2 if flip else 1
-    cell = rng.below(offsets * offsets * sides, seed, epoch, indices)
-    crop, mirrored = cell // sides, cell % sides
-    if flip and alternate:
-        first = rng.below(offsets * offsets * sides, seed, 0, indices) % sides
-        mirrored = (first + epoch) % 2
-    return crop // offsets, crop % offsets, mirrored
+
+    brightness: float
+    contrast: float = 0.0
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        shift, scale = (draws.uniform(name)[:, None, None, None] for name in ("brightness", "contrast"))
+        return ((images + self.brightness * shift) * (1 + self.contrast * scale)).to(images.dtype)
+
+    def check(self, size: int) -> None:
+        if not (0 <= self.brightness <= 1 and 0 <= self.contrast <= 1):
+            raise ValueError("brightness and contrast must be from 0 to 1")
+
+    def describe(self) -> str:
+        given = {"brightness": self.brightness, "contrast": self.contrast}
+        return " and ".join(f"{name} +-{most:g}" for name, most in given.items() if most) or "no change of brightness"
 
 
-def random_crop_and_mirror(
-    store: PixelStore, indices: Tensor, *, seed: int, epoch: int, flip: bool, alternate: bool = False
-) -> Tensor:
-    """These images, cropped and mirrored as `draw` says: int64 [B] -> uint8 or bf16 [B, C, size, size]."""
-    return gather(store, indices, *draw(store, indices, seed=seed, epoch=epoch, flip=flip, alternate=alternate))
+@dataclass(frozen=True)
+class Cutout(Operation):
+    """Paint a black square of `size` pixels somewhere inside the image (DeVries & Taylor 2017, arXiv 1708.04552).
 
-
-def cut_out(images: Tensor, side: int, black: Tensor, *, seed: int, epoch: int, indices: Tensor) -> Tensor:
-    """Put a square of `side` pixels of `black` [C] somewhere in each image: [B, C, S, S] -> the same.
-
-    The square lies wholly inside the image, at a place of its own for each epoch (DeVries & Taylor 2017, arXiv 1708.04552).
+    On smaller images (--first-sizes) the square is smaller in proportion.
     """
-    size = images.shape[-1]
-    side = min(side, size)
-    places = size - side + 1
-    at = rng.below(places * places, seed, epoch, indices, rng.CUTOUT)
-    across = torch.arange(size, device=images.device)
-    rows, columns = (
-        (first[:, None] <= across) & (across < first[:, None] + side) for first in (at // places, at % places)
-    )  # [B, S]
-    inside = rows[:, None, :, None] & columns[:, None, None, :]
-    return torch.where(inside, black[:, None, None], images)
+
+    size: int
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        from torch import arange
+
+        side = images.shape[-1]
+        square = min(side, round(self.size * side / draws.full_size))
+        places = side - square + 1
+        place = draws.below(places * places, "cutout")
+        pixels = arange(side, device=images.device)
+        rows, columns = (
+            (first[:, None] <= pixels) & (pixels < first[:, None] + square) for first in (place // places, place % places)
+        )  # [B, S]
+        inside = rows[:, None, :, None] & columns[:, None, None, :]
+        return draws.black[:, None, None].to(images.dtype).where(inside, images)
+
+    def check(self, size: int) -> None:
+        if not 1 <= self.size <= size:
+            raise ValueError(f"size must be from 1 to {size}, the image's side")
+
+    def describe(self) -> str:
+        return f"{self.size}x{self.size} cutout"
 
 
-def color_jitter(images: Tensor, brightness: float, contrast: float, *, seed: int, epoch: int, indices: Tensor) -> Tensor:
-    """Normalised images, each with its own brightness and contrast for this epoch: [B, C, S, S] -> the same type.
-
-    To all pixels of an image one number in -brightness .. brightness is added; what results is multiplied by one in
-    1 - contrast .. 1 + contrast; computed in float32. So does github.com/hiverge/cifar10-speedrun; torchvision's ColorJitter
-    multiplies pixels that are not normalised.
-    """
-    shift, scale = (rng.uniform(seed, epoch, indices, stream)[:, None, None, None] for stream in (rng.BRIGHTNESS, rng.CONTRAST))
-    return ((images + brightness * shift) * (1 + contrast * scale)).to(images.dtype)
+# --- reading and checking -----------------------------------------------------------------------------------------------------
 
 
-def centre(store: PixelStore, indices: Tensor) -> Tensor:
-    """The middle of the images, or all of them where crops are that large: int64 [B] -> uint8 [B, C, size, size]."""
-    middle = torch.full_like(indices, round((store.side - store.size) / 2))  # to even, as torchvision does
-    return gather(store, indices, middle, middle, torch.zeros_like(indices))
+def _classes(base: type[Operation] = Operation) -> dict[str, type[Operation]]:
+    found = {}
+    for kind in base.__subclasses__():
+        found |= {kind.__name__: kind} | _classes(kind)
+    return found
+
+
+def _argument(value: Any, kind: Any) -> Any:
+    """A value from the command line as the type of its field. Raises ValueError."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"{value} is not one of {', '.join(get_args(kind))}")
+        return value
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or (kind is int and not isinstance(value, int)):
+        raise ValueError(f"{value} is not {'a whole number' if kind is int else 'a number'}")
+    return kind(value)
+
+
+def _operation(text: str) -> Operation:
+    """`Cutout(12)` -> Cutout(size=12). Raises ValueError; nothing in the text is executed."""
+    try:
+        node = ast.parse(text, mode="eval").body
+        name = node if isinstance(node, ast.Name) else node.func
+        args = [] if isinstance(node, ast.Name) else node.args
+        keywords = {} if isinstance(node, ast.Name) else {keyword.arg: keyword.value for keyword in node.keywords}
+        values = [one.id if isinstance(one, ast.Name) else ast.literal_eval(one) for one in (*args, *keywords.values())]
+        kind = _classes().get(name.id)
+    except (SyntaxError, AttributeError, ValueError, TypeError):
+        raise ValueError("expected a name with arguments in parentheses") from None
+    if kind is None:
+        raise ValueError(f"unknown augmentation{nearest(name.id, sorted(_classes()))}")
+    fields = [f.name for f in dataclasses.fields(kind)]
+    given = dict(zip([*fields[: len(args)], *keywords], values, strict=False))
+    hints = get_type_hints(kind)
+    required = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+    if len(values) != len(given) or not required <= given.keys() <= set(fields):
+        raise ValueError(f"expected {kind.__name__}({', '.join(fields)})")
+    return kind(**{field: _argument(value, hints[field]) for field, value in given.items()})
+
+
+def parse(text: str) -> tuple[Operation, ...]:
+    """The operations that `--augment` names, in order; none for "none". Raises UsageError, one line with an example."""
+    operations = []
+    for word in re.findall(r"[^\s()]+(?:\s*\([^)]*\)?)?|\S", "" if text.strip() == "none" else text):
+        try:
+            operations.append(_operation(word))
+        except ValueError as error:
+            raise UsageError(
+                f'invalid value for --augment: {word}: {error}; for example --augment "RandomCrop(4) RandomHorizontalFlip"'
+            ) from None
+    kinds = [RandomHorizontalFlip if isinstance(one, RandomHorizontalFlip) else type(one) for one in operations]
+    if twice := next((kind for kind in kinds if kinds.count(kind) > 1), None):
+        raise UsageError(f"invalid value for --augment: {twice.__name__} is given twice")
+    gathered = [kind in GATHERED for kind in kinds]
+    if gathered != sorted(gathered, reverse=True):
+        raise UsageError("invalid value for --augment: RandomCrop and the flips come first, as in RandomCrop(4) Cutout(12)")
+    return tuple(operations)
+
+
+def find(operations: tuple[Operation, ...], kind: type[Operation]) -> Any:
+    """The operation of this class, or None."""
+    return next((one for one in operations if isinstance(one, kind)), None)
+
+
+def check(operations: tuple[Operation, ...], smallest: int) -> None:
+    """Raise UsageError unless every operation is valid for images of `smallest` pixels a side."""
+    for operation in operations:
+        try:
+            operation.check(smallest)
+        except ValueError as error:
+            raise UsageError(f"invalid value for --augment: {operation}: {error}") from None
+
+
+def as_text(operations: tuple[Operation, ...]) -> str:
+    """What `parse` reads again, the same for the same operations however they were written."""
+    return " ".join(map(str, operations)) or "none"
+
+
+def describe(operations: tuple[Operation, ...]) -> str:
+    """All of them in a few words."""
+    return ", ".join(operation.describe() for operation in operations) or "none"
+
+
+def with_old_flags(operations: tuple[Operation, ...], old: dict[str, Any]) -> tuple[Operation, ...]:
+    """The operations that the flags of 0.1 mean (--crop-padding, --flip, --cutout, ...); to be removed after 0.2."""
+    crop, jitter = find(operations, RandomCrop), find(operations, BrightnessContrast)
+    cutout, flip = find(operations, Cutout), find(operations, RandomHorizontalFlip)
+    padding = old.get("crop_padding", crop.padding if crop else 0)  # 0 crops only if --image-size is smaller than the image
+    mode = old.get("padding_mode", crop.padding_mode if crop else "constant")
+    alternate = old.get("alternate_flip", isinstance(flip, AlternatingFlip))
+    light = [old.get(name, getattr(jitter, name, 0.0)) for name in ("brightness", "contrast")]
+    size = old.get("cutout", cutout.size if cutout else 0)
+    kept = tuple(one for one in operations if one not in (crop, flip, jitter, cutout))
+    return (
+        *((RandomCrop(padding, mode),) if padding or old.get("crops") else ()),
+        *(((AlternatingFlip if alternate else RandomHorizontalFlip)(),) if old.get("flip", flip is not None) else ()),
+        *((BrightnessContrast(*light),) if any(light) else ()),
+        *((Cutout(size),) if size else ()),
+        *kept,
+    )

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from cifar10.config.ds_config import Batch
 from cifar10.config.recipe import Recipe
-from cifar10.data import augment, rng
+from cifar10.data import augment, pixels, rng
+from cifar10.data.pixels import Normalize, PixelStore
 from cifar10.distributed.world import World
 
 CHUNK_IMAGES = 512  # images gathered at once: several small steps share the cost of launching a dozen operations
@@ -34,63 +35,51 @@ class TrainLoader:
     world size; a rank takes its slice of them. The last partial global batch of an epoch is dropped.
     """
 
-    store: augment.PixelStore
+    store: PixelStore
     labels: Tensor  # int64 [N], on the device
-    normalise: augment.Normalise
-    flip: bool
+    normalize: Normalize
+    operations: tuple[augment.Operation, ...]
     seed: int
     global_images: int
     micro_images: int
     rank: int
     world_size: int
-    alternate_flip: bool = False
-    cutout: int = 0  # pixels a side of the square that is cut out of a whole image; of a smaller one as large a part
-    brightness: float = 0.0  # and contrast: the most that they change by, see augment.color_jitter
-    contrast: float = 0.0
-    first_stores: tuple[tuple[int, augment.PixelStore], ...] = ()  # smaller images: until which epoch, in order
+    first_stores: tuple[tuple[int, PixelStore], ...] = ()  # smaller images: until which epoch, in order
 
     @classmethod
     def of(
-        cls, pixels: np.ndarray, labels: np.ndarray, recipe: Recipe, batch: Batch, here: World, *, bf16: bool = False
+        cls, images: np.ndarray, labels: np.ndarray, recipe: Recipe, batch: Batch, world: World, *, bf16: bool = False
     ) -> TrainLoader:
         """This rank's loader of images uint8 [N, S, S, C] and labels int64 [N], augmented as the recipe says.
 
-        Where training is in `bf16` on a CPU, images in colour are kept as it sees them.
+        If training is in `bf16` on a CPU, RGB images are stored as bf16.
         """
-        images, untils = torch.from_numpy(pixels).to(here.device), itertools.accumulate(recipe.first_epochs)
-        normalise = augment.Normalise(recipe.mean, recipe.std, here.device)
+        on_device, untils = torch.from_numpy(images).to(world.device), itertools.accumulate(recipe.first_epochs)
+        normalize, operations = Normalize(recipe.mean, recipe.std, world.device), augment.parse(recipe.augment)
+        crop = augment.find(operations, augment.RandomCrop) or augment.RandomCrop(0)
 
-        def packed(resize: int, image_size: int = 0) -> augment.PixelStore:
-            store = augment.pack(images, recipe.crop_padding, resize, image_size, reflect=recipe.padding_mode == "reflect")
-            once = bf16 and here.device.type == "cpu" and store.channels == 3 and not store.resize
-            return augment.normalised(store, normalise) if once else store
+        def packed(resize: int, image_size: int = 0) -> PixelStore:
+            reflect = crop.padding_mode == "reflect"
+            store = pixels.pack(on_device, crop.padding, resize, image_size, reflect=reflect)
+            once = bf16 and world.device.type == "cpu" and store.channels == 3 and not store.resize
+            return pixels.normalized(store, normalize) if once else store
 
         return cls(
             store=packed(recipe.resize, recipe.image_size),
             first_stores=tuple(zip(untils, map(packed, recipe.first_sizes), strict=True)),
-            labels=torch.from_numpy(labels).to(here.device),
-            normalise=normalise,
-            flip=recipe.flip,
-            alternate_flip=recipe.alternate_flip,
-            cutout=recipe.cutout,
-            brightness=recipe.brightness,
-            contrast=recipe.contrast,
+            labels=torch.from_numpy(labels).to(world.device),
+            normalize=normalize,
+            operations=operations,
             seed=recipe.seed,
             global_images=batch.global_images,
             micro_images=batch.micro_images,
-            rank=here.rank,
-            world_size=here.size,
+            rank=world.rank,
+            world_size=world.size,
         )
 
     def first_images(self, num_images: int) -> Tensor:
         """The first training images as evaluation would see them: [B, C, S, S]."""
-        return self.normalise(augment.centre(self.store, torch.arange(num_images, device=self.labels.device)))
-
-    def _black(self, images: Tensor) -> Tensor:
-        """What normalising makes of a black pixel: [C], of the images' type."""
-        return self.normalise(torch.zeros(1, images.shape[1], 1, 1, dtype=torch.uint8, device=images.device))[0, :, 0, 0].to(
-            images.dtype
-        )
+        return self.normalize(pixels.center(self.store, torch.arange(num_images, device=self.labels.device)))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -109,17 +98,23 @@ class TrainLoader:
         for indices in rest.split(chunk_steps) if len(rest) else ():
             yield from self._steps(indices.to(self.labels.device, non_blocking=True), epoch)
 
+    def augmented(self, positions: Tensor, epoch: int, indices: Tensor | None = None) -> Tensor:
+        """The stored images at `positions`, augmented as epoch `epoch` has them: int64 [B] -> normalized [B, C, S, S].
+
+        `indices` are their places in the training split, which decide their draws (default: their positions).
+        """
+        store = next((store for until, store in self.first_stores if epoch < until), self.store)
+        black = self.normalize(torch.zeros(1, store.channels, 1, 1, dtype=torch.uint8, device=positions.device))[0, :, 0, 0]
+        draws = rng.Draws(self.seed, epoch, positions if indices is None else indices, black, self.store.size)
+        images = self.normalize(pixels.gather(store, positions, *augment.crop_and_flip(self.operations, store, draws)))
+        for operation in self.operations:
+            if not isinstance(operation, augment.GATHERED):
+                images = operation(images, draws)
+        return images
+
     def _steps(self, indices: Tensor, epoch: int) -> Iterator[list[MicroBatch]]:
         flat = indices.reshape(-1)
-        store = next((store for until, store in self.first_stores if epoch < until), self.store)
-        here = {"seed": self.seed, "epoch": epoch, "indices": flat}
-        images = augment.random_crop_and_mirror(store, **here, flip=self.flip, alternate=self.alternate_flip)
-        images, labels = self.normalise(images), self.labels[flat]
-        if self.brightness or self.contrast:
-            images = augment.color_jitter(images, self.brightness, self.contrast, **here)
-        if self.cutout:
-            side = round(self.cutout * store.size / self.store.size)
-            images = augment.cut_out(images, side, self._black(images), **here)
+        images, labels = self.augmented(flat, epoch), self.labels[flat]
         micro_batches = list(zip(images.split(self.micro_images), labels.split(self.micro_images), strict=True))
         accumulation = indices.shape[1] // self.micro_images
         for first in range(0, len(micro_batches), accumulation):
@@ -130,19 +125,19 @@ class TrainLoader:
 class EvaluationLoader:
     """The images of a split as they are, or their middle; every one goes to exactly one rank, none is padded or repeated."""
 
-    store: augment.PixelStore
+    store: PixelStore
     labels: Tensor  # int64 [N], on the device
-    normalise: augment.Normalise
+    normalize: Normalize
     rank: int
     world_size: int
     batch_images: int = 1_000  # of 32x32 pixels; fewer if they are larger
 
     @classmethod
-    def of(cls, pixels: np.ndarray, labels: np.ndarray, recipe: Recipe, here: World) -> EvaluationLoader:
+    def of(cls, images: np.ndarray, labels: np.ndarray, recipe: Recipe, world: World) -> EvaluationLoader:
         """This rank's loader of images uint8 [N, S, S, C] and labels int64 [N], each as it is, or its middle."""
-        store = augment.pack(torch.from_numpy(pixels).to(here.device), 0, recipe.resize, recipe.image_size)
-        normalise = augment.Normalise(recipe.mean, recipe.std, here.device)
-        return cls(store, torch.from_numpy(labels).to(here.device), normalise, here.rank, here.size)
+        store = pixels.pack(torch.from_numpy(images).to(world.device), 0, recipe.resize, recipe.image_size)
+        normalize = Normalize(recipe.mean, recipe.std, world.device)
+        return cls(store, torch.from_numpy(labels).to(world.device), normalize, world.rank, world.size)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -150,4 +145,4 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[MicroBatch]:
         mine = torch.arange(len(self.labels), device=self.labels.device)[self.rank :: self.world_size]
         for indices in mine.split(at_once(self.batch_images, self.store.size)) if len(mine) else ():
-            yield self.normalise(augment.centre(self.store, indices)), self.labels[indices]
+            yield self.normalize(pixels.center(self.store, indices)), self.labels[indices]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar10.config.recipe import Recipe
-from cifar10.data.registry import DATASETS
+from cifar10.data import augment
 from cifar10.metrics.sink import Section
 from cifar10.plan import Plan
 from cifar10.run.evaluation import VIEWS
@@ -103,46 +103,35 @@ def model_section(model: nn.Module, image_shape: tuple[int, int, int]) -> Sectio
     return Section("model", [(*row[:-1], row[-1].rjust(digits)) for row in rows], ("layer", "kind", "output", "parameters"))
 
 
-def augmentation(recipe: Recipe) -> str:
-    """What training cuts out of an image before the network sees it, in words; "" if it stays as evaluation has it."""
-    dataset = DATASETS[recipe.dataset]
-    whole, words, epoch = recipe.resize or dataset.size, [], 1
-    for size, epochs in zip(recipe.first_sizes, recipe.first_epochs, strict=True):
+def _image_sizes(recipe: Recipe, size: int) -> str:
+    """The sizes that the network sees, one after another, unless it sees the images as they are."""
+    sizes, epoch = [], 1
+    for first, epochs in zip(recipe.first_sizes, recipe.first_epochs, strict=True):
         when = f"epoch {epoch}" if epochs == 1 else f"epochs {epoch}-{epoch + epochs - 1}"
-        words.append(f"{size}x{size} in {when}")
+        sizes.append(f"{first}x{first} in {when}")
         epoch += epochs
-    if recipe.resize and recipe.resize != dataset.size:
-        words.append(f"resized to {whole}x{whole}{' after them' if words else ''}")
-    cut = recipe.image_size or whole
-    if recipe.crop_padding or cut < whole:
-        kind = " reflected pixels" if recipe.padding_mode == "reflect" else ""
-        padding = f" after padding by {recipe.crop_padding}{kind}" if recipe.crop_padding else ""
-        words.append(f"a random crop{'' if recipe.first_sizes else f' of {cut}x{cut}'}{padding}")
-    if recipe.flip:
-        words.append("mirrored in every other epoch" if recipe.alternate_flip else "mirrored at random")
-    if recipe.cutout:
-        words.append(f"{recipe.cutout}x{recipe.cutout} cut out")
-    return ", ".join(words)
-
-
-def colours(recipe: Recipe) -> str:
-    """What training makes of an image's colours, in words; "" if it leaves them alone."""
-    most = (("brightness", recipe.brightness), ("contrast", recipe.contrast))
-    return ", ".join(f"{name} changed by up to {value:g}" for name, value in most if value)
+    whole = recipe.resize or size
+    if whole != size:
+        sizes.append(f"resized to {whole}x{whole}")
+    if recipe.image_size and recipe.image_size != whole:
+        sizes.append(f"cropped to {recipe.image_size}x{recipe.image_size}")
+    elif sizes and whole == size:
+        sizes.append(f"then {size}x{size}")
+    return ", ".join(sizes)
 
 
 def data_section(plan: Plan) -> Section:
     """The images as they are on disk, and what training makes of them."""
     recipe, dataset = plan.recipe, plan.dataset
-    kind = "grey" if dataset.channels == 1 else "colour"
+    kind = "grayscale" if dataset.channels == 1 else "RGB"
     tested = dataset.test_images if plan.options.test_images is None else plan.options.test_images
     again = "" if recipe.tta == "none" else ", without and with test-time augmentation"
     test = f"{tested:,} test images are opened once, at the end{again}" if tested else "the test images stay unopened"
     rows = [
         ("images", f"{dataset.size}x{dataset.size}, {kind}, {len(dataset.classes)} classes; {test}"),
         ("classes", ", ".join(dataset.classes)),
-        ("augmentation", augmentation(recipe) or "none"),
-        *([("colours", colours(recipe))] if colours(recipe) else []),
+        *([("sizes", sizes)] if (sizes := _image_sizes(recipe, dataset.size)) else []),
+        ("augmentation", augment.describe(augment.parse(recipe.augment))),
     ]
     return Section("data set", rows)
 
@@ -228,7 +217,7 @@ def closing_lines(summary: dict[str, Any], val_images: int, plan: Plan) -> list[
     ]
     since = _since_first(summary, "train") if summary["train_accuracy"] is not None else ""
     if summary["train_accuracy"] is not None:
-        images = "augmented images, " if plan.augments else ""
+        images = "augmented images, " if plan.recipe.is_augmented else ""
         lines.append(f"train accuracy {summary['train_accuracy']:.2%}  (last epoch: {images}weights still moving{since})")
     if summary.get("train_loss") is not None:
         first = f"; first epoch {summary['first_train_loss']:.4f}" if since else ""

@@ -18,8 +18,8 @@ import numpy as np
 from cifar10 import UsageError
 from cifar10.config.recipe import load
 from cifar10.config.settings import flattened
+from cifar10.data import augment
 from cifar10.files import written_whole
-from cifar10.metrics import text
 from cifar10.report import stats
 from cifar10.report.stats import Spread, spread
 from cifar10.run.record import Record, by_experiment, differing, open_record
@@ -104,7 +104,7 @@ def _sheets(record: Record, data_dir: Path) -> Sheets:
         pixels, labels = samples.first_augmented(recipe, images)
         names = record.classes(len(record.dataset.classes) if record.dataset else int(labels.max()) + 1)
         augmented = [(image, names[label]) for image, label in zip(pixels, labels, strict=True)]
-        words = ", ".join(filter(None, (text.augmentation(recipe), text.colours(recipe)))) or "neither cropped nor mirrored"
+        words = augment.describe(augment.parse(recipe.augment))
     except UsageError as error:
         left_out.append(f"the sheets of images: {error}")
     return Sheets(mistakes, augmented, words, left_out)
@@ -155,13 +155,10 @@ def _headline(record: Record) -> str:
     return ", ".join(words)
 
 
-AUGMENTATIONS = ("flip", "crop_padding", "image_size", "cutout", "brightness", "contrast", "first_sizes")
-
-
 def _train_means(record: Record) -> str:
     smoothing = record.settings.get("label_smoothing")
     words = ["weights still moving"]
-    if any(record.settings.get(name) for name in AUGMENTATIONS):
+    if record.settings.get("augment") != "none" or record.settings.get("first_sizes"):
         words.insert(0, "augmented images")
     return ", ".join([*words, f"targets smoothed by {smoothing:g}"] if isinstance(smoothing, float) and smoothing else words)
 

@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cifar10.config.ds_config import Batch
 from cifar10.config.recipe import Recipe
-from cifar10.data import augment, registry, rng
+from cifar10.data import registry, rng
 from cifar10.data.dataset import Images, Split, stratified_split
+from cifar10.data.loader import TrainLoader
+from cifar10.distributed.world import World
 from cifar10.report.stats import worst_mistakes
 from cifar10.run.predictions import Predictions
 
@@ -29,35 +32,22 @@ class Mistake:
     probability_of_true: float
 
 
-def in_colour(pixels: np.ndarray) -> np.ndarray:
+def in_color(pixels: np.ndarray) -> np.ndarray:
     """uint8 [..., 1 or 3] -> [..., 3]."""
     return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
 
 
 def first_augmented(recipe: Recipe, images: Images, count: int = SHOWN) -> tuple[np.ndarray, np.ndarray]:
-    """The first images that training saw, augmented as it saw them: uint8 [count, S, S, 3], labels.
+    """The first images of training as the loader feeds them: uint8 [count, S, S, 3], labels.
 
-    Which they are and how they are cut is the loader's: functions of their places alone, the same for any number of ranks.
-    So only these few are packed, and not all that training saw.
+    They depend on their places in the training split alone, so only these few are packed.
     """
     train, _ = stratified_split(images.labels, recipe.val_images, recipe.split_seed)
     places = rng.permutation(len(train), recipe.seed, 0)[:count]  # among the training images
-    few = train[places.numpy()]
-    sizes = (recipe.first_sizes[0], 0) if recipe.first_sizes else (recipe.resize, recipe.image_size)
-    reflect = recipe.padding_mode == "reflect"
-    store = augment.pack(torch.from_numpy(images.pixels[few]), recipe.crop_padding, *sizes, reflect=reflect)
-    cut = augment.draw(store, places, seed=recipe.seed, epoch=0, flip=recipe.flip, alternate=recipe.alternate_flip)
-    seen = augment.gather(store, torch.arange(len(few)), *cut)
-    here = {"seed": recipe.seed, "epoch": 0, "indices": places}
-    if recipe.brightness or recipe.contrast:
-        normalise = augment.Normalise(recipe.mean, recipe.std, places.device)
-        seen = normalise.to_pixels(augment.color_jitter(normalise(seen), recipe.brightness, recipe.contrast, **here))
-    if recipe.cutout:
-        whole = recipe.image_size or recipe.resize or images.pixels.shape[1]
-        black = torch.zeros(seen.shape[1], dtype=torch.uint8)
-        side = round(recipe.cutout * store.size / whole)
-        seen = augment.cut_out(seen, side, black, **here)
-    return in_colour(seen.permute(0, 2, 3, 1).numpy()), images.labels[few]
+    few, world = train[places.numpy()], World(0, 0, 1, 1, torch.device("cpu"), "python")
+    loader = TrainLoader.of(images.pixels[few], images.labels[few], recipe, Batch(1, 1, 1, 1), world)
+    seen = loader.normalize.to_pixels(loader.augmented(torch.arange(len(few)), epoch=0, indices=places))
+    return in_color(seen.permute(0, 2, 3, 1).numpy()), images.labels[few]
 
 
 def mistakes(predictions: Predictions, images: Images, classes: list[str], count: int = SHOWN) -> list[Mistake]:
@@ -69,7 +59,7 @@ def mistakes(predictions: Predictions, images: Images, classes: list[str], count
     for index in worst_mistakes(predictions, count).tolist():
         true, answer, chances = predictions.labels[index], predictions.answers[index], predictions.probabilities[index]
         names = classes[true], classes[answer]
-        found.append(Mistake(index, in_colour(images.pixels[index]), *names, float(chances[answer]), float(chances[true])))
+        found.append(Mistake(index, in_color(images.pixels[index]), *names, float(chances[answer]), float(chances[true])))
     return found
 
 

@@ -17,9 +17,9 @@ import torch
 from cifar10.commands import export
 from cifar10.commands.export import FILES, FORMATS
 from cifar10.data import registry, synthetic
-from cifar10.data.augment import centre
 from cifar10.data.dataset import stratified_split
 from cifar10.data.loader import EvaluationLoader
+from cifar10.data.pixels import center
 from cifar10.models.registry import build_model, model_names, source_file
 from cifar10.run.predictions import TEST_FILE
 from cifar10.run.trained import load
@@ -176,7 +176,7 @@ def as_the_network_sees_them(run: Path, file: Path) -> Path:
     found = load(run)
     images = registry.load(found.recipe.dataset, "test", Path("unused"), 0)
     store = EvaluationLoader.of(images.pixels, images.labels, found.recipe, one_rank()).store
-    np.savez(file, images=centre(store, torch.arange(len(images))).numpy())
+    np.savez(file, images=center(store, torch.arange(len(images))).numpy())
     return file
 
 

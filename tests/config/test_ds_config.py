@@ -27,6 +27,7 @@ from cifar10.config.ds_config import (
     resolve,
     with_precision,
 )
+from cifar10.config.recipe import load
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLD_SIZES = (1, 2, 3, 4, 8)
@@ -87,9 +88,8 @@ def test_comments_are_allowed_as_deepspeed_allows_them(path):
     assert read(path) == {"train_batch_size": 32, "optimizer": sgd()}
 
 
-@pytest.mark.parametrize("name", ["ds_config.json", "recipes/bn_cnn_document.json"])
-def test_every_truncation_of_a_file_is_refused(path, name):
-    whole = (ROOT / name).read_text(encoding="utf-8").rstrip()
+def test_every_truncation_of_a_file_is_refused(path):
+    whole = (ROOT / "ds_config.json").read_text(encoding="utf-8").rstrip()
     path.write_text(whole, encoding="utf-8")
     read(path)
     for length in range(len(whole)):
@@ -544,8 +544,8 @@ def test_deepspeed_builds_a_plain_pytorch_optimizer_with_each_parameter_that_is_
 
 
 def test_the_projects_own_files_are_resolved_without_a_warning():
-    for path in (ROOT / "ds_config.json", ROOT / "recipes" / "bn_cnn_document.json"):
-        assert resolve(read(path), world_size=1)[2] == []
+    for source in (ROOT / "ds_config.json", load("bn_cnn_document").deepspeed):
+        assert resolve(read(source), world_size=1)[2] == []
 
 
 def test_deepspeeds_own_adam_where_asked_for_gets_no_parameter_of_pytorchs():

@@ -1,8 +1,11 @@
-"""and draws.py: the same pixels as torchvision's transforms, and draws that behave like random ones."""
+"""Crops, flips and normalization equal torchvision's, operations do what they say, and draws behave like random numbers."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import re
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -11,11 +14,15 @@ from torch import Tensor
 from torchvision.transforms import functional as tv
 from torchvision.transforms import v2
 
+from cifar10 import UsageError
 from cifar10.data import augment, rng
+from cifar10.data import pixels as pixels_
+from cifar10.plan import make_plan
 from tests.helpers import MEAN, STD
 
 CPU = torch.device("cpu")
-CELLS = list(itertools.product(range(9), range(9), (0, 1)))  # top, left, mirrored
+FLIP = " RandomHorizontalFlip"
+CELLS = list(itertools.product(range(9), range(9), (0, 1)))  # top, left, flipped
 NUM_IMAGES = 50_000
 
 
@@ -27,18 +34,29 @@ def images() -> Tensor:
     return torch.stack([noise, gradient, torch.zeros_like(noise), torch.full_like(noise, 255)])
 
 
-def torchvision_pixels(image: Tensor, top: int, left: int, mirrored: int) -> Tensor:
+def draws(indices: Tensor, seed: int = 0, epoch: int = 0, full_size: int = 32, channels: int = 3) -> rng.Draws:
+    """The draws of these images, whose black is 0, 1, 2."""
+    return rng.Draws(seed, epoch, indices, torch.arange(channels).float(), full_size)
+
+
+def crops(store: pixels_.PixelStore, indices: Tensor, text: str, seed: int = 0, epoch: int = 0) -> Tensor:
+    """These images, cropped and flipped as --augment TEXT says."""
+    cut = augment.crop_and_flip(augment.parse(text), store, draws(indices, seed, epoch))
+    return pixels_.gather(store, indices, *cut)
+
+
+def torchvision_pixels(image: Tensor, top: int, left: int, flipped: int) -> Tensor:
     """What RandomCrop(32, padding=4), RandomHorizontalFlip, ToTensor and Normalize make of an image for these draws."""
     padded = tv.pad(Image.fromarray(image.numpy()), [4])
     cropped = tv.crop(padded, top, left, 32, 32)
-    return tv.normalize(tv.to_tensor(tv.hflip(cropped) if mirrored else cropped), MEAN, STD)
+    return tv.normalize(tv.to_tensor(tv.hflip(cropped) if flipped else cropped), MEAN, STD)
 
 
 def test_every_cell_equals_torchvision_bit_for_bit(images: Tensor) -> None:
-    store, normalise = augment.pack(images, padding=4), augment.Normalise(MEAN, STD, CPU)
-    top, left, mirrored = torch.tensor(CELLS).T
+    store, normalize = pixels_.pack(images, padding=4), pixels_.Normalize(MEAN, STD, CPU)
+    top, left, flipped = torch.tensor(CELLS).T
     for index, image in enumerate(images):
-        ours = normalise(augment.gather(store, torch.full_like(top, index), top, left, mirrored))
+        ours = normalize(pixels_.gather(store, torch.full_like(top, index), top, left, flipped))
         theirs = torch.stack([torchvision_pixels(image, *cell) for cell in CELLS])
         assert ours.dtype == torch.float32
         assert torch.equal(ours, theirs)
@@ -46,36 +64,34 @@ def test_every_cell_equals_torchvision_bit_for_bit(images: Tensor) -> None:
 
 def test_images_as_they_are_equal_torchvision(images: Tensor) -> None:
     for padding in (0, 4):
-        pixels = augment.centre(augment.pack(images, padding), torch.tensor([3, 0, 1, 2, 0]))
-        ours = augment.Normalise(MEAN, STD, CPU)(pixels)
+        pixels = pixels_.center(pixels_.pack(images, padding), torch.tensor([3, 0, 1, 2, 0]))
+        ours = pixels_.Normalize(MEAN, STD, CPU)(pixels)
         as_they_are = [tv.to_tensor(image.numpy()) for image in images[[3, 0, 1, 2, 0]]]
         assert torch.equal(ours, torch.stack([tv.normalize(image, MEAN, STD) for image in as_they_are]))
 
 
 def test_batches_are_channels_last(images: Tensor) -> None:
-    store = augment.pack(images, padding=4)
-    pixels = augment.random_crop_and_mirror(store, torch.arange(4), seed=0, epoch=0, flip=True)
-    assert augment.Normalise(MEAN, STD, CPU)(pixels).is_contiguous(memory_format=torch.channels_last)
+    store = pixels_.pack(images, padding=4)
+    pixels = crops(store, torch.arange(4), "RandomCrop(4) RandomHorizontalFlip")
+    assert pixels_.Normalize(MEAN, STD, CPU)(pixels).is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize(
-    ("padding", "flip", "kinds"), [(4, True, 162), (4, False, 81), (0, True, 2), (0, False, 1), (1, True, 18)]
-)
-def test_every_cell_is_drawn(images: Tensor, padding: int, flip: bool, kinds: int) -> None:
+@pytest.mark.parametrize(("padding", "flip", "kinds"), [(4, FLIP, 162), (4, "", 81), (0, FLIP, 2), (0, "", 1), (1, FLIP, 18)])
+def test_every_cell_is_drawn(images: Tensor, padding: int, flip: str, kinds: int) -> None:
     copies = images[:1].expand(3_000, -1, -1, -1)
-    store = augment.pack(copies, padding)
-    pixels = augment.random_crop_and_mirror(store, torch.arange(3_000), seed=0, epoch=0, flip=flip)
+    store = pixels_.pack(copies, padding)
+    pixels = crops(store, torch.arange(3_000), f"RandomCrop({padding}){flip}")
     assert len(pixels.flatten(1).unique(dim=0)) == kinds
 
 
 def test_an_image_is_the_same_whatever_batch_it_is_in(images: Tensor) -> None:
-    store = augment.pack(images.repeat(25, 1, 1, 1), padding=4)
-    together = augment.random_crop_and_mirror(store, torch.arange(100), seed=5, epoch=7, flip=True)
+    store = pixels_.pack(images.repeat(25, 1, 1, 1), padding=4)
+    together = crops(store, torch.arange(100), "RandomCrop(4) RandomHorizontalFlip", seed=5, epoch=7)
     order = torch.randperm(100, generator=torch.Generator().manual_seed(0))
     for indices in (order, order[:9], order[9:10]):
-        assert torch.equal(augment.random_crop_and_mirror(store, indices, seed=5, epoch=7, flip=True), together[indices])
+        assert torch.equal(crops(store, indices, "RandomCrop(4) RandomHorizontalFlip", seed=5, epoch=7), together[indices])
     for other in ({"seed": 6, "epoch": 7}, {"seed": 5, "epoch": 8}):
-        assert not torch.equal(augment.random_crop_and_mirror(store, torch.arange(100), flip=True, **other), together)
+        assert not torch.equal(crops(store, torch.arange(100), "RandomCrop(4) RandomHorizontalFlip", **other), together)
 
 
 # --- grey images, other sizes, resizing --------------------------------------------------------------------------------
@@ -87,11 +103,11 @@ def grey(images: Tensor) -> Tensor:
 
 
 def test_grey_images_equal_torchvision_in_every_cell(images: Tensor) -> None:
-    store, normalise = augment.pack(grey(images), padding=2), augment.Normalise((0.1307,), (0.3081,), CPU)
+    store, normalize = pixels_.pack(grey(images), padding=2), pixels_.Normalize((0.1307,), (0.3081,), CPU)
     some = list(itertools.product(range(5), range(5), (0, 1)))
-    top, left, mirrored = torch.tensor(some).T
+    top, left, flipped = torch.tensor(some).T
     for index, image in enumerate(grey(images)):
-        ours = normalise(augment.gather(store, torch.full_like(top, index), top, left, mirrored))
+        ours = normalize(pixels_.gather(store, torch.full_like(top, index), top, left, flipped))
         padded = tv.pad(image.permute(2, 0, 1), [2])
         crops = [tv.crop(padded, *cell[:2], 28, 28) for cell in some]
         turned = [tv.hflip(crop) if cell[2] else crop for crop, cell in zip(crops, some, strict=True)]
@@ -111,26 +127,26 @@ SIZES = [(256, 224, 0), (40, 32, 0), (48, 50, 4), (20, 16, 2), (24, 24, 4), (24,
 
 @pytest.mark.parametrize(("resize", "image_size", "padding"), SIZES)
 def test_resized_crops_equal_torchvision_to_a_grey_level(images: Tensor, resize: int, image_size: int, padding: int) -> None:
-    store, size = augment.pack(images, padding, resize, image_size), image_size or resize
+    store, size = pixels_.pack(images, padding, resize, image_size), image_size or resize
     end = resize + 2 * padding - size
     some = list(itertools.product({0, end}, {0, end // 2, end}, (0, 1)))
-    top, left, mirrored = torch.tensor(some).T
-    normalise = augment.Normalise(MEAN, STD, CPU)
+    top, left, flipped = torch.tensor(some).T
+    normalize = pixels_.Normalize(MEAN, STD, CPU)
     for index, image in enumerate(images):
-        pixels = augment.gather(store, torch.full_like(top, index), top, left, mirrored)
+        pixels = pixels_.gather(store, torch.full_like(top, index), top, left, flipped)
         padded = tv.pad(torchvision_resized(image, resize), [padding])
         crops = [tv.crop(padded, *corner, size, size) for *corner, _ in some]
         theirs = torch.stack([tv.hflip(crop) if cell[2] else crop for crop, cell in zip(crops, some, strict=True)])
         assert (pixels.int() - theirs.int()).abs().max() <= 1
         floats = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])(theirs)
-        assert (normalise(pixels) - floats).abs().max() <= 1.01 / 255 / min(STD)
+        assert (normalize(pixels) - floats).abs().max() <= 1.01 / 255 / min(STD)
 
 
 @pytest.mark.parametrize(
     ("resize", "image_size"), [(256, 224), (40, 32), (41, 32), (33, 30), (0, 24), (0, 27), (0, 0), (32, 0)]
 )
 def test_the_middle_equals_torchvisions_centre_crop(images: Tensor, resize: int, image_size: int) -> None:
-    pixels = augment.centre(augment.pack(images, 0, resize, image_size), torch.tensor([2, 0, 3, 1]))
+    pixels = pixels_.center(pixels_.pack(images, 0, resize, image_size), torch.tensor([2, 0, 3, 1]))
     for ours, image in zip(pixels, images[[2, 0, 3, 1]], strict=True):
         whole = torchvision_resized(image, resize or 32)
         theirs = tv.center_crop(whole, [image_size or resize or 32] * 2)
@@ -139,50 +155,50 @@ def test_the_middle_equals_torchvisions_centre_crop(images: Tensor, resize: int,
 
 
 @pytest.mark.parametrize(
-    ("resize", "image_size", "padding", "flip", "kinds"), [(0, 30, 0, True, 18), (0, 30, 1, False, 25), (10, 8, 0, True, 18)]
+    ("resize", "image_size", "padding", "flip", "kinds"), [(0, 30, 0, FLIP, 18), (0, 30, 1, "", 25), (10, 8, 0, FLIP, 18)]
 )
 def test_every_cell_of_other_sizes_is_drawn(
-    images: Tensor, resize: int, image_size: int, padding: int, flip: bool, kinds: int
+    images: Tensor, resize: int, image_size: int, padding: int, flip: str, kinds: int
 ) -> None:
-    store = augment.pack(images[:1].expand(1_000, -1, -1, -1), padding, resize, image_size)
-    pixels = augment.random_crop_and_mirror(store, torch.arange(1_000), seed=0, epoch=0, flip=flip)
+    store = pixels_.pack(images[:1].expand(1_000, -1, -1, -1), padding, resize, image_size)
+    pixels = crops(store, torch.arange(1_000), f"RandomCrop({padding}){flip}")
     assert pixels.shape[2:] == (image_size, image_size)
     assert len(pixels.flatten(1).unique(dim=0)) == kinds
 
 
 def test_a_resized_image_is_the_same_whatever_batch_it_is_in(images: Tensor) -> None:
-    store = augment.pack(images.repeat(10, 1, 1, 1), 0, resize=48, image_size=40)
-    together = augment.random_crop_and_mirror(store, torch.arange(40), seed=5, epoch=7, flip=True)
+    store = pixels_.pack(images.repeat(10, 1, 1, 1), 0, resize=48, image_size=40)
+    together = crops(store, torch.arange(40), "RandomCrop(0) RandomHorizontalFlip", seed=5, epoch=7)
     for indices in (torch.arange(40).flip(0), torch.tensor([17, 3]), torch.tensor([9])):
-        assert torch.equal(augment.random_crop_and_mirror(store, indices, seed=5, epoch=7, flip=True), together[indices])
+        assert torch.equal(crops(store, indices, "RandomCrop(0) RandomHorizontalFlip", seed=5, epoch=7), together[indices])
 
 
 def test_resizing_keeps_the_small_images_in_memory(images: Tensor) -> None:
-    assert augment.pack(images, 0, 256, 224).pixels.nbytes == 4 * 32 * 32 * 4
-    assert augment.pack(grey(images), 0).pixels.nbytes == 4 * 28 * 28
+    assert pixels_.pack(images, 0, 256, 224).pixels.nbytes == 4 * 32 * 32 * 4
+    assert pixels_.pack(grey(images), 0).pixels.nbytes == 4 * 28 * 28
 
 
 @pytest.mark.parametrize(("size", "padding"), [(32, 2), (24, 3), (40, 1), (8, 7), (28, 3)])
 def test_reflected_borders_equal_torchvisions(images: Tensor, size: int, padding: int) -> None:
     """Images as they are, made smaller once, enlarged batch by batch, and grey."""
     images = grey(images) if size == 28 else images
-    store = augment.pack(images, padding, size, reflect=True)
+    store = pixels_.pack(images, padding, size, reflect=True)
     end = 2 * padding
     some = list(itertools.product({0, end}, {0, padding, end}, (0, 1)))
-    top, left, mirrored = torch.tensor(some).T
+    top, left, flipped = torch.tensor(some).T
     for index, image in enumerate(images):
-        whole = augment.centre(augment.pack(image[None], 0, size), torch.tensor([0]))[0]
+        whole = pixels_.center(pixels_.pack(image[None], 0, size), torch.tensor([0]))[0]
         padded = tv.pad(whole, [padding], padding_mode="reflect")
         crops = [tv.crop(padded, *corner, size, size) for *corner, _ in some]
         theirs = torch.stack([tv.hflip(crop) if cell[2] else crop for crop, cell in zip(crops, some, strict=True)])
-        assert torch.equal(augment.gather(store, torch.full_like(top, index), top, left, mirrored), theirs)
+        assert torch.equal(pixels_.gather(store, torch.full_like(top, index), top, left, flipped), theirs)
 
 
 @pytest.mark.parametrize("resize", [0, 8, 40])
 def test_a_border_as_wide_as_the_image_cannot_be_reflected(images: Tensor, resize: int) -> None:
-    augment.pack(images, (resize or 32) - 1, resize, reflect=True)
+    pixels_.pack(images, (resize or 32) - 1, resize, reflect=True)
     with pytest.raises(ValueError, match="cannot be reflected"):
-        augment.pack(images, resize or 32, resize, reflect=True)
+        pixels_.pack(images, resize or 32, resize, reflect=True)
 
 
 # --- brightness and contrast ---------------------------------------------------------------------------------------------
@@ -192,8 +208,8 @@ def test_each_image_has_one_brightness_and_one_contrast() -> None:
     few = torch.arange(500)
     levels = torch.tensor([-1.0, 0.0, 1.0, 2.0])
     given = levels.expand(500, 3, 2, 4).contiguous(memory_format=torch.channels_last)
-    how = {"seed": 3, "epoch": 2}
-    seen = augment.color_jitter(given, 0.2, 0.5, **how, indices=few)
+    jitter = augment.BrightnessContrast(0.2, 0.5)
+    seen = jitter(given, draws(few, 3, 2))
     assert seen.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(given, levels.expand_as(given)), "what was given is left as it was"
     rows = seen[:, 0, 0].double()
@@ -206,18 +222,18 @@ def test_each_image_has_one_brightness_and_one_contrast() -> None:
         assert drawn.max() > 0.95 * most
         assert drawn.mean().abs() < 5 * most / (3 * 500) ** 0.5
     assert abs(correlation(shift, scale)) < chance(500)
-    assert torch.equal(augment.color_jitter(given.bfloat16(), 0.2, 0.5, **how, indices=few), seen.bfloat16()), "rounded once"
-    backwards = augment.color_jitter(given, 0.2, 0.5, **how, indices=few.flip(0))
+    assert torch.equal(jitter(given.bfloat16(), draws(few, 3, 2)), seen.bfloat16()), "rounded once"
+    backwards = jitter(given, draws(few.flip(0), 3, 2))
     assert torch.equal(backwards, seen.flip(0)), "an image is the same whatever batch it is in"
-    for other in ({"seed": 4, "epoch": 2}, {"seed": 3, "epoch": 3}):
-        assert not torch.equal(augment.color_jitter(given, 0.2, 0.5, **other, indices=few), seen)
+    for other in ((4, 2), (3, 3)):
+        assert not torch.equal(jitter(given, draws(few, *other)), seen)
 
 
-def test_normalised_images_become_pixels_again(images: Tensor) -> None:
-    normalise = augment.Normalise(MEAN, STD, CPU)
+def test_normalized_images_become_pixels_again(images: Tensor) -> None:
+    normalize = pixels_.Normalize(MEAN, STD, CPU)
     pixels = images.permute(0, 3, 1, 2)
-    assert torch.equal(normalise.to_pixels(normalise(pixels)), pixels)
-    assert torch.equal(normalise.to_pixels(normalise(pixels) + 100), torch.full_like(pixels, 255))
+    assert torch.equal(normalize.to_pixels(normalize(pixels)), pixels)
+    assert torch.equal(normalize.to_pixels(normalize(pixels) + 100), torch.full_like(pixels, 255))
 
 
 # --- draws -------------------------------------------------------------------------------------------------------------
@@ -255,7 +271,7 @@ def test_draws_of_neighbours_are_not_correlated() -> None:
         assert abs(correlation(here, cells(lag, 0))) < chance(NUM_IMAGES), f"seeds {lag} apart"
         assert abs(correlation(here[lag:], here[:-lag])) < chance(NUM_IMAGES), f"images {lag} apart"
     assert abs(correlation(cells(0, 1), cells(1, 0))) < chance(NUM_IMAGES), "seed and epoch are not added up"
-    assert abs(correlation(here % 2, here // 2)) < chance(NUM_IMAGES), "the crop does not tell the mirroring"
+    assert abs(correlation(here % 2, here // 2)) < chance(NUM_IMAGES), "the crop does not tell the flip"
 
 
 def test_an_order_is_a_permutation_of_its_own() -> None:
@@ -280,7 +296,7 @@ def test_draws_are_the_same_on_every_platform() -> None:
     assert rng.permutation(1_000, 2**31 - 1, 49)[:6].tolist() == [295, 62, 693, 471, 116, 692]
     assert cells(0, 0)[:12].tolist() == [52, 124, 161, 126, 31, 75, 68, 126, 95, 158, 11, 9]
     another = rng.below(162, 2**31 - 1, 49, torch.arange(12))
-    drawn = [rng.uniform(2**31 - 1, 49, torch.arange(2), stream) for stream in (rng.BRIGHTNESS, rng.CONTRAST)]
+    drawn = [rng.uniform(2**31 - 1, 49, torch.arange(2), name) for name in ("brightness", "contrast")]
     assert torch.stack(drawn).mul(2**23).int().tolist() == [[-2419706, 1185094], [-5558287, -5145]]
     assert another.tolist() == [130, 128, 120, 39, 58, 161, 68, 116, 21, 149, 83, 110]
 
@@ -288,47 +304,47 @@ def test_draws_are_the_same_on_every_platform() -> None:
 @pytest.mark.parametrize("size", [20, 24, 31])
 def test_smaller_images_are_torchvisions_resized_once(size: int) -> None:
     pixels = torch.randint(0, 256, (7, 32, 32, 3), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)
-    store = augment.pack(pixels, padding=2, resize=size)
+    store = pixels_.pack(pixels, padding=2, resize=size)
     assert (store.resize, store.stored, store.side, store.size) == (0, size + 4, size + 4, size), "nothing is left to resize"
-    ours = augment.centre(store, torch.arange(7))
+    ours = pixels_.center(store, torch.arange(7))
     theirs = tv.resize(pixels.permute(0, 3, 1, 2), [size, size], antialias=True)
     assert torch.equal(ours, theirs)
 
 
-def test_alternating_images_are_mirrored_in_every_other_epoch(images: Tensor) -> None:
+def test_alternating_images_are_flipped_in_every_other_epoch(images: Tensor) -> None:
     many = images[:1].expand(2_000, -1, -1, -1)
-    store, indices = augment.pack(many, padding=0), torch.arange(2_000)
+    store, indices = pixels_.pack(many, padding=0), torch.arange(2_000)
 
-    def mirrored(epoch: int, alternate: bool = True) -> Tensor:
-        crops = augment.random_crop_and_mirror(store, indices, seed=3, epoch=epoch, flip=True, alternate=alternate)
-        return (crops != crops[0]).flatten(1).any(dim=1) ^ (crops[0] == images[0].permute(2, 0, 1)).logical_not().any()
+    def flipped(epoch: int, kind: str = "AlternatingFlip") -> Tensor:
+        seen = crops(store, indices, kind, seed=3, epoch=epoch)
+        return (seen != seen[0]).flatten(1).any(dim=1) ^ (seen[0] == images[0].permute(2, 0, 1)).logical_not().any()
 
-    first, second, third = (mirrored(epoch) for epoch in range(3))
+    first, second, third = (flipped(epoch) for epoch in range(3))
     assert torch.equal(first, ~second)
     assert torch.equal(first, third)
-    assert torch.equal(first, mirrored(0, alternate=False)), "it begins as by chance"
+    assert torch.equal(first, flipped(0, "RandomHorizontalFlip")), "it begins as by chance"
     assert 800 < first.sum() < 1_200
-    assert not torch.equal(mirrored(1, alternate=False), ~mirrored(0, alternate=False))
+    assert not torch.equal(flipped(1, "RandomHorizontalFlip"), ~flipped(0, "RandomHorizontalFlip"))
 
 
-def test_pixels_normalised_once_are_what_autocast_makes_of_them(images: Tensor) -> None:
-    store, normalise = augment.pack(images, padding=3), augment.Normalise(MEAN, STD, CPU)
-    once = augment.normalised(store, normalise)
+def test_pixels_normalized_once_are_what_autocast_makes_of_them(images: Tensor) -> None:
+    store, normalize = pixels_.pack(images, padding=3), pixels_.Normalize(MEAN, STD, CPU)
+    once = pixels_.normalized(store, normalize)
     indices = torch.arange(4).repeat(25)
     for epoch in range(3):
-        crops = [augment.random_crop_and_mirror(s, indices, seed=1, epoch=epoch, flip=True) for s in (store, once)]
-        plain, ready = map(normalise, crops)
+        both = [crops(s, indices, "RandomCrop(3) RandomHorizontalFlip", seed=1, epoch=epoch) for s in (store, once)]
+        plain, ready = map(normalize, both)
         assert ready.dtype == torch.bfloat16
         assert ready.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(plain.to(torch.bfloat16), ready)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_square_is_cut_out_wholly_inside_and_anywhere(dtype: torch.dtype) -> None:
     indices = torch.arange(3_000)
     images = torch.full((3_000, 3, 16, 16), 9, dtype=dtype)
-    black = torch.tensor([1, 2, 3], dtype=dtype)
-    cut = augment.cut_out(images, 12, black, seed=1, epoch=2, indices=indices)
+    black, cutout = torch.arange(3).to(dtype), augment.Cutout(12)
+    cut = cutout(images, draws(indices, 1, 2, full_size=16))
     gone = (cut != 9).any(dim=1)
     assert (gone.flatten(1).sum(dim=1) == 144).all()
     assert (gone.any(dim=1).sum(dim=1) == 12).all(), "a square, not scattered pixels"
@@ -337,7 +353,109 @@ def test_a_square_is_cut_out_wholly_inside_and_anywhere(dtype: torch.dtype) -> N
     counts = torch.bincount(corners // 16 * 5 + corners % 16, minlength=25)
     assert len(counts) == 25
     assert counts.min() > 70, "each of the 5 x 5 places"
-    again = augment.cut_out(images[5:9], 12, black, seed=1, epoch=2, indices=indices[5:9])
+    again = cutout(images[5:9], draws(indices[5:9], 1, 2, full_size=16))
     assert torch.equal(again, cut[5:9]), "a function of the image, not of its batch"
-    assert not torch.equal(augment.cut_out(images, 12, black, seed=1, epoch=3, indices=indices), cut)
+    assert not torch.equal(cutout(images, draws(indices, 1, 3, full_size=16)), cut)
     assert (images == 9).all()
+
+
+# --- the command line --------------------------------------------------------------------------------------------------------
+
+
+def every_operation() -> list[augment.Operation]:
+    """One of each class, with arguments in the middle of what is allowed."""
+    arguments = {int: 4, float: 0.25, str: "reflect"}
+    made = []
+    for kind in augment._classes().values():
+        types = get_type_hints(kind)
+        made.append(kind(*(arguments.get(types[f.name], "reflect") for f in dataclasses.fields(kind))))
+    return made
+
+
+@pytest.mark.parametrize("operation", every_operation(), ids=str)
+def test_an_operation_is_written_read_and_described(operation: augment.Operation) -> None:
+    assert augment.parse(str(operation)) == (operation,)
+    assert operation.describe()
+    operation.check(32)
+
+
+@pytest.mark.parametrize(
+    "operation", [one for one in every_operation() if not isinstance(one, augment.GATHERED)], ids=lambda one: type(one).__name__
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_operation_is_a_function_of_seed_epoch_and_image(operation: augment.Operation, dtype: torch.dtype) -> None:
+    images = torch.randn(50, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    given, indices = images.clone(), torch.arange(50)
+    together = operation(images, draws(indices, 1, 2))
+    assert (together.shape, together.dtype) == (images.shape, dtype)
+    assert torch.equal(images, given), "the input is left as it was"
+    assert torch.equal(operation(images[7:9], draws(indices[7:9], 1, 2)), together[7:9])
+    for other in ((2, 2), (1, 3)):
+        assert not torch.equal(operation(images, draws(indices, *other)), together)
+
+
+@pytest.mark.parametrize(
+    ("text", "due"),
+    [
+        ("none", "none"),
+        ("", "none"),
+        (" RandomCrop( 4 )  RandomHorizontalFlip() ", "RandomCrop(4) RandomHorizontalFlip"),
+        ("RandomCrop(padding=2, padding_mode=reflect)", "RandomCrop(2, reflect)"),
+        ("RandomCrop(2, constant) Cutout(size=8)", "RandomCrop(2) Cutout(8)"),
+        ("BrightnessContrast(1)", "BrightnessContrast(1)"),
+    ],
+)
+def test_an_augmentation_has_one_spelling(text: str, due: str) -> None:
+    assert augment.as_text(augment.parse(text)) == due
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("RandomCorp(4)", "RandomCrop"),
+        ("RandomCrop", "RandomCrop(padding, padding_mode)"),
+        ("RandomCrop(1.5)", "whole number"),
+        ("RandomCrop(True)", "whole number"),
+        ("RandomCrop(4, mirror)", "constant, reflect"),
+        ("RandomCrop(4, 4, 4)", "RandomCrop(padding"),
+        ("RandomCrop(4", "RandomCrop(4"),
+        ("__import__('os')", "__import__"),
+        ("Cutout(4) Cutout(5)", "Cutout is given twice"),
+        ("RandomHorizontalFlip AlternatingFlip", "twice"),
+        ("Cutout(4) RandomCrop(4)", "come first"),
+    ],
+)
+def test_an_invalid_augmentation_is_refused_in_one_line(text: str, named: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(named)) as error:
+        augment.parse(text)
+    assert str(error.value).startswith("invalid value for --augment: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "named"),
+    [
+        ("RandomCrop(28, reflect)", 28, "27"),
+        ("RandomCrop(-1)", 32, "32"),
+        ("Cutout(33)", 32, "32"),
+        ("BrightnessContrast(2)", 9, "1"),
+    ],
+)
+def test_an_argument_out_of_range_is_refused_with_the_range(text: str, size: int, named: str) -> None:
+    with pytest.raises(UsageError, match=f"{re.escape(text)}.* {named}"):
+        augment.check(augment.parse(text), size)
+
+
+@pytest.mark.parametrize(
+    ("flags", "due"),
+    [
+        ("--no-flip --crop-padding 0", "none"),
+        ("--crop_padding=2 --padding-mode reflect", "RandomCrop(2, reflect) RandomHorizontalFlip"),
+        ("--alternate-flip --cutout 8", "RandomCrop(3) AlternatingFlip Cutout(8)"),
+        ("--brightness 0.1", "RandomCrop(3) RandomHorizontalFlip BrightnessContrast(0.1)"),
+        ("--crop-padding 0 --resize 40 --image-size 32", "RandomCrop(0) RandomHorizontalFlip"),
+    ],
+)
+def test_the_flags_of_0_1_are_understood_with_a_note_on_what_to_use(flags: str, due: str) -> None:
+    plan = make_plan(["--dataset", "synthetic", *flags.split()], 1, "main.py")
+    assert plan.recipe.augment == due
+    assert any(f'--augment "{due}"' in note for note in plan.notes)

@@ -129,8 +129,8 @@ def test_mean_and_std_of_different_lengths_are_refused():
         ("--global-batch-size 9001 --val-images 1000", "larger than the 9000 training images"),
         ("--image-size 29", "type --image-size 28 or less, or --resize 29 too"),
         ("--resize 24 --image-size 28", "type --image-size 24 or less, or --resize 28 too"),
-        ("--padding-mode reflect --crop-padding 28", "type --crop-padding 27 or less"),
-        ("--padding-mode reflect --crop-padding 20 --first-sizes 16 --first-epochs 1", "type --crop-padding 15 or less"),
+        ("--augment=RandomCrop(28,reflect)", "RandomCrop(28, reflect): padding must be from 0 to 27"),
+        ("--augment=RandomCrop(20,reflect) --first-sizes 16 --first-epochs 1", "from 0 to 15"),
     ],
 )
 def test_each_data_set_has_its_own_limits(argv, says):
@@ -154,20 +154,17 @@ def test_random_labels_are_announced_and_others_are_not():
     ("argv", "image_shape", "augments"),
     [
         ("", (3, 32, 32), True),
-        ("--no-flip --crop-padding 0", (3, 32, 32), False),
-        ("--no-flip --crop-padding 0 --image-size 30", (3, 30, 30), True),
-        ("--no-flip --crop-padding 0 --resize 40", (3, 40, 40), False),
-        ("--no-flip --crop-padding 0 --resize 256 --image-size 224", (3, 224, 224), True),
-        ("--crop-padding 0", (3, 32, 32), True),
-        *(
-            (f"--no-flip --crop-padding 0 {flag}", (3, 32, 32), True)
-            for flag in ("--brightness 0.1", "--contrast 0.1", "--cutout 4", "--first-sizes 24 --first-epochs 1")
-        ),
+        ("--augment none", (3, 32, 32), False),
+        ("--augment none --image-size 30", (3, 30, 30), False),
+        ("--augment none --resize 40", (3, 40, 40), False),
+        ("--augment RandomCrop(0) --resize 256 --image-size 224", (3, 224, 224), True),
+        ("--augment Cutout(4)", (3, 32, 32), True),
+        ("--augment none --first-sizes 24 --first-epochs 1", (3, 32, 32), True),
     ],
 )
 def test_what_the_network_sees(argv, image_shape, augments):
     found = plan("--dataset", "synthetic", *argv.split())
-    assert (found.image_shape, found.augments) == (image_shape, augments)
+    assert (found.image_shape, found.recipe.is_augmented) == (image_shape, augments)
 
 
 # --- MNIST ------------------------------------------------------------------------------------------------------------

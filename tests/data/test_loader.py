@@ -12,7 +12,8 @@ from torch import Tensor
 
 from cifar10.config.ds_config import Batch
 from cifar10.config.recipe import Recipe
-from cifar10.data import augment, loader
+from cifar10.data import augment, loader, rng
+from cifar10.data import pixels as pixels_
 from cifar10.data.loader import EvaluationLoader, MicroBatch, TrainLoader
 from tests.helpers import MEAN, STD
 
@@ -31,10 +32,10 @@ def pixels() -> Tensor:
 def train_loader(pixels: Tensor, *, rank: int = 0, world_size: int = 1, accumulation: int = 1, seed: int = 4) -> TrainLoader:
     """A loader whose labels are the images' own indices, so that a batch tells what is in it."""
     return TrainLoader(
-        store=augment.pack(pixels, padding=4),
+        store=pixels_.pack(pixels, padding=4),
         labels=torch.arange(NUM_IMAGES),
-        normalise=augment.Normalise(MEAN, STD, CPU),
-        flip=True,
+        normalize=pixels_.Normalize(MEAN, STD, CPU),
+        operations=augment.parse("RandomCrop(4) RandomHorizontalFlip"),
         seed=seed,
         global_images=GLOBAL_IMAGES,
         micro_images=GLOBAL_IMAGES // world_size // accumulation,
@@ -69,7 +70,7 @@ def test_a_global_batch_is_the_same_at_any_world_size(pixels: Tensor, world_size
         (expected_images, expected_labels), order = alone[step][0], labels.argsort()
         assert len(labels.unique()) == GLOBAL_IMAGES, "ranks share no image"
         assert torch.equal(labels[order], expected_labels.sort().values)
-        assert torch.equal(images[order], expected_images[expected_labels.argsort()]), "the same crops and mirroring"
+        assert torch.equal(images[order], expected_images[expected_labels.argsort()]), "the same crops and flips"
 
 
 def test_an_epoch_visits_each_image_at_most_once_and_drops_the_partial_batch(pixels: Tensor) -> None:
@@ -113,15 +114,15 @@ def test_of_larger_images_fewer_are_handled_at_once(size: int, chunk: int, evalu
 def test_a_loader_gathers_as_many_pixels_of_large_images_as_of_small_ones(
     pixels: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gathered, gather = [], augment.gather
+    gathered, gather = [], pixels_.gather
     monkeypatch.setattr(
-        augment, "gather", lambda store, indices, *cut: gathered.append(len(indices)) or gather(store, indices, *cut)
+        pixels_, "gather", lambda store, indices, *cut: gathered.append(len(indices)) or gather(store, indices, *cut)
     )
-    train = dataclasses.replace(train_loader(pixels), store=augment.pack(pixels, 0, 128, 96), global_images=4, micro_images=2)
+    train = dataclasses.replace(train_loader(pixels), store=pixels_.pack(pixels, 0, 128, 96), global_images=4, micro_images=2)
     for _ in itertools.islice(train.epoch(0), 20):
         pass
-    store = augment.pack(pixels[:250], 0, 128, 96)
-    evaluated = EvaluationLoader(store, torch.arange(250), augment.Normalise(MEAN, STD, CPU), 0, 1)
+    store = pixels_.pack(pixels[:250], 0, 128, 96)
+    evaluated = EvaluationLoader(store, torch.arange(250), pixels_.Normalize(MEAN, STD, CPU), 0, 1)
     batches = [len(labels) for _, labels in evaluated]
     assert gathered == [56, 56, *batches]  # 512 / 9, in whole steps
     assert batches == [111, 111, 28]
@@ -137,9 +138,9 @@ def test_micro_batches_are_float_and_channels_last(pixels: Tensor) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("num_images", [0, 1, 3, 250])
 def test_evaluation_sees_every_image_exactly_once(pixels: Tensor, num_images: int, world_size: int) -> None:
-    store, normalise = augment.pack(pixels[:num_images], padding=0), augment.Normalise(MEAN, STD, CPU)
+    store, normalize = pixels_.pack(pixels[:num_images], padding=0), pixels_.Normalize(MEAN, STD, CPU)
     loaders = [
-        EvaluationLoader(store, torch.arange(num_images), normalise, rank, world_size, batch_images=40)
+        EvaluationLoader(store, torch.arange(num_images), normalize, rank, world_size, batch_images=40)
         for rank in range(world_size)
     ]
     assert {len(one_rank) for one_rank in loaders} == {num_images}
@@ -148,11 +149,11 @@ def test_evaluation_sees_every_image_exactly_once(pixels: Tensor, num_images: in
     seen = torch.cat([torch.zeros(0, dtype=torch.int64), *(labels for _, labels in batches)])
     assert seen.sort().values.tolist() == list(range(num_images))
     for images, labels in batches:
-        assert torch.equal(images, normalise(augment.centre(store, labels)))
+        assert torch.equal(images, normalize(pixels_.center(store, labels)))
 
 
 def test_the_first_epochs_are_on_smaller_images(pixels: Tensor) -> None:
-    recipe = Recipe(epochs=4, warmup_epochs=0, val_images=0, first_sizes=(16, 24), first_epochs=(2, 1), crop_padding=2)
+    recipe = Recipe(epochs=4, warmup_epochs=0, val_images=0, first_sizes=(16, 24), first_epochs=(2, 1), augment="RandomCrop(2)")
     here = SimpleNamespace(device=CPU, rank=0, size=1)
     one = TrainLoader.of(pixels.numpy(), torch.arange(NUM_IMAGES).numpy(), recipe, Batch(60, 60, 1, 1), here)
     whole = dataclasses.replace(one, first_stores=())
@@ -167,43 +168,45 @@ def test_the_first_epochs_are_on_smaller_images(pixels: Tensor) -> None:
 
 def test_the_first_images_are_not_augmented(pixels: Tensor) -> None:
     one = train_loader(pixels)
-    expected = one.normalise(pixels[:5].permute(0, 3, 1, 2))
+    expected = one.normalize(pixels[:5].permute(0, 3, 1, 2))
     assert torch.equal(one.first_images(5), expected)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_brightness_and_contrast_change_what_trains_and_not_what_is_cut_out(pixels: Tensor, bf16: bool) -> None:
-    recipe = Recipe(epochs=2, warmup_epochs=0, val_images=0, brightness=0.3, contrast=0.2, cutout=8, padding_mode="reflect")
+def test_operations_follow_one_another(pixels: Tensor, bf16: bool) -> None:
+    text = "RandomCrop(4, reflect) RandomHorizontalFlip BrightnessContrast(0.3, 0.2) Cutout(8)"
+    recipe = Recipe(epochs=2, warmup_epochs=0, val_images=0, augment=text)
     here = SimpleNamespace(device=CPU, rank=0, size=1)
     one = TrainLoader.of(pixels.numpy(), torch.arange(NUM_IMAGES).numpy(), recipe, Batch(60, 60, 1, 1), here, bf16=bf16)
-    plain = dataclasses.replace(one, brightness=0, contrast=0, cutout=0)
-    cut = dataclasses.replace(plain, cutout=8)
+    *gathered, jitter, cutout = one.operations
+    plain = dataclasses.replace(one, operations=tuple(gathered))
+    cut = dataclasses.replace(plain, operations=(*gathered, cutout))
     (images, indices), (whole, _), (black, _) = (next(each.epoch(1))[0] for each in (one, plain, cut))
-    expected = augment.color_jitter(whole, 0.3, 0.2, seed=recipe.seed, epoch=1, indices=indices)
+    expected = jitter(whole, rng.Draws(recipe.seed, 1, indices, torch.zeros(3), 32))
     inside = (black != whole).any(dim=1, keepdim=True)
     assert torch.equal(images, torch.where(inside, black, expected))
     assert not torch.equal(expected, whole)
 
 
 def test_borders_are_those_of_the_recipe(pixels: Tensor) -> None:
-    how = {"padding_mode": "reflect", "crop_padding": 2, "first_sizes": (16,), "first_epochs": (1,)}
+    how = {"augment": "RandomCrop(2, reflect)", "first_sizes": (16,), "first_epochs": (1,)}
     recipe = Recipe(epochs=2, warmup_epochs=0, val_images=0, **how)
     here = SimpleNamespace(device=CPU, rank=0, size=1)
     one = TrainLoader.of(pixels.numpy(), torch.arange(NUM_IMAGES).numpy(), recipe, Batch(60, 60, 1, 1), here)
     ((_, small),) = one.first_stores
     for store, size in ((small, 16), (one.store, 0)):
-        assert torch.equal(store.pixels, augment.pack(pixels, 2, size, reflect=True).pixels)
-        assert not torch.equal(store.pixels, augment.pack(pixels, 2, size).pixels)
+        assert torch.equal(store.pixels, pixels_.pack(pixels, 2, size, reflect=True).pixels)
+        assert not torch.equal(store.pixels, pixels_.pack(pixels, 2, size).pixels)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_what_is_cut_out_is_black(pixels: Tensor, bf16: bool) -> None:
-    recipe = Recipe(epochs=2, warmup_epochs=0, val_images=0, crop_padding=0, flip=False, cutout=10)
+    recipe = Recipe(epochs=2, warmup_epochs=0, val_images=0, augment="Cutout(10)")
     recipe = dataclasses.replace(recipe, first_sizes=(16,), first_epochs=(1,))
     here = SimpleNamespace(device=CPU, rank=0, size=1)
     given = torch.clamp(pixels, min=1).numpy(), torch.arange(NUM_IMAGES).numpy()  # nothing in them is black
     one = TrainLoader.of(*given, recipe, Batch(60, 60, 1, 1), here, bf16=bf16)
-    plain = dataclasses.replace(one, cutout=0)
+    plain = dataclasses.replace(one, operations=())
     black = (torch.zeros(3) - torch.tensor(MEAN)) / torch.tensor(recipe.std)
     for epoch, side in ((0, 5), (1, 10)):
         (images, _), (whole, _) = next(one.epoch(epoch))[0], next(plain.epoch(epoch))[0]

@@ -9,6 +9,7 @@ import html
 import io
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from statistics import mean, stdev
@@ -23,7 +24,8 @@ from cifar10 import UsageError
 from cifar10.__main__ import main
 from cifar10.config.cli import parse
 from cifar10.config.recipe import as_json, load
-from cifar10.data import augment, synthetic
+from cifar10.data import pixels as pixels_of
+from cifar10.data import synthetic
 from cifar10.data.registry import DATASETS
 from cifar10.distributed.world import World
 from cifar10.metrics.report_sink import ReportSink
@@ -116,17 +118,17 @@ RECIPES = [
     "--dataset synthetic",
     "--recipe mnist_synthetic",
     "--dataset synthetic --resize 40 --image-size 32",
-    "--dataset synthetic --resize 24 --crop-padding 1 --alternate-flip",
-    "--dataset synthetic --first-sizes 16 --first-epochs 1 --cutout 10",
-    "--dataset synthetic --crop-padding 3 --padding-mode reflect --brightness 0.2 --contrast 0.3 --cutout 5",
-    "--dataset synthetic --first-sizes 16 24 --first-epochs 1 1 --crop-padding 2 --alternate-flip",
+    "--dataset synthetic --resize 24 --augment 'RandomCrop(1) AlternatingFlip'",
+    "--dataset synthetic --first-sizes 16 --first-epochs 1 --augment 'RandomCrop(3) RandomHorizontalFlip Cutout(10)'",
+    "--dataset synthetic --augment 'RandomCrop(3, reflect) BrightnessContrast(0.2, 0.3) Cutout(5)'",
+    "--dataset synthetic --first-sizes 16 24 --first-epochs 1 1 --augment 'RandomCrop(2) AlternatingFlip'",
 ]
 
 
 @pytest.mark.parametrize("flags", RECIPES)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_the_augmented_images_are_those_that_the_story_trains_on(flags, ranks, small):
-    plan = make_plan([*flags.split(), "--val-images=50", "--global-batch-size=32", "--seed=4"], ranks, "test")
+def test_the_augmented_images_are_those_that_training_sees(flags, ranks, small):
+    plan = make_plan([*shlex.split(flags), "--val-images=50", "--global-batch-size=32", "--seed=4"], ranks, "test")
     seen = []
     for rank in range(ranks):
         train, _ = script.get_cifar10_dataloaders(plan, World(rank, rank, ranks, ranks, torch.device("cpu"), "test"))
@@ -134,18 +136,20 @@ def test_the_augmented_images_are_those_that_the_story_trains_on(flags, ranks, s
     images, labels = torch.cat([images for images, _ in seen])[:24], torch.cat([labels for _, labels in seen])[:24]
     pixels, its_labels = samples.first_augmented(plan.recipe, plan.images("train"))
     shown = torch.from_numpy(pixels).permute(0, 3, 1, 2)[:, : images.shape[1]]
-    normalise = augment.Normalise(plan.recipe.mean, plan.recipe.std, torch.device("cpu"))
+    normalize = pixels_of.Normalize(plan.recipe.mean, plan.recipe.std, torch.device("cpu"))
     assert its_labels.tolist() == labels.tolist()
-    if plan.recipe.brightness:
-        assert torch.equal(shown, normalise.to_pixels(images))
+    if "Brightness" in plan.recipe.augment:
+        assert torch.equal(shown, normalize.to_pixels(images))
     else:
-        assert torch.equal(normalise(shown), images)
+        assert torch.equal(normalize(shown), images)
 
 
 def test_a_sheet_takes_the_memory_of_the_images_that_it_shows(small, monkeypatch):
     packed = []
-    pack = augment.pack
-    monkeypatch.setattr(augment, "pack", lambda images, *how, **more: packed.append(len(images)) or pack(images, *how, **more))
+    pack = pixels_of.pack
+    monkeypatch.setattr(
+        pixels_of, "pack", lambda images, *how, **more: packed.append(len(images)) or pack(images, *how, **more)
+    )
     recipe = dataclasses.replace(load("bn_cnn").recipe, dataset="synthetic", val_images=50)
     samples.first_augmented(recipe, samples.read_images(recipe, "train", Path("nowhere")))
     assert packed == [samples.SHOWN]
@@ -371,14 +375,14 @@ def test_answers_that_are_not_finite_have_no_calibration(tmp_path):
 def test_runs_that_differ_in_their_seed_are_one_row_with_an_interval(tmp_path):
     accuracies = [0.8191, 0.8239, 0.8260]
     runs = [make_run(tmp_path / f"a/seed_{seed}", seed=seed, test=one) for seed, one in enumerate(accuracies)]
-    runs += [make_run(tmp_path / "b", test=0.6, flip=False), make_run(tmp_path / "c", test=0.1, seed=9, status="stopped")]
+    runs += [make_run(tmp_path / "b", test=0.6, augment="none"), make_run(tmp_path / "c", test=0.1, seed=9, status="stopped")]
     said = words(html_page.make_comparison(runs, tmp_path / "out" / "compare.html"))
     half = 4.30265 * stdev(accuracies) / 3**0.5
     interval = f"{100 * (mean(accuracies) - half):.2f} to {100 * (mean(accuracies) + half):.2f}%"
-    assert f"bn_cnn, flip True 3 82.30 ± 0.35% {interval} 62.00 ± 0.00%" in said
-    assert "bn_cnn, flip False 1 60.00% – 62.00%" in said
+    assert f"bn_cnn, augment RandomCrop(3) Random… 3 82.30 ± 0.35% {interval} 62.00 ± 0.00%" in said
+    assert "bn_cnn, augment none 1 60.00% – 62.00%" in said
     assert "not finished, and so not counted: c" in said
-    assert "a/seed_1 bn_cnn, flip True 1 finished 2 82.39%" in said
+    assert "a/seed_1 bn_cnn, augment RandomCrop(3) Random… 1 finished 2 82.39%" in said
     assert "5 runs, 2 experiments" in said
     assert "same seed" not in said
 

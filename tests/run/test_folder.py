@@ -98,7 +98,7 @@ def test_the_same_command_may_go_on(tmp_path):
         ("--epochs 2 --seed 1", ["seed 0 there, 1 here"]),
         ("--epochs 2 --lr 0.5", ["optimizer.params.lr", "0.5 here"]),
         ("--epochs 2 --global-batch-size 32", ["train_batch_size", "32 here"]),
-        ("--epochs 2 --no-flip", ["flip True there, False here"]),
+        ("--epochs 2 --augment none", ["augment RandomCrop(3) RandomHorizontalFlip there, none here"]),
         ("--epochs 2 --val-images 0", ["val_images 5000 there, 0 here"]),
     ],
 )
@@ -206,7 +206,7 @@ def test_an_opened_folder_holds_settings_that_run_again_and_every_start(tmp_path
     ]
     recipe, options = parse(["--recipe", str(folder / "recipe.json")])
     assert recipe == begun.recipe
-    assert json.loads(options.deepspeed_config.read_text(encoding="utf-8")) == begun.ds_config
+    assert json.loads(load(options.recipe).deepspeed.read_text(encoding="utf-8")) == begun.ds_config
 
     before = (folder / "recipe.json").read_bytes()
     begin(folder, "--epochs", "2", "--max-steps", "3", world_size=2)
@@ -284,7 +284,7 @@ OTHERS = [
     "--recipe",
     "bn_cnn_document",
     "--epochs=2.5",
-    "--no-flip",
+    "--augment=none",
     "--mean",
     "0.5",
     "0.4",

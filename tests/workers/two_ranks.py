@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cifar10.config import ds_config
-from cifar10.data import augment, synthetic
+from cifar10.data import pixels, synthetic
 from cifar10.data.loader import EvaluationLoader
 from cifar10.distributed import world
 from cifar10.distributed.world import World
@@ -114,9 +114,9 @@ def batch_norm_runs(here: World) -> dict[str, Any]:
 
 def evaluation_loader(rank: int, world_size: int) -> EvaluationLoader:
     images = synthetic.synthetic("test", 333, seed=0)
-    store = augment.pack(torch.from_numpy(images.pixels), padding=0)
-    normalise = augment.Normalise(MEAN, STD, torch.device("cpu"))
-    return EvaluationLoader(store, torch.from_numpy(images.labels), normalise, rank, world_size, batch_images=50)
+    store = pixels.pack(torch.from_numpy(images.pixels), padding=0)
+    normalize = pixels.Normalize(MEAN, STD, torch.device("cpu"))
+    return EvaluationLoader(store, torch.from_numpy(images.labels), normalize, rank, world_size, batch_images=50)
 
 
 def evaluations(here: World) -> dict[str, Any]:
