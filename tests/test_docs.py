@@ -1,220 +1,181 @@
-"""Every block of code in README.md and docs/ is run here, or accounted for by the test that runs what it says.
+"""The documentation is held to the program: code is run here, or tied to the test that runs it; links, files and flags exist.
 
-A new block, or a changed line, fails until it has its entry below: in RUN if it can be carried out in a moment on a small run,
-else in COVERED with the test (or the file, and words in it) that does. An entry whose line is gone fails, too.
+A new line of shell or a new block fails until it is in RUN (executed here on a small run), PRINTED (copied from a log) or TIED.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import re
 import shlex
+import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
-from cifar10.__main__ import main
+from cifar10.__main__ import COMMANDS, main
+from cifar10.config.cli import parse
 from cifar10.data import cifar
-from cifar10.data.registry import DATASETS
-from tests.helpers import WORKERS, launch
-from tests.launching import PROJECT
+from tests.launching import PROJECT, run
+from tests.test_house import FLOORS
 
-PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("**/*.md"))]
-SHELL = ("bash", "sh", "shell", "console", "")  # what a fence may say, or leave unsaid
+PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("**/*.md"))]
+TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 
-RUN = [  # lines of shell, carried out in this process: `python -m cifar10` is called as a function
-    "uv run python -m cifar10 report runs/mine # make it again, or of a run that has not finished",
-    "uv run python -m cifar10 report runs/mine runs/three/seed_* # side by side, in compare.html",
-    "uv run python -m cifar10 leaderboard runs # a table of all finished runs in a folder",
-]
-PYTHON = ["import torch"]  # blocks of Python by their first line, carried out
-PRINTED = {  # blocks that show what a program prints, by their first line, and the file that holds all of it
-    "recipe bn_cnn: bn_cnn, 268,746 parameters; run folder runs/bn_2": "records/2026-11-21_bn_cnn_cpu/seed_2/console.log",
-}
-TWO_HOSTS, SLURM = "tests/launch/test_two_hosts.py", "tests/launch/test_slurm.py"
-COVERED = {  # a line of shell, or the first line of another block -> the test that runs what it says
-    "pip install uv && uv run python main.py # trains the default recipe on what this machine has": (
-        "tests/launch/test_launchers.py",
-        "def test_a_launcher_runs_to_a_finished_summary(",
+RUN = (
+    "uv run python -m cifar10 report runs/mine",
+    "uv run python -m cifar10 report runs/mine runs/three/seed_*",
+    "uv run python -m cifar10 leaderboard runs",
+)
+PRINTED = {
+    "epoch 1/50 ": "records/2026-11-21_bn_cnn_cpu/seed_2/console.log"
+}  # how a block begins, and the file that holds all of it
+LAUNCHERS, SEEDS, SLURM, TWO_HOSTS = (f"tests/launch/test_{name}.py" for name in ("launchers", "seeds", "slurm", "two_hosts"))
+TIED = {  # a line of shell, or the first line of another block -> the file that runs it, and words in that file
+    "pip install uv && uv run python main.py": (LAUNCHERS, "def test_a_launcher_runs_to_a_finished_summary("),
+    "runs/bn_cnn-20261121-101500/": (LAUNCHERS, "def test_the_run_folder_says_what_was_run("),
+    "uv run pytest": (".ci/run", "uv run pytest\n"),
+    "uv run pytest -m slow": (".ci/run", "uv run pytest -m slow\n"),
+    "uv run ruff check .": (".ci/run", "uv run ruff check .\n"),
+    "uv run ruff format --check .": (".ci/run", "uv run ruff format --check .\n"),
+    "uv run python main.py --seeds 3 --output-dir runs/three": (
+        "tests/launch/test_seeds.py",
+        "def test_real_runs_of_two_seeds(",
     ),
-    "uv run pytest # the tests": (".ci/run", "uv run pytest\n"),
     "python main.py --num-gpus 4 --num-nodes 2 --node-rank 0 --master-addr 10.0.0.1 --output-dir SHARED/run": (
         TWO_HOSTS,
         "def test_main_on_each_host(",
     ),
-    "deepspeed --hostfile hosts --no_ssh --node_rank=R --master_addr=10.0.0.1 cifar10_deepspeed.py on each machine R": (
+    "deepspeed --hostfile hosts --no_ssh --node_rank=R --master_addr=10.0.0.1 cifar10_deepspeed.py": (
         TWO_HOSTS,
         "def test_deepspeed_without_ssh(",
     ),
-    "deepspeed --hostfile hosts cifar10_deepspeed.py on one, through pdsh and ssh": (
-        TWO_HOSTS,
-        "def test_deepspeed_over_ssh_from_the_first_host(",
-    ),
-    "torchrun --nnodes=2 --node-rank=R --nproc_per_node=4 --master-addr=10.0.0.1 cifar10_deepspeed.py on each machine R": (
+    "deepspeed --hostfile hosts cifar10_deepspeed.py": (TWO_HOSTS, "def test_deepspeed_over_ssh_from_the_first_host("),
+    "torchrun --nnodes=2 --node-rank=R --nproc_per_node=4 --master-addr=10.0.0.1 cifar10_deepspeed.py": (
         TWO_HOSTS,
         "def test_torchrun(",
     ),
-    "sbatch run_deepspeed.sh --epochs 10 the program's flags come last": (
-        SLURM,
-        "def test_sbatch_as_the_document_types_it_trains_on_both_gpus(",
-    ),
-    "sbatch --nodes=2 --gres=gpu:4 run_deepspeed.sh sbatch's own flags come first": (SLURM, "def test_sbatch_on_two_nodes("),
-    "uv run python main.py --seeds 3 --output-dir runs/three # seeds 0, 1, 2, one after another": (
-        "tests/launch/test_seeds.py",
-        "def test_real_runs_of_two_seeds(",
-    ),
-    "runs/bn_cnn-20261121-101500/": ("tests/launch/test_launchers.py", "def test_the_run_folder_says_what_was_run("),
+    "sbatch run_deepspeed.sh --epochs 10": (SLURM, "def test_sbatch_as_the_document_types_it_trains_on_both_gpus("),
+    "sbatch --nodes=2 --gres=gpu:4 run_deepspeed.sh": (SLURM, "def test_sbatch_on_two_nodes("),
 }
+OTHERS = "--nnodes --nproc_per_node --no_ssh --hostfile --nodes --gres --logdir --check"  # flags of other programs
+OTHERS += " --deepspeed --no-amp --num-workers --augment"  # read before our own flags are
+
+BLOCKS = [(page, *block) for page in PAGES for block in re.findall(r"^```(\w*)\n(.*?)^```$", TEXTS[page], re.M | re.S)]
+PYTHON = [code for _, kind, code in BLOCKS if kind == "python"]
 
 
-@dataclass(frozen=True)
-class Block:
-    """A fenced or an indented block of a page."""
-
-    page: str
-    kind: str  # what the fence says
-    lines: tuple[str, ...]
-
-    @property
-    def first(self) -> str:
-        return plain(self.lines[0])
-
-    @property
-    def is_shell(self) -> bool:
-        return self.kind in SHELL and self.first not in PRINTED and not self.first.endswith("/")  # that is a folder's tree
+def tied_lines(kind: str, code: str) -> list[str]:
+    """What of a block has to be accounted for: all lines of shell, nothing of Python (which is run), else the first line."""
+    lines = [" ".join(line.split(" #")[0].split()) for line in code.splitlines()]
+    return lines if kind == "bash" else [] if kind == "python" else lines[:1]
 
 
-def plain(line: str) -> str:
-    """A line without the blanks that align it."""
-    return " ".join(line.removeprefix("$ ").split())
+def test_every_line_of_code_is_run_or_tied_to_a_test_and_nothing_else_is():
+    lines = {line for _, kind, code in BLOCKS for line in tied_lines(kind, code)}
+    printed = {line for line in lines if line.startswith(tuple(PRINTED))}
+    assert lines - printed == {*RUN, *TIED}
+    assert len(printed) == len(PRINTED)
 
 
-def blocks(text: str, page: str) -> list[Block]:
-    """All blocks of a page in Markdown; lines that end in a backslash are joined."""
-    found, lines, before = [], iter(text.splitlines()), ""
-    for line in lines:
-        if fence := re.match(r" {0,3}(`{3,}|~{3,})\s*(\w*)", line):
-            inside = []
-            for inner in lines:
-                if inner.strip().startswith(fence[1]):
-                    break
-                inside.append(inner)
-            found.append((fence[2], inside))
-        elif re.match(r"( {4}|\t)\s*\S", line) and (not before.strip() or before.startswith(("    ", "\t"))):
-            if before.startswith(("    ", "\t")) and found and found[-1][0] == "":
-                found[-1][1].append(line)
-            else:
-                found.append(("", [line]))
-        before = line
-    joined = ((kind, re.sub(r"\\\n\s*", "", "\n".join(inside)).splitlines()) for kind, inside in found)
-    return [Block(page, kind, tuple(line for line in inside if line.strip())) for kind, inside in joined if inside]
+def test_all_code_stands_between_fences():
+    for page, text in TEXTS.items():
+        outside = re.sub(r"^```(\w*)\n(.*?)^```$", "", text, flags=re.M | re.S)
+        assert not re.search(r"^( {4}|\t|~~~|```)", outside, re.M), page
 
 
-BLOCKS = [block for page in PAGES for block in blocks(page.read_text(encoding="utf-8"), page.name)]
-
-
-def unaccounted(block: Block) -> list[str]:
-    """The lines of a block (or its first, where it is not shell) that neither are run nor have a test that covers them."""
-    lines = [plain(line) for line in block.lines if not line.lstrip().startswith("#")] if block.is_shell else [block.first]
-    return [line for line in lines if line not in (*RUN, *PYTHON, *PRINTED, *COVERED)]
-
-
-def test_the_finder_finds_fenced_indented_and_joined_lines():
-    fenced = "```bash\nfour   # x\n```\n\n~~~\n$ five\n~~~\n```python\nsix\n```\n"
-    page = f"text\n\n    one \\\n      two\n    three\n\n- list\n  more\n\n{fenced}"
-    found = [(block.kind, [plain(line) for line in block.lines]) for block in blocks(page, "x")]
-    assert found == [("", ["one two", "three"]), ("bash", ["four # x"]), ("", ["five"]), ("python", ["six"])]
-    assert [line for block in blocks(page, "x") for line in unaccounted(block)] == [
-        "one two",
-        "three",
-        "four # x",
-        "five",
-        "six",
-    ]
-
-
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block.page}: {block.first[:40]}")
-def test_every_block_is_accounted_for(block):
-    assert unaccounted(block) == [], f"a new line in {block.page}: say in tests/test_docs.py which test runs it"
-
-
-def test_no_entry_is_left_of_a_line_that_is_gone():
-    there = {plain(line) for block in BLOCKS for line in block.lines}
-    assert [line for line in (*RUN, *PYTHON, *PRINTED, *COVERED) if line not in there] == []
-
-
-@pytest.mark.parametrize(("file", "words"), sorted(set(COVERED.values())))
-def test_the_tests_that_cover_a_line_are_there(file, words):
+@pytest.mark.parametrize(("file", "words"), sorted(set(TIED.values())))
+def test_the_tests_that_code_is_tied_to_are_there(file, words):
     assert words in (PROJECT / file).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("block", [block for block in BLOCKS if block.first in PRINTED], ids=lambda block: block.first[:40])
-def test_what_is_shown_was_printed(block):
-    printed = (PROJECT / PRINTED[block.first]).read_text(encoding="utf-8").splitlines()
-    assert [line for line in block.lines if line != "..." and line not in printed] == []
+@pytest.mark.parametrize("start", PRINTED)
+def test_output_was_printed(start):
+    [code] = [code for _, _, code in BLOCKS if code.startswith(start)]
+    log = (PROJECT / PRINTED[start]).read_text(encoding="utf-8").splitlines()
+    assert [line for line in code.splitlines() if line != "..." and line not in log] == []
 
 
-# --- links --------------------------------------------------------------------------------------------------------------
+# --- names ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_readme_leads_to_every_file_of_the_program_and_its_links_lead_somewhere():
-    text = (PROJECT / "README.md").read_text(encoding="utf-8")
-    links = set(re.findall(r"\]\(([^)\s]+)\)", text))
-    files = {f"cifar10/{path.name}" for path in (PROJECT / "cifar10").glob("*.py")} - {"cifar10/__init__.py"}
-    assert files - links == set()
-    headings = re.findall(r"^#+ (.*)", text, re.M)
-    titles = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
-    places = {link for link in links if not link.startswith("http")}
-    assert [link for link in places if not (link[1:] in titles if link[0] == "#" else (PROJECT / link).exists())] == []
+def anchors(page: Path) -> set[str]:
+    """What `page#...` may name, as GitHub makes it from headings."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-# --- those that are run ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("page", [*PAGES, PROJECT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_links_and_file_names_resolve(page):
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text):
+        target, _, anchor = "".join(link).partition("#")
+        if not target.startswith("http"):
+            file = page.parent / target if target else page
+            assert file.exists(), link
+            assert not anchor or anchor in anchors(file), link
+    names = re.findall(r"(?<![\w/.-])((?:cifar10|tests|recipes|records|docs|\.ci)/[\w./-]*\w)", text)
+    assert [name for name in names if not (PROJECT / name).exists()] == []
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the runs of the documents, runs/mine and runs/three/seed_0, small and real."""
-    base = tmp_path_factory.mktemp("docs")
-    flags = "--dataset synthetic --val-images 100 --epochs 1 --threads 1 --global-batch-size 32"
-    starts = []
-    for seed, folder in enumerate(("runs/mine", "runs/three/seed_0")):
-        words = [*flags.split(), f"--seed={seed}", "--output-dir", str(base / folder)]
-        (base / folder).parent.mkdir(parents=True, exist_ok=True)
-        starts.append({"ranks": 1, "flags": words, "keep_summary": str(base / f"{seed}.json")})
-    (base / "starts.json").write_text(json.dumps(starts))
-    launch(1, WORKERS / "small_runs.py", str(base / "starts.json"))
-    return base
+def test_flags_exist(capsys):
+    for ask in (*([command, "--help"] for command in COMMANDS), None):
+        with pytest.raises(SystemExit):
+            main(ask) if ask else parse(["--help"])
+    helped = capsys.readouterr().out + run([sys.executable, "main.py", "--help"]).stdout
+    find = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+    known = {flag.replace("_", "-") for flag in find.findall(f"{helped} {OTHERS}")}
+    named = {flag for text in TEXTS.values() for flag in find.findall(text)}
+    assert [flag for flag in named if flag.replace("_", "-") not in known] == []
+
+
+def test_the_code_map_has_the_floors_of_the_house():
+    rows = re.findall(r"^\| (\d+) \| ([^|]*) \|", TEXTS[PROJECT / "docs" / "code_map.md"], re.M)
+    assert {int(floor): set(re.findall(r"\[`(\w+)`\]", cell)) for floor, cell in rows} == dict(enumerate(FLOORS, 1))
+
+
+def test_the_readme_is_short():
+    assert (PROJECT / "README.md").stat().st_size <= 9_000
+
+
+def test_one_version():
+    version = re.search(r'^version = "(.*)"', (PROJECT / "pyproject.toml").read_text(), re.M)[1]
+    assert yaml.safe_load((PROJECT / "CITATION.cff").read_text())["version"] == version
+    assert re.search(r"^## (.*)", (PROJECT / "CHANGELOG.md").read_text(), re.M)[1] == version
+
+
+# --- code that is run ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def there(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """In that folder, with the few images that its runs were made of."""
-    monkeypatch.chdir(place)
-    small = dataclasses.replace(DATASETS["synthetic"], train_images=600, test_images=200)
-    monkeypatch.setitem(DATASETS, "synthetic", small)
-    return place
+def there(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder with the runs that the pages name, runs/mine and runs/three/seed_0, small and real."""
+    for folder in ("runs/mine", "runs/three/seed_0"):
+        shutil.copytree(trained / "colour", tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.usefixtures("there")
 @pytest.mark.parametrize("line", RUN)
-def test_a_line_of_shell_does_what_it_says(line, there, monkeypatch, capsys):
-    words = shlex.split(line.removeprefix("uv run "), comments=True)
-    assert words[:3] == ["python", "-m", "cifar10"], "only these are run here"
-    arguments = [name for word in words[3:] for name in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
-    monkeypatch.setattr(sys, "argv", ["cifar10", *arguments])
-    assert main() == 0, capsys.readouterr().err
-    said = capsys.readouterr().out
-    made = [Path(path) for path in re.findall(r"^report: (.*)$", said, re.M)]
-    assert all(path.stat().st_size > 10_000 for path in made)
-    assert made or "| [bn_cnn](mine/" in said or "| [bn_cnn](" in said
+def test_a_line_of_shell_does_what_it_says(line, monkeypatch, capsys):
+    words = shlex.split(line.removeprefix("uv run python -m "))
+    arguments = [name for word in words[1:] for name in (map(str, Path().glob(word)) if "*" in word else [word])]
+    assert main(arguments) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    reports = [Path(path) for path in re.findall(r"^report: (.*)$", printed, re.M)]
+    assert all(path.stat().st_size > 10_000 for path in reports)
+    assert reports or "| [bn_cnn" in printed
 
 
-@pytest.mark.parametrize("block", [block for block in BLOCKS if block.kind == "python"], ids=lambda block: block.first[:40])
-def test_a_block_of_python_runs(block, there):
+@pytest.mark.usefixtures("there")
+@pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.splitlines()[0])
+def test_python_runs(code):
     names: dict = {}
-    exec("\n".join(block.lines), names)  # our own page
-    if "model" in names:
+    exec(code, names)  # our own page
+    if "saved" in names:
         assert set(names["saved"]["module"]) == set(names["model"].state_dict())
         assert names["saved"]["classes"] == list(cifar.CLASSES)
+    else:
+        assert names["tiny_cnn"](num_classes=7)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)

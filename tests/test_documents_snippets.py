@@ -1,7 +1,7 @@
-"""The reference documents' own code for loading a trained model, as they print it, in the folder of a run.
+"""The reference documents' own code for loading a trained model, as printed, in the folder of a run.
 
-Theirs is every line of a snippet; ours are `test_images`, which they leave to the reader, and in the grey document's the name
-of the module and the line that loads the weights, for which it has only a comment.
+Only `test_images` is ours, which they leave to the reader, and in the grayscale document's snippet the name of the module and
+the line that loads the weights, for which it has a comment.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from cifar10.data import synthetic
-from cifar10.data.augment import Normalise
 from cifar10.run.predictions import TEST_FILE, read
 
 BASIC = """
@@ -82,31 +81,32 @@ with torch.no_grad():
 """
 
 
-def carried_out(snippet: str, folder: Any, monkeypatch: pytest.MonkeyPatch, **given: Any) -> dict[str, Any]:
-    """What a snippet leaves behind, begun in `folder`."""
+def execute(snippet: str, folder: Any, monkeypatch: pytest.MonkeyPatch, **given: Any) -> dict[str, Any]:
+    """The names that a snippet defines, run in `folder`."""
     monkeypatch.chdir(folder)
     names: dict[str, Any] = dict(given)
     exec(snippet, names)
     return names
 
 
-def normalised(run: Any) -> torch.Tensor:
+def normalized(run: Any) -> torch.Tensor:
     """The synthetic test images as the run's model takes them: float32 [200, 3, 32, 32]."""
     facts = torch.load(run / "checkpoints" / "final" / "mp_rank_00_model_states.pt")["normalisation"]
+    mean, std = (torch.tensor(facts[name]).view(-1, 1, 1) for name in ("mean", "std"))
     images = torch.from_numpy(synthetic.synthetic("test", 200, 0).pixels.copy()).permute(0, 3, 1, 2)
-    return Normalise(facts["mean"], facts["std"], torch.device("cpu"))(images)
+    return (images / 255 - mean) / std
 
 
 @pytest.mark.parametrize(("snippet", "name"), [(BASIC, "all trained on"), (ENHANCED, "colour")])
 def test_a_model_is_loaded_and_answers_as_the_run_did(trained, monkeypatch, capsys, snippet, name):
-    left = carried_out(snippet, trained / name, monkeypatch, test_images=normalised(trained / name))
-    wanted = read(trained / name / TEST_FILE)
-    assert left["predicted"].tolist()[: len(wanted.labels)] == wanted.answers.tolist()
-    assert capsys.readouterr().out == f"Predicted: {left['classes'][wanted.answers[0]]}\n"
+    left = execute(snippet, trained / name, monkeypatch, test_images=normalized(trained / name))
+    expected = read(trained / name / TEST_FILE)
+    assert left["predicted"].tolist()[: len(expected.labels)] == expected.answers.tolist()
+    assert capsys.readouterr().out == f"Predicted: {left['classes'][expected.answers[0]]}\n"
 
 
-def test_the_grey_one(trained, monkeypatch, capsys):
-    left = carried_out(GREY, trained / "grey", monkeypatch)
+def test_a_grayscale_model_is_loaded(trained, monkeypatch, capsys):
+    left = execute(GREY, trained / "grey", monkeypatch)
     first, second = capsys.readouterr().out.splitlines()
     assert first == f"Predicted class: {left['outputs'].argmax().item()}"
     assert second == f"Confidence: {left['probabilities'].max().item():.4f}"

@@ -47,7 +47,7 @@ ADVICE: tuple[tuple[str, str], ...] = (
     ("unstable at the beginning", "a longer --warmup-epochs (at most a tenth of the run), or a lower --lr"),
     ("stops too early", "--patience 25, or 0 for never; it watches the validation loss"),
     ("loss does not decrease", "random labels cannot be learned: use --dataset cifar10 or synthetic; else try another --lr"),
-    ("low accuracy", "more --epochs; the recipes and what they reach are in the README: python -m cifar10 recipes"),
+    ("low accuracy", "more --epochs; the recipes and what they reach are in docs/recipes.md: python -m cifar10 recipes"),
     (
         "slow training",
         "python -m cifar10 bench measures this machine; fewer --threads where cores are shared; --precision bf16",

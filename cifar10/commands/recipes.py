@@ -1,4 +1,4 @@
-"""The recipes in one table, for the README: what each is, and what runs in records/ have measured of it."""
+"""The recipes in one table, for docs/recipes.md: what each is, and what runs in records/ have measured of it."""
 
 from __future__ import annotations
 
