@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
@@ -165,6 +166,34 @@ class Cutout(Operation):
 
     def describe(self) -> str:
         return f"{self.size}x{self.size} cutout"
+
+
+@dataclass(frozen=True)
+class RandomRotation(Operation):
+    """Rotate about the center by up to +-degrees, to the nearest pixel; corners without a pixel are black."""
+
+    degrees: float
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        from torch import ones_like, stack
+        from torch.nn.functional import affine_grid, grid_sample
+
+        angle = draws.uniform("RandomRotation") * self.degrees * math.pi / 180
+        cos, sin, zero = angle.cos(), angle.sin(), angle * 0
+        turn = stack((cos, -sin, zero, sin, cos, zero), dim=1).view(-1, 2, 3)
+        grid = affine_grid(turn, list(images.shape), align_corners=False)
+        rotated, inside = (
+            grid_sample(values, grid, mode="nearest", align_corners=False)
+            for values in (images.float(), ones_like(images[:, :1], dtype=grid.dtype))
+        )
+        return rotated.where(inside > 0, draws.black[:, None, None]).to(images.dtype)
+
+    def check(self, size: int) -> None:
+        if not 0 < self.degrees <= 180:
+            raise ValueError("degrees must be above 0 and at most 180")
+
+    def describe(self) -> str:
+        return f"rotation by +-{self.degrees:g} degrees"
 
 
 # --- reading and checking -----------------------------------------------------------------------------------------------------

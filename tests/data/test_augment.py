@@ -236,6 +236,18 @@ def test_normalized_images_become_pixels_again(images: Tensor) -> None:
     assert torch.equal(normalize.to_pixels(normalize(pixels) + 100), torch.full_like(pixels, 255))
 
 
+def test_rotated_images_are_torchvisions(images: Tensor) -> None:
+    normalized = pixels_.Normalize(MEAN, STD, CPU)(images.permute(0, 3, 1, 2)).repeat(10, 1, 1, 1)
+    some, operation = draws(torch.arange(40), 3, 1), augment.RandomRotation(30)
+    angles = (some.uniform("RandomRotation") * 30).tolist()
+    fill = some.black.tolist()
+    theirs = [v2.functional.rotate(one, angle, fill=fill) for one, angle in zip(normalized, angles, strict=True)]
+    same = (operation(normalized, some) == torch.stack(theirs)).float().mean()
+    assert same > 0.999, "but for pixels half way between two"
+    assert max(map(abs, angles)) <= 30
+    assert min(angles) < -20 < 20 < max(angles)
+
+
 # --- draws -------------------------------------------------------------------------------------------------------------
 
 
@@ -364,11 +376,11 @@ def test_a_square_is_cut_out_wholly_inside_and_anywhere(dtype: torch.dtype) -> N
 
 def every_operation() -> list[augment.Operation]:
     """One of each class, with arguments in the middle of what is allowed."""
-    arguments = {int: 4, float: 0.25, str: "reflect"}
+    arguments = {int: 4, float: 0.25, "degrees": 15.0}
     made = []
     for kind in augment._classes().values():
         types = get_type_hints(kind)
-        made.append(kind(*(arguments.get(types[f.name], "reflect") for f in dataclasses.fields(kind))))
+        made.append(kind(*(arguments.get(f.name, arguments.get(types[f.name], "reflect")) for f in dataclasses.fields(kind))))
     return made
 
 
