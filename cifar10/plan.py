@@ -122,12 +122,14 @@ def _settle(recipe: Recipe, options: Options, world_size: int) -> tuple[dict[str
     return config, batch, [*notes, *changes]
 
 
-def make_plan(argv: list[str], world_size: int, program: str, description: str | None = None) -> Plan:
+def make_plan(
+    argv: list[str], world_size: int, program: str, description: str | None = None, extra: type | None = None
+) -> Plan:
     """Read and check a command line for `world_size` ranks; nothing is written but a download that is missing.
 
     Raises UsageError (one line). `--help` prints and exits with 0.
     """
-    recipe, options = parse(argv, program, description)
+    recipe, options = parse(argv, program, description, extra)
     refuse_unknown_model(recipe.model)
     config, batch, notes = _settle(recipe, options, world_size)
     log_every = options.log_every_steps or config.get("steps_per_print") or 100
