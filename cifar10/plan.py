@@ -124,13 +124,15 @@ def _resolve_augment(recipe: Recipe, old: dict[str, Any], dataset: DataSet) -> t
     return dataclasses.replace(recipe, augment=text), notes
 
 
-def make_plan(argv: list[str], world_size: int, program: str, description: str | None = None) -> Plan:
+def make_plan(
+    argv: list[str], world_size: int, program: str, description: str | None = None, extra: type | None = None
+) -> Plan:
     """Read and check a command line for `world_size` ranks; nothing is written but a download that is missing.
 
     Raises UsageError (one line). `--help` prints and exits with 0.
     """
     argv, old_flags = take_old_flags(argv)
-    recipe, options = parse(argv, program, description)
+    recipe, options = parse(argv, program, description, extra)
     refuse_unknown_model(recipe.model)
     dataset = DATASETS[recipe.dataset]
     given = _given_config(options)

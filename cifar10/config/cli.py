@@ -12,7 +12,7 @@ import io
 import math
 import os
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, make_dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -129,12 +129,6 @@ def without_launcher_flags(argv: list[str]) -> list[str]:
     return kept
 
 
-@dataclass(frozen=True)
-class _CommandLine:
-    run: Options
-    experiment: Recipe
-
-
 def _early_value(argv: list[str], flag: str) -> str | None:
     """The last value of one flag, read before the others because their defaults depend on it."""
     value = None
@@ -165,19 +159,43 @@ def _refuse_empty(argv: list[str]) -> None:
             )
 
 
-def _refuse_unknown(words: list[str]) -> None:
+def _refuse_unknown(words: list[str], kinds: list[type]) -> None:
     """Raise UsageError for the first word that no flag claims, with the nearest flag."""
     if not words:
         return
-    flags = ["--" + f.name.replace("_", "-") for cls in (Options, Recipe) for f in fields(cls)]
+    flags = ["--" + f.name.replace("_", "-") for kind in kinds for f in fields(kind)]
     flag = words[0].split("=")[0]
     raise UsageError(f"{flag} is not a flag of this program{nearest(flag.replace('_', '-'), flags)}")
 
 
-def parse(argv: list[str], program: str = "cifar10_deepspeed.py", description: str | None = None) -> tuple[Recipe, Options]:
+def _tyro(kind: type, argv: list[str], **how: Any) -> tuple[Any, list[str]]:
+    """The dataclass that tyro reads from a command line, and the words that it does not know. Raises UsageError."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(kind, args=argv, config=(tyro.conf.OmitArgPrefixes,), return_unknown_args=True, **how)
+    except SystemExit as leave:
+        if leave.code == 0:  # --help
+            raise
+        raise UsageError(_one_line(printed.getvalue())) from None
+
+
+def split_options(argv: list[str], kind: type) -> tuple[Any, list[str]]:
+    """The options of a dataclass `kind`, wherever they are in a command line, and the other words as they are.
+
+    Raises UsageError for a value of the wrong type; --help is one of the other words.
+    """
+    _refuse_empty(argv)
+    return _tyro(kind, argv, add_help=False)
+
+
+def parse(
+    argv: list[str], program: str = "cifar10_deepspeed.py", description: str | None = None, extra: type | None = None
+) -> tuple[Recipe, Options]:
     """Read a command line: the recipe's fields and the options, all of them flags made from the dataclasses above.
 
-    Raises UsageError (one line) for whatever cannot be meant. `--help` prints and exits with 0.
+    `extra` is a dataclass of the program's own options, which split_options has taken out: --help lists them as well.
+    Raises UsageError (one line) for invalid flags and values. `--help` prints and exits with 0.
     """
     argv = without_launcher_flags(argv)
     _refuse_empty(argv)
@@ -189,23 +207,10 @@ def parse(argv: list[str], program: str = "cifar10_deepspeed.py", description: s
         precision=() if names_a_json else experiment.precision,
         report=os.environ.get("CIFAR10_REPORT") != "0",
     )
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):
-            line, unknown = tyro.cli(
-                _CommandLine,
-                args=argv,
-                default=_CommandLine(options, experiment.recipe),
-                prog=program,
-                description=description,
-                config=(tyro.conf.OmitArgPrefixes,),
-                return_unknown_args=True,
-            )
-    except SystemExit as leave:
-        if leave.code == 0:  # --help
-            raise
-        raise UsageError(_one_line(printed.getvalue())) from None
-    _refuse_unknown(unknown)
+    tables = {**({"launch": extra()} if extra else {}), "run": options, "experiment": experiment.recipe}
+    kind = make_dataclass("CommandLine", [(table, type(values)) for table, values in tables.items()])
+    line, unknown = _tyro(kind, argv, default=kind(**tables), prog=program, description=description)
+    _refuse_unknown(unknown, [type(values) for values in tables.values()])
     check_recipe(line.experiment)
     check_options(line.run)
     return line.experiment, line.run

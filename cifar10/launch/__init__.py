@@ -1,1 +1,1 @@
-"""Starting ranks: the launcher's command line, and what main.py does until its last process has ended."""
+"""Starting the ranks of this machine: main.py's options, the deepspeed command line, supervision, seed sweeps."""

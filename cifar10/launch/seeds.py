@@ -1,71 +1,89 @@
-"""One recipe with several seeds, one run after another: `main.py --seeds 3` trains seeds s, s + 1, s + 2 in FOLDER/seed_s, ...
+"""A seed sweep: one recipe with several seeds, one run after another, in FOLDER/seed_0, seed_1, ... of main.py --seeds N.
 
-The same command goes on where it was stopped: finished seeds are not trained again. A seed that fails does not keep the others
-from being trained; a stop does.
+The same command continues where it was stopped, and does not train finished seeds again. After a seed that fails the others
+are still trained; a stop ends the sweep.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from cifar10 import UsageError
-from cifar10.report.html import interval, make_comparison, mean_and_sd, percent
+from cifar10.launch.command import LaunchOptions, start_command
+from cifar10.launch.supervise import FINISHED, RESUMABLE, SIGNALS, train
+from cifar10.plan import Plan, make_plan
 from cifar10.report.stats import spread
+from cifar10.run import folder as run_folder
 from cifar10.run.record import Record, open_record
 
-PAGE = "compare.html"
 
-
-def folder_of(output: Path, seed: int) -> Path:
+def seed_folder(output: Path, seed: int) -> Path:
     return output / f"seed_{seed}"
 
 
-def flags_of(flags: Sequence[str], output: Path, seed: int) -> list[str]:
-    """The command line of one seed's run: of a flag that is given twice the last counts."""
-    return [*flags, f"--seed={seed}", f"--output-dir={folder_of(output, seed)}"]
+def seed_flags(flags: Sequence[str], output: Path, seed: int) -> list[str]:
+    """The command line of one seed's run: the last value of a flag counts."""
+    return [*flags, f"--seed={seed}", f"--output-dir={seed_folder(output, seed)}"]
 
 
-def carry_out(seeds: Sequence[int], train: Callable[[int], int], stopped: Sequence[int]) -> int:
-    """Train each seed in turn; returns the exit code: 0, or the first that was another. Codes in `stopped` end it there."""
-    first = 0
+def train_seeds(options: LaunchOptions, ranks: int, flags: list[str], plan: Plan, output: Path) -> int:
+    """A run for each of --seeds, and a summary of them. Returns the exit code: 0, or that of the first that failed or stopped.
+
+    Raises UsageError before anything is started if one of the runs is refused.
+    """
+    seeds, of_each = range(plan.recipe.seed, plan.recipe.seed + (options.seeds or 1)), replace(options, seeds=None)
     for seed in seeds:
-        code = train(seed)
-        if code in stopped:
-            return code
-        first = first or code
-    return first
+        make_plan(seed_flags(flags, output, seed), ranks, "main.py")
+    if len(seeds) > 1:  # each is a W&B run of its own; the id that a W&B sweep's agent chose is that of one
+        os.environ.pop("WANDB_RUN_ID", None)
+    for number in SIGNALS:  # between two runs; a running Launch has its own handlers
+        signal.signal(number, lambda *_: sys.exit(RESUMABLE))
+    code = FINISHED
+    for seed in seeds:
+        of_seed = train(of_each, ranks, seed_flags(flags, output, seed), plan.options.max_steps, seed_folder(output, seed))
+        if of_seed == RESUMABLE:
+            code = of_seed
+            break
+        code = code or of_seed
+    print_summary(output, seeds, with_page=plan.options.report)
+    if code != FINISHED:
+        command = run_folder.command_to_continue(start_command(options), flags, output)
+        print(f"to go on with all seeds: {command}", flush=True)
+    return code
 
 
-def results(output: Path, seeds: Sequence[int]) -> list[Record]:
-    """What there is of the seeds' runs. Raises UsageError for a damaged file."""
-    return [open_record(folder_of(output, seed)) for seed in seeds if (folder_of(output, seed) / "recipe.json").exists()]
-
-
-def closing_lines(records: Sequence[Record]) -> list[str]:
+def summary_lines(records: Sequence[Record]) -> list[str]:
     """A line for each seed, and one for each accuracy over the finished ones: mean, sample standard deviation, interval, n."""
+    from cifar10.report.html import interval, mean_and_sd, percent  # not at the top: it imports torch
+
     done, splits = [record for record in records if record.is_finished], ("train", "val", "test")
     lines = [f"{len(done)} of {len(records)} seeds have finished:"]
     for record in records:
         accuracies = (f"{split} accuracy {percent(record.number(f'{split}_accuracy'))}" for split in splits)
         lines.append(f"{record.folder.name}: {record.status}; {', '.join(accuracies)}")
     measured = {f"{split} accuracy": f"{split}_accuracy" for split in splits}
-    for words, key in {**measured, "test accuracy with test-time augmentation": "test_accuracy_tta"}.items():
+    for name, key in {**measured, "test accuracy with test-time augmentation": "test_accuracy_tta"}.items():
         values = [value for record in done if (value := record.number(key)) is not None]
         if values:
-            found = spread(values)
-            within = f", 95% interval of the mean {interval(found)}" if len(values) > 1 else ""
-            lines.append(f"{words} over seeds: {mean_and_sd(values)} (n = {len(values)}{within})")
+            within = f", 95% interval of the mean {interval(spread(values))}" if len(values) > 1 else ""
+            lines.append(f"{name} over seeds: {mean_and_sd(values)} (n = {len(values)}{within})")
     return lines
 
 
-def tell(output: Path, seeds: Sequence[int], with_page: bool) -> None:
-    """Print what the seeds came to, and compare them on a page; neither can fail what has been trained."""
+def print_summary(output: Path, seeds: Sequence[int], with_page: bool) -> None:
+    """Print the seeds' results, and compare the runs in compare.html. A corrupt run is reported, and is no failure."""
+    from cifar10.report.html import make_comparison
+
+    folders = [seed_folder(output, seed) for seed in seeds if (seed_folder(output, seed) / "recipe.json").exists()]
     try:
-        records = results(output, seeds)
-        for line in closing_lines(records):
+        for line in summary_lines([open_record(folder) for folder in folders]):
             print(line)
-        if records and with_page:
-            print(f"report: {make_comparison([record.folder for record in records], output / PAGE)}", flush=True)
+        if folders and with_page:
+            print(f"report: {make_comparison(folders, output / 'compare.html')}", flush=True)
     except UsageError as error:
         print(f"no comparison: {error}", flush=True)

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-import main as launcher
 from cifar10.commands import doctor
 from cifar10.commands.doctor import ADVICE, CHECKS, FAIL, OK, WARN, Finding, Patient
 from cifar10.config.cli import Options
 from cifar10.config.recipe import Recipe
 from cifar10.data import cifar
+from cifar10.launch.command import LaunchOptions
 from tests.launching import PROJECT, environment, free_port
 
 Disk = namedtuple("Disk", "total used free")
@@ -456,6 +456,6 @@ def test_advice_names_flags_that_there_are(capsys):
     printed = capsys.readouterr().out
     assert len(printed.splitlines()) == len(ADVICE)
     named = set(re.findall(r"--[a-z-]+", printed))
-    there = {f"--{field.name.replace('_', '-')}" for kind in (Recipe, Options, launcher.Machines) for field in fields(kind)}
+    there = {f"--{field.name.replace('_', '-')}" for kind in (Recipe, Options, LaunchOptions) for field in fields(kind)}
     assert len(named) > 8
     assert named <= there

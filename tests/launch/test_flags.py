@@ -1,20 +1,21 @@
-"""main.py's own flags: how many ranks and machines, and the deepspeed command line that they become."""
+"""Launch options: how many ranks and machines, and the deepspeed command line that they become."""
 
 from __future__ import annotations
 
 import os
 import shlex
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import main
 from cifar10 import UsageError
-from main import Machines, launch_command, ranks_wanted, split_flags, started_by
+from cifar10.launch.command import SCRIPT, LaunchOptions, count_ranks, deepspeed_command, split_launch_options, start_command
 from tests.launching import run
 
-TWO = Machines(num_nodes=2, node_rank=1, master_addr="10.0.0.1", master_port=29_501)
+TWO = LaunchOptions(num_nodes=2, node_rank=1, master_addr="10.0.0.1", master_port=29_501)
 
 
 @pytest.fixture(autouse=True)
@@ -27,79 +28,89 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "machines", "rest"),
+    ("argv", "options", "rest"),
     [
-        ("", Machines(), ""),
-        ("--epochs 3 words", Machines(), "--epochs 3 words"),
-        ("--num-gpus 2", Machines(num_gpus=2), ""),
-        ("--num_gpus=2 --epochs=3", Machines(num_gpus=2), "--epochs=3"),
-        ("--num-gpus 2 --num-gpus 4", Machines(num_gpus=4), ""),
-        ("--num-nodes 2 --master-addr host", Machines(num_nodes=2, master_addr="host"), ""),
+        ("", LaunchOptions(), ""),
+        ("--epochs 3 words", LaunchOptions(), "--epochs 3 words"),
+        ("--num-gpus 2", LaunchOptions(num_gpus=2), ""),
+        ("--num_gpus=2 --epochs=3", LaunchOptions(num_gpus=2), "--epochs=3"),
+        ("--num-gpus 2 --num-gpus 4", LaunchOptions(num_gpus=4), ""),
+        ("--num-nodes 2 --master-addr host", LaunchOptions(num_nodes=2, master_addr="host"), ""),
         (
             "--seed 1 --num-nodes=3 --node_rank=2 --master_addr=a --master-port 5 --lr 2",
-            Machines(None, 3, 2, "a", 5),
+            LaunchOptions(None, 3, 2, "a", 5),
             "--seed 1 --lr 2",
         ),
-        ("--num-gpus-wanted 2 num-gpus", Machines(), "--num-gpus-wanted 2 num-gpus"),  # the program refuses these itself
+        ("--mean 0.5 -0.4 --seeds 2 --data_dir a_b", LaunchOptions(seeds=2), "--mean 0.5 -0.4 --data_dir a_b"),
+        ("--num-gpus-wanted 2 num-gpus", LaunchOptions(), "--num-gpus-wanted 2 num-gpus"),  # the program refuses these itself
     ],
 )
-def test_mains_own_flags_are_taken_out_and_the_rest_is_passed_on(argv, machines, rest):
-    assert split_flags(argv.split()) == (machines, rest.split())
+def test_launch_options_are_split_from_the_flags_of_the_script(argv, options, rest):
+    assert split_launch_options(argv.split()) == (options, rest.split())
 
 
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        ("--num-gpus 0", "--num-gpus '0' is impossible; type a whole number from 1 up, as in --num-gpus 1"),
-        ("--num-gpus -1", "--num-gpus '-1' is impossible"),
-        ("--num-gpus two", "--num-gpus 'two' is impossible"),
-        ("--num-gpus", "--num-gpus '' is impossible"),
-        ("--num-gpus=1.5", "--num-gpus '1.5' is impossible"),
-        ("--num-nodes 0", "--num-nodes '0' is impossible"),
-        ("--node-rank x", "--node-rank 'x' is impossible; type a whole number from 0 up, as in --node-rank 0"),
-        ("--master-port 0", "--master-port '0' is impossible"),
-        ("--num-nodes 2 --node-rank 2 --master-addr a", "--node-rank 2 of --num-nodes 2 is impossible; type 0 to 1"),
-        ("--node-rank 1", "--node-rank 1 of --num-nodes 1 is impossible; type 0 to 0"),
-        ("--num-nodes 2", "--num-nodes needs --master-addr, the first machine's address, as in --master-addr 10.0.0.1"),
-        ("--num-nodes 2 --master-addr=", "--num-nodes needs --master-addr"),
+        ("--num-gpus 0", "--num-gpus 0"),
+        ("--num-gpus -1", "--num-gpus -1"),
+        ("--num-gpus two", "--num-gpus two"),
+        ("--num-gpus", "--num-gpus"),
+        ("--num-gpus=", "--num-gpus"),
+        ("--num-gpus=1.5", "--num-gpus 1.5"),
+        ("--num-nodes 0", "--num-nodes 0"),
+        ("--node-rank x", "--node-rank"),
+        ("--master-port 0", "--master-port 0"),
+        ("--max-restarts -1", "--max-restarts -1"),
+        ("--seeds 0", "--seeds 0"),
+        ("--seeds x", "--seeds x"),
+        ("--num-nodes 2 --node-rank 2 --master-addr a", "--node-rank 2"),
+        ("--node-rank 1", "--node-rank 1"),
+        ("--num-nodes 2", "--master-addr 10.0.0.1"),
+        ("--num-nodes 2 --master-addr=", "--master-addr"),
+        ("--seeds 2 --num-nodes 2 --master-addr a", "--seeds"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_with_what_to_type(argv, says):
+def test_invalid_launch_options_are_refused_in_one_line(argv, says):
     with pytest.raises(UsageError) as caught:
-        split_flags(argv.split())
-    assert str(caught.value).startswith(says)
+        split_launch_options(argv.split())
+    assert says in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_several_of_main_under_one_srun_step_are_refused_with_what_to_type(monkeypatch):
+def test_several_of_main_under_one_srun_step_are_refused(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    with pytest.raises(UsageError, match=r"srun has started several of main.py.*srun python cifar10_deepspeed.py"):
-        split_flags(["--epochs", "3"])
-    assert split_flags(["--num-nodes", "2", "--master-addr", "a"])[0].num_nodes == 2  # one on each of two nodes
+    with pytest.raises(UsageError, match=r"srun python cifar10_deepspeed\.py"):
+        split_launch_options(["--epochs", "3"])
+    assert split_launch_options(["--num-nodes", "2", "--master-addr", "a"])[0].num_nodes == 2  # one on each of two nodes
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
-    assert split_flags([]) == (Machines(), [])
+    assert split_launch_options([]) == (LaunchOptions(), [])
 
 
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        (["--num-nodes", "2"], "--num-nodes needs --master-addr"),
-        (["--num-nodes", "2", "--master-addr", "127.0.0.1"], "--num-nodes needs --output-dir, a folder that all machines see"),
-        (["--num-nodes", "3", "--master-addr", "127.0.0.1", "--node-rank", "3"], "type 0 to 2"),
-    ],
-)
-def test_the_program_refuses_in_one_line_before_anything_starts(flags, says):
-    process = run([sys.executable, "main.py", "--dataset", "synthetic", "--global-batch-size", "96", *flags])
-    assert (process.returncode, process.stdout) == (2, "")
-    assert process.stderr.startswith("error: ")
-    assert says in process.stderr
-    assert len(process.stderr.splitlines()) == 1
+def test_several_machines_need_a_shared_folder(capsys):
+    assert main.main("--num-nodes 2 --master-addr a --dataset synthetic".split()) == 2
+    assert "--output-dir SHARED/run" in capsys.readouterr().err
 
 
-def test_the_batch_must_divide_over_the_ranks_of_all_machines(tmp_path):
+def test_the_batch_must_divide_over_the_ranks_of_all_machines(tmp_path, capsys):
     flags = "--dataset synthetic --global-batch-size 32 --num-gpus 2 --num-nodes 3 --master-addr a".split()
-    with pytest.raises(UsageError, match="global batch 32 does not divide over 6 ranks; try --global-batch-size 30"):
-        main.check([*flags, "--output-dir", str(tmp_path / "run")])
+    assert main.main([*flags, "--output-dir", str(tmp_path / "run")]) == 2
+    assert "--global-batch-size 30" in capsys.readouterr().err
+
+
+def test_help_lists_launch_options_in_a_table_of_their_own(capsys):
+    with pytest.raises(SystemExit) as left:
+        main.main(["--num-gpus", "2", "--help"])
+    assert left.value.code == 0
+    lines = [line.strip(" │╭╮─") for line in capsys.readouterr().out.splitlines()]
+    of_launch = lines[lines.index("launch options") : lines.index("run options")]
+    listed = {line.split()[0] for line in of_launch if line}
+    assert listed >= {"--" + field.name.replace("_", "-") for field in fields(LaunchOptions)}
+
+
+def test_main_starts_without_torch():
+    program = "import main, sys; main.main(['--epochs', '0']); sys.exit('torch' in sys.modules)"
+    assert run([sys.executable, "-c", program]).returncode == 0
 
 
 # --- how many ranks -------------------------------------------------------------------------------------------------------
@@ -107,36 +118,36 @@ def test_the_batch_must_divide_over_the_ranks_of_all_machines(tmp_path):
 
 @pytest.mark.parametrize(("asked", "gpus", "ranks"), [(None, 0, 1), (None, 4, 4), (2, 4, 2), (4, 4, 4), (3, 0, 3)])
 def test_ranks_on_this_machine(asked, gpus, ranks):
-    assert ranks_wanted(asked, gpus) == ranks
+    assert count_ranks(asked, gpus) == ranks
 
 
 def test_more_ranks_than_gpus_are_refused():
-    with pytest.raises(UsageError, match="--num-gpus 3, but this machine has 2; type --num-gpus 2 or fewer"):
-        ranks_wanted(3, 2)
+    with pytest.raises(UsageError, match="--num-gpus 2 or fewer"):
+        count_ranks(3, 2)
 
 
 # --- the command line -----------------------------------------------------------------------------------------------------
 
 
-def built(machines: Machines, ranks: int, gpus: int, folder: Path) -> tuple[list[str], dict[str, str]]:
+def built(options: LaunchOptions, ranks: int, gpus: int, folder: Path) -> tuple[list[str], dict[str, str]]:
     """The words between `deepspeed -q` and the script, and the environment."""
-    command, environment = launch_command(machines, ranks, gpus, ["--epochs", "3"], folder / "hostfile")
-    assert command[-3:] == [str(main.SCRIPT), "--epochs", "3"]
+    command, environment = deepspeed_command(options, ranks, gpus, ["--epochs", "3"], folder / "hostfile")
+    assert command[-3:] == [str(SCRIPT), "--epochs", "3"]
     return command[command.index("-q") + 1 : -3], environment
 
 
 def test_on_one_machine_ranks_are_counted_and_the_port_is_free(tmp_path):
-    words, environment = built(Machines(), 2, 0, tmp_path)
+    words, environment = built(LaunchOptions(), 2, 0, tmp_path)
     assert words[0] == "--num_gpus=2"
     assert words[1].startswith("--master_port=")
     assert len(words) == 2
     assert environment["DS_ACCELERATOR"] == "cpu"
     assert not (tmp_path / "hostfile").exists()
-    ports = {built(Machines(), 2, 0, tmp_path)[0][1] for _ in range(5)}
+    ports = {built(LaunchOptions(), 2, 0, tmp_path)[0][1] for _ in range(5)}
     assert len(ports) > 1
 
 
-def test_on_several_machines_each_is_named_in_the_hostfile_and_none_is_logged_in_to(tmp_path):
+def test_several_machines_are_listed_in_the_hostfile_and_ssh_is_not_used(tmp_path):
     words, environment = built(TWO, 4, 0, tmp_path)
     due = ["--no_ssh", "--node_rank=1", "--master_addr=10.0.0.1", "--master_port=29501"]
     assert words == [f"--hostfile={tmp_path / 'hostfile'}", *due]
@@ -145,11 +156,11 @@ def test_on_several_machines_each_is_named_in_the_hostfile_and_none_is_logged_in
 
 
 @pytest.mark.parametrize(
-    ("machines", "include"), [(Machines(), "--include=localhost:2,5"), (TWO, "--include=node0:2,5@node1:2,5")]
+    ("options", "include"), [(LaunchOptions(), "--include=localhost:2,5"), (TWO, "--include=node0:2,5@node1:2,5")]
 )
-def test_the_gpus_that_are_visible_are_named_because_deepspeed_would_not_look(tmp_path, monkeypatch, machines, include):
+def test_visible_gpus_are_named_because_deepspeed_would_ignore_the_variable(tmp_path, monkeypatch, options, include):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
-    words, environment = built(machines, 2, 3, tmp_path)
+    words, environment = built(options, 2, 3, tmp_path)
     assert include in words
     assert not any(word.startswith("--num_gpus") for word in words)
     assert "CUDA_VISIBLE_DEVICES" not in environment
@@ -157,17 +168,17 @@ def test_the_gpus_that_are_visible_are_named_because_deepspeed_would_not_look(tm
     assert "DS_ACCELERATOR" not in environment
 
 
-def test_without_gpus_what_is_visible_plays_no_part(tmp_path, monkeypatch):
+def test_without_gpus_cuda_visible_devices_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    words, environment = built(Machines(), 2, 0, tmp_path)
+    words, environment = built(LaunchOptions(), 2, 0, tmp_path)
     assert words[0] == "--num_gpus=2"
     assert not any(word.startswith("--include") for word in words)
     assert environment["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 
-@pytest.mark.parametrize("machines", [Machines(), Machines(num_gpus=2), TWO, Machines(4, 3, 2, "a host", 29_500)])
-def test_the_words_that_start_it_again_are_read_as_the_same(machines, monkeypatch):
+@pytest.mark.parametrize("options", [LaunchOptions(), LaunchOptions(num_gpus=2), TWO, LaunchOptions(4, 3, 2, "a host", 29_500)])
+def test_the_command_that_starts_it_again_has_the_same_options(options, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["main.py", "--epochs", "3"])
-    words = shlex.split(started_by(machines))
+    words = shlex.split(start_command(options))
     assert words[:2] == ["python", "main.py"]
-    assert split_flags(words[2:]) == (machines, [])
+    assert split_launch_options(words[2:]) == (options, [])

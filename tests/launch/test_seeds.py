@@ -1,4 +1,4 @@
-"""main.py --seeds: which runs are started, what is done when one stops or fails, and what is said at the end."""
+"""main.py --seeds: which runs are started, what a stop or a failure of one does, and the summary at the end."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 import main
-from cifar10.launch import seeds as sweep
+from cifar10.launch import supervise
+from cifar10.launch.command import LaunchOptions, split_launch_options, start_command
+from cifar10.launch.seeds import print_summary, summary_lines
 from cifar10.run.record import open_record
-from main import Launch, Machines, split_flags, started_by
 from tests.launching import SHORT, run, summary
 from tests.report.test_report import make_run
 
@@ -31,8 +32,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[str]]]:
     def ends_with(*codes: int) -> list[list[str]]:
         left = list(codes)
 
-        def once(machines: Machines, ranks: int, flags: list[str], folder: Path) -> int:
-            assert machines.seeds is None  # or the run would say that it goes on with all of them
+        def train_once(options: LaunchOptions, ranks: int, flags: list[str], folder: Path) -> int:
+            assert options.seeds is None  # or the run would say that it goes on with all of them
             flags_of_each.append(flags)
             code = left.pop(0)
             shutil.rmtree(folder, ignore_errors=True)
@@ -41,7 +42,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[str]]]:
             (folder / "ds_config.json").unlink()  # else its settings would be compared with the command's
             return code
 
-        monkeypatch.setattr(main, "once", once)
+        monkeypatch.setattr(supervise, "train_once", train_once)
         return flags_of_each
 
     return ends_with
@@ -113,12 +114,12 @@ def test_without_reports_there_is_no_page(tmp_path, launched):
 
 def test_a_damaged_run_costs_the_comparison_and_nothing_else(tmp_path, capsys):
     (make_run(tmp_path / "seed_0") / "metrics.csv").write_text("x,y\n1,2\n")
-    sweep.tell(tmp_path, [0], with_page=True)
+    print_summary(tmp_path, [0], with_page=True)
     assert "no comparison: " in capsys.readouterr().out
 
 
 def test_one_seed_has_neither_deviation_nor_interval(tmp_path):
-    lines = sweep.closing_lines([open_record(make_run(tmp_path / "seed_0"))])
+    lines = summary_lines([open_record(make_run(tmp_path / "seed_0"))])
     assert lines[-1] == "test accuracy over seeds: 50.00% (n = 1)"
 
 
@@ -126,34 +127,22 @@ def test_test_time_augmentation_has_a_line_of_its_own(tmp_path):
     folder = make_run(tmp_path / "seed_0")
     told = json.loads((folder / "summary.json").read_text())
     (folder / "summary.json").write_text(json.dumps(told | {"test_accuracy_tta": 0.75}))
-    plain, views = sweep.closing_lines([open_record(folder)])[-2:]
+    plain, views = summary_lines([open_record(folder)])[-2:]
     assert plain == "test accuracy over seeds: 50.00% (n = 1)"
     assert views == "test accuracy with test-time augmentation over seeds: 75.00% (n = 1)"
 
 
-@pytest.mark.parametrize("given", ["0", "-1", "x", ""])
-def test_seeds_is_a_number_from_1_up(given, capsys):
-    assert main.main(["--seeds", given]) == 2
-    assert "--seeds" in capsys.readouterr().err
-
-
-def test_seeds_are_for_one_machine(capsys):
-    assert main.main("--seeds 2 --num-nodes 2 --master-addr a --output-dir x".split()) == 2
-    assert "--seeds needs one machine" in capsys.readouterr().err
-
-
 def test_the_command_that_goes_on_says_how_many_seeds():
-    machines, rest = split_flags(["--seeds=4", "--num-gpus", "2", "--lr", "1"])
-    assert (machines, rest) == (Machines(num_gpus=2, seeds=4), ["--lr", "1"])
-    assert started_by(machines).endswith("--num-gpus 2 --seeds 4")
+    options, _ = split_launch_options(["--seeds=4", "--num-gpus", "2", "--lr", "1"])
+    assert start_command(options).endswith("--num-gpus 2 --seeds 4")
 
 
 def test_after_a_launch_signals_are_what_they_were():
-    before = [signal.getsignal(number) for number in main.SIGNALS]
-    launch = Launch([sys.executable, "-c", "pass"], dict(os.environ))
-    assert [signal.getsignal(number) for number in main.SIGNALS] != before
+    before = [signal.getsignal(number) for number in supervise.SIGNALS]
+    launch = supervise.Launch([sys.executable, "-c", "pass"], dict(os.environ))
+    assert [signal.getsignal(number) for number in supervise.SIGNALS] != before
     assert launch.wait() == 0
-    assert [signal.getsignal(number) for number in main.SIGNALS] == before
+    assert [signal.getsignal(number) for number in supervise.SIGNALS] == before
 
 
 def test_real_runs_of_two_seeds(tmp_path):
