@@ -17,6 +17,7 @@ from cifar10 import UsageError
 from cifar10.launch.command import LaunchOptions, start_command
 from cifar10.launch.supervise import FINISHED, RESUMABLE, SIGNALS, train
 from cifar10.plan import Plan, make_plan
+from cifar10.report.html import interval, make_comparison, mean_and_sd, percent
 from cifar10.report.stats import spread
 from cifar10.run import folder as run_folder
 from cifar10.run.record import Record, open_record
@@ -59,8 +60,6 @@ def train_seeds(options: LaunchOptions, ranks: int, flags: list[str], plan: Plan
 
 def summary_lines(records: Sequence[Record]) -> list[str]:
     """A line for each seed, and one for each accuracy over the finished ones: mean, sample standard deviation, interval, n."""
-    from cifar10.report.html import interval, mean_and_sd, percent  # not at the top: it imports torch
-
     done, splits = [record for record in records if record.is_finished], ("train", "val", "test")
     lines = [f"{len(done)} of {len(records)} seeds have finished:"]
     for record in records:
@@ -77,8 +76,6 @@ def summary_lines(records: Sequence[Record]) -> list[str]:
 
 def print_summary(output: Path, seeds: Sequence[int], with_page: bool) -> None:
     """Print the seeds' results, and compare the runs in compare.html. A corrupt run is reported, and is no failure."""
-    from cifar10.report.html import make_comparison
-
     folders = [seed_folder(output, seed) for seed in seeds if (seed_folder(output, seed) / "recipe.json").exists()]
     try:
         for line in summary_lines([open_record(folder) for folder in folders]):
