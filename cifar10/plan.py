@@ -131,7 +131,7 @@ def make_plan(argv: list[str], world_size: int, program: str, description: str |
     refuse_unknown_model(recipe.model)
     config, batch, notes = _settle(recipe, options, world_size)
     log_every = options.log_every_steps or config.get("steps_per_print") or 100
-    level = levels.settle(options.engine_level, config, world_size, sync_bn=recipe.sync_bn)
+    level = levels.resolve_level(options.engine_level, config, world_size, sync_bn=recipe.sync_bn)
     plan = Plan(recipe, dataclasses.replace(options, log_every_steps=log_every, engine_level=level), config, batch, notes)
     _check_sizes(recipe, options, batch, plan.dataset)
     _check_images(recipe, plan.dataset)
