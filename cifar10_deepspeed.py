@@ -14,6 +14,7 @@ import math
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,9 @@ from cifar10.data.dataset import stratified_split
 from cifar10.data.loader import EvaluationLoader, MicroBatch, TrainLoader
 from cifar10.distributed import launchers, world
 from cifar10.distributed.world import World
-from cifar10.engine.engine import Engine, own_optimizer, prepare, weights_sha256
+from cifar10.engine.cuda_graphs import accelerate
+from cifar10.engine.engine import Engine, own_optimizer, prepare
+from cifar10.engine.full_state import weights_sha256
 from cifar10.metrics import text
 from cifar10.metrics.open import open_sinks
 from cifar10.metrics.sink import EpochRow, Metrics, StepRow
@@ -43,7 +46,7 @@ from cifar10.plan import Plan, make_plan
 from cifar10.run import checkpoint, patience
 from cifar10.run import folder as run_folder
 from cifar10.run.evaluation import Augmented, SplitResult
-from cifar10.run.metric_buffer import Tape, TooManySkippedSteps, count_steps
+from cifar10.run.metric_buffer import MetricBuffer, TooManySkippedSteps, count_steps
 from cifar10.run.predictions import TEST_FILE, save_predictions
 from cifar10.run.state import RunState, Sums
 from cifar10.run.stop import StopRequest
@@ -139,22 +142,17 @@ def evaluate(model: nn.Module, loader: EvaluationLoader, here: World, keep: list
 # --- one step, one epoch ------------------------------------------------------------------------------------------------
 
 
-def learn(engine: Engine, images: Tensor, labels: Tensor, multiplier: float, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Forward, loss and backward of a micro-batch, and the update after a step's last: its loss, and how many are right."""
-    logits = engine.forward(images).float()
-    loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
-    engine.backward(loss)
-    engine.step(multiplier)
-    return loss.detach(), (logits.detach().argmax(dim=1) == labels).sum()
-
-
-def train_step(engine: Engine, micro_batches: list[MicroBatch], multiplier: float, smoothing: float, tape: Tape) -> None:
-    """One update of the weights; what it measured goes on the tape, and the host waits for nothing."""
-    measured = [engine.micro_step(learn, *batch, multiplier, smoothing) for batch in micro_batches]
-    losses, corrects = zip(*measured, strict=True)
-    mean_loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-    correct = corrects[0] if len(corrects) == 1 else torch.stack(corrects).sum()
-    tape.write(mean_loss, correct, engine.grad_norm, engine.skipped)
+def train_step(engine: Engine, micro_batches: list[MicroBatch], smoothing: float) -> tuple[Tensor, Tensor]:
+    """One update of the weights: the mean loss of this rank's images, and how many of them were classified correctly."""
+    losses, corrects = [], []
+    for images, labels in micro_batches:
+        logits = engine.forward(images).float()
+        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        engine.backward(loss)
+        engine.step()  # updates the weights after the last micro-batch
+        losses.append(loss.detach())
+        corrects.append((logits.detach().argmax(dim=1) == labels).sum())
+    return (losses[0], corrects[0]) if len(losses) == 1 else (torch.stack(losses).mean(), torch.stack(corrects).sum())
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,8 @@ class Run:
     train: TrainLoader
     val: EvaluationLoader
     model: nn.Module  # a plain fp32 copy for evaluation, whatever ZeRO and precision do to the trained one
-    tape: Tape
+    step: Callable[..., tuple[Tensor, Tensor]]  # train_step, accelerated as --engine-level says
+    buffer: MetricBuffer
     metrics: Metrics
     stop: StopRequest
     folder: Path
@@ -176,10 +175,10 @@ class Run:
     last_step: int  # where this run ends: the same, or --max-steps
 
 
-def read_tape(run: Run, state: RunState) -> None:
-    """Count what the last steps measured; at a log point, a row for steps.csv and the console."""
+def log_steps(run: Run, state: RunState) -> None:
+    """Add up the metrics of the last steps; at a log point, a row for steps.csv and the console."""
     limit, images = run.plan.recipe.max_skipped_in_a_row, run.plan.batch.global_images
-    count_steps(run.tape.read(run.here), state, global_images=images, max_skipped_in_a_row=limit)
+    count_steps(run.buffer.read(run.here), state, global_images=images, max_skipped_in_a_row=limit)
     sums = state.interval_sums
     at_log_point = state.epoch_step % run.plan.options.log_every_steps == 0 or state.epoch_step == run.train.steps_per_epoch
     if at_log_point and sums.steps + sums.skipped:
@@ -197,13 +196,15 @@ def train_one_epoch(run: Run, state: RunState) -> bool:
         if state.step == run.last_step or stopping:
             break
         multiplier = lr_multiplier(run.plan.recipe, state.step, run.train.steps_per_epoch) * run.lr_scale * state.lr_factor
-        train_step(run.engine, micro_batches, multiplier, smoothing, run.tape)
+        run.engine.set_lr(multiplier)
+        loss, correct = run.step(run.engine, micro_batches, smoothing)
+        run.buffer.write(loss, correct, run.engine.grad_norm, run.engine.skipped)
         state.step += 1
         state.epoch_step += 1
-        if run.tape.is_full or state.epoch_step % every == 0:
-            read_tape(run, state)
+        if run.buffer.is_full or state.epoch_step % every == 0:
+            log_steps(run, state)
         stopping = run.stop.agreed()
-    read_tape(run, state)
+    log_steps(run, state)
     state.train_seconds += time.perf_counter() - started
     return stopping and state.step < run.last_step
 
@@ -343,14 +344,16 @@ def start_run(plan: Plan, here: World, folder: Path, model: nn.Module) -> tuple[
         model=model, model_parameters=model.parameters(), optimizer=own, config=plan.ds_config
     )
     world.limit_waiting(options.timeout_minutes)
-    engine = Engine(deepspeed_engine, here, recipe.seed, options.engine_level)
+    engine = Engine(deepspeed_engine, here, recipe.seed)
+    step = accelerate(train_step, engine, options.engine_level)
     start_from = None if options.resume in ("auto", "never") else run_folder.find_checkpoint(options.resume)
     state = checkpoint.resume(folder / "checkpoints", start_from, engine, here, plan.settings)
     num_steps = total_steps(recipe, train_loader.steps_per_epoch)
     last_step = min(num_steps, options.max_steps or num_steps)
     metrics = open_sinks(plan, folder, state, last_step, train_loader.steps_per_epoch) if here.is_main else Metrics()
-    tape, stop = Tape(options.log_every_steps, here.device), StopRequest(here, folder, options.max_minutes, options.stop_at)
-    parts = engine, train_loader, val_loader, plain, tape, metrics, stop, folder
+    buffer = MetricBuffer(options.log_every_steps, here.device)
+    stop = StopRequest(here, folder, options.max_minutes, options.stop_at)
+    parts = engine, train_loader, val_loader, plain, step, buffer, metrics, stop, folder
     return Run(plan, here, *parts, recipe.lr_scale(plan.batch.global_images), num_steps, last_step), state
 
 

@@ -139,7 +139,7 @@ def make_plan(
     config, batch, notes = _resolve_config(given, options.precision, world_size)
     recipe, augment_notes = _resolve_augment(recipe, old_flags, dataset)
     log_every = options.log_every_steps or config.get("steps_per_print") or 100
-    level = levels.settle(options.engine_level, config, world_size, sync_bn=recipe.sync_bn)
+    level = levels.resolve_level(options.engine_level, config, world_size, sync_bn=recipe.sync_bn)
     options = dataclasses.replace(options, log_every_steps=log_every, engine_level=level)
     _check_schedule(recipe, config)
     _check_sizes(recipe, options, batch, dataset)

@@ -29,7 +29,8 @@ from typing import Any
 import torch
 
 import cifar10_deepspeed as script
-from cifar10.engine.engine import prepare, weights_sha256
+from cifar10.engine.engine import prepare
+from cifar10.engine.full_state import weights_sha256
 from cifar10.run import checkpoint
 from cifar10.run.checkpoint import PAUSES
 from tests.workers.small_runs import free_port, shrink_the_data_sets

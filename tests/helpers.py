@@ -9,6 +9,7 @@ import functools
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cifar10.config import ds_config
 from cifar10.data import augment, pixels, synthetic
-from cifar10.data.loader import TrainLoader
+from cifar10.data.loader import MicroBatch, TrainLoader
 from cifar10.distributed import world
 from cifar10.distributed.world import World
 from cifar10.engine.engine import Engine, own_optimizer, prepare
+from cifar10.run.metric_buffer import MetricBuffer
 from tests.launching import BIN, PROJECT, run
 
 WORKERS = Path(__file__).resolve().parent / "workers"
@@ -114,13 +116,28 @@ def batch(num_images: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def one_step(engine: Engine, micro_batches: list[tuple[Tensor, Tensor]], multiplier: float = 1.0, extra: Any = 0.0) -> Tensor:
     """One update of the weights; `extra` is added to each loss. Returns the mean loss on this rank."""
+    engine.set_lr(multiplier)
     losses = []
     for images, labels in micro_batches:
         loss = F.cross_entropy(engine.forward(images).float(), labels) + extra
         engine.backward(loss)
-        engine.step(multiplier)
+        engine.step()
         losses.append(loss.detach())
     return torch.stack(losses).mean()
+
+
+def logged_step(
+    step: Callable[..., Any],
+    engine: Engine,
+    batches: list[MicroBatch],
+    buffer: MetricBuffer,
+    lr: float = 1.0,
+    smooth: float = 0.0,
+) -> None:
+    """What the script's loop does for a step; `lr` multiplies the learning rate, `smooth` is label smoothing."""
+    engine.set_lr(lr)
+    loss, correct = step(engine, batches, smooth)
+    buffer.write(loss, correct, engine.grad_norm, engine.skipped)
 
 
 def snapshot(engine: Engine) -> dict[str, Tensor]:

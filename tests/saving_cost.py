@@ -25,10 +25,10 @@ from cifar10.engine.engine import Engine, prepare
 from cifar10.models.registry import build_model
 from cifar10.plan import Plan, make_plan
 from cifar10.run import checkpoint
-from cifar10.run.metric_buffer import Tape
+from cifar10.run.metric_buffer import MetricBuffer
 from cifar10.run.state import RunState
 from cifar10_deepspeed import get_cifar10_dataloaders, train_step
-from tests.helpers import batch, make_engine, one_step
+from tests.helpers import batch, logged_step, make_engine, one_step
 from tests.workers.resumes import in_world
 
 BATCH, SAVES = 64, 20
@@ -48,12 +48,12 @@ def seconds_of_saves(here: World, folder: Path, stage: int) -> list[float]:
 
 
 def trained(plan: Plan, here: World, engine: Engine, batches: Iterator[list[MicroBatch]], steps: int) -> None:
-    tape = Tape(plan.options.log_every_steps, here.device)
+    buffer = MetricBuffer(plan.options.log_every_steps, here.device)
     for micro_batches in islice(batches, steps):
-        train_step(engine, micro_batches, 1.0, 0.0, tape)
-        if tape.is_full:
-            tape.read(here)
-    tape.read(here)
+        logged_step(train_step, engine, micro_batches, buffer)
+        if buffer.is_full:
+            buffer.read(here)
+    buffer.read(here)
 
 
 def rounds_of_training(here: World, folder: Path, plan: Plan, rounds: int, steps: int) -> list[tuple[float, float]]:

@@ -2,8 +2,8 @@
 
     python -m tests.step_profile [--recipe bn_cnn_fast] [--steps 30] [--threads N] [--data-dir FOLDER]
 
-The step is the program's own: loader, DeepSpeed's engine, guard and tape. The limit is a product of two large square matrices
-in the same precision on the same threads, measured right before and after; the better of the two counts.
+The step is the program's own: loader, DeepSpeed's engine, guard and metric buffer. The limit is a product of two large square
+matrices in the same precision on the same threads, measured right before and after; the better of the two counts.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             for batch in islice(batches, known.steps):
                 loop.step(batch)
-        loop.settle()
+        loop.finish()
     finally:
         world.leave()
     step, work = statistics.median(seconds), flops.get_total_flops() / 1e9

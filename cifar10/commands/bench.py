@@ -5,7 +5,7 @@
     plain PyTorch     the loop of the tutorials: torchvision's CIFAR10 and transforms in a DataLoader with two workers,
                       torch's SGD and clipping, `.item()` of the loss and the accuracy at every step
     stock DeepSpeed   the same loop, to the letter, through `deepspeed.initialize` with the document's JSON as it is
-    this program      our loader, engine, step and tape, with the recipe bn_cnn_document
+    this program      our loader, engine, step and metric buffer, with the recipe bn_cnn_document
     bn_cnn_fast       the same network in this program as that recipe trains it: bf16 where it is native, batch 500
 
 The same network from the same weights, one process, in rounds A B C D A B C D, so that whatever else the machine does meets
@@ -38,13 +38,13 @@ from torch import Tensor, nn
 from cifar10 import UsageError
 from cifar10.commands import bench_levels
 from cifar10.data.loader import MicroBatch
-from cifar10.distributed import world
+from cifar10.distributed import world as distributed
 from cifar10.distributed.world import World
 from cifar10.engine.engine import Engine, own_optimizer, prepare
 from cifar10.models.registry import build_model
 from cifar10.plan import Plan, make_plan
 from cifar10.run import folder as run_folder
-from cifar10.run.metric_buffer import Tape, count_steps
+from cifar10.run.metric_buffer import MetricBuffer, count_steps
 from cifar10.run.state import RunState
 from cifar10_deepspeed import (
     CIFAR10CNNEnhanced,
@@ -94,11 +94,11 @@ class DocumentCNN(CIFAR10CNNEnhanced):
         return self.fc2(F.relu(self.fc1(torch.flatten(x, 1))))
 
 
-def document_model(plan: Plan, here: World) -> nn.Module:
+def document_model(plan: Plan, world: World) -> nn.Module:
     """The document's network, from the weights that ours starts from."""
     model = DocumentCNN()
     model.load_state_dict(build_model(plan.recipe.model, plan.recipe.seed).state_dict())
-    return model.to(here.device)
+    return model.to(world.device)
 
 
 class TutorialLoop:
@@ -120,14 +120,14 @@ class TutorialLoop:
         self.losses.append(loss.item())
         self.accuracies.append(calculate_accuracy(outputs, labels))
 
-    def settle(self) -> None:
-        """Nothing is pending: every step has waited for itself."""
+    def finish(self) -> None:
+        """Nothing is pending: every step has synchronized."""
 
 
-def plain_loop(plan: Plan, here: World, loader: Iterable[MicroBatch]) -> TutorialLoop:
+def plain_loop(plan: Plan, world: World, loader: Iterable[MicroBatch]) -> TutorialLoop:
     """The tutorial's loop in PyTorch alone, with the JSON's optimizer and clipping."""
     config = plan.given_config
-    model = document_model(plan, here)
+    model = document_model(plan, world)
     optimizer = torch.optim.SGD(model.parameters(), **config["optimizer"]["params"])
 
     def update(loss: Tensor) -> None:
@@ -136,51 +136,53 @@ def plain_loop(plan: Plan, here: World, loader: Iterable[MicroBatch]) -> Tutoria
         torch.nn.utils.clip_grad_norm_(model.parameters(), config["gradient_clipping"])
         optimizer.step()
 
-    return TutorialLoop(loader, here.device, model, update)
+    return TutorialLoop(loader, world.device, model, update)
 
 
 def deepspeed_engine(model: nn.Module, config: dict[str, Any]) -> Any:
     return prepare().initialize(model=model, model_parameters=model.parameters(), config=config)[0]
 
 
-def stock_loop(plan: Plan, here: World, loader: Iterable[MicroBatch]) -> TutorialLoop:
-    """The same loop through DeepSpeed, and the JSON as it stands: none of `ds_json.resolve`, none of `Engine`."""
-    engine = deepspeed_engine(document_model(plan, here), plan.given_config)
+def stock_loop(plan: Plan, world: World, loader: Iterable[MicroBatch]) -> TutorialLoop:
+    """The same loop through DeepSpeed, and the JSON as it stands: none of `ds_config.resolve`, none of `Engine`."""
+    engine = deepspeed_engine(document_model(plan, world), plan.given_config)
 
     def update(loss: Tensor) -> None:
         engine.backward(loss)
         engine.step()
 
-    return TutorialLoop(loader, here.device, engine, update)
+    return TutorialLoop(loader, world.device, engine, update)
 
 
 # --- ours -------------------------------------------------------------------------------------------------------------
 
 
 class OurLoop:
-    """What `train_one_epoch` does: nothing is read back from the device until the tape is full."""
+    """What `train_one_epoch` does: nothing is read back from the device until the metric buffer is full."""
 
-    def __init__(self, plan: Plan, here: World, round_steps: int) -> None:
+    def __init__(self, plan: Plan, world: World, round_steps: int) -> None:
         self.losses: list[float] = []
-        self._recipe, self._here, self._round_steps = plan.recipe, here, round_steps
-        loader, _ = get_cifar10_dataloaders(plan, here)
+        self._recipe, self._world, self._round_steps = plan.recipe, world, round_steps
+        loader, _ = get_cifar10_dataloaders(plan, world)
         self._global_images, self._stream = loader.global_images, (step for epoch in count() for step in loader.epoch(epoch))
-        model = build_model(plan.recipe.model, plan.recipe.seed).to(here.device)
+        model = build_model(plan.recipe.model, plan.recipe.seed).to(world.device)
         given = {"model_parameters": model.parameters(), "optimizer": own_optimizer(model, plan.ds_config)}
-        self._engine = Engine(prepare().initialize(model=model, config=plan.ds_config, **given)[0], here)
-        self._tape, self._state = Tape(plan.options.log_every_steps, here.device), RunState()
+        self._engine = Engine(prepare().initialize(model=model, config=plan.ds_config, **given)[0], world)
+        self._buffer, self._state = MetricBuffer(plan.options.log_every_steps, world.device), RunState()
 
     def batches(self) -> Iterator[list[MicroBatch]]:
         return islice(self._stream, self._round_steps)
 
     def step(self, batch: list[MicroBatch]) -> None:
-        train_step(self._engine, batch, 1.0, self._recipe.label_smoothing, self._tape)
-        if self._tape.is_full:
-            self.settle()
+        self._engine.set_lr(1.0)
+        loss, correct = train_step(self._engine, batch, self._recipe.label_smoothing)
+        self._buffer.write(loss, correct, self._engine.grad_norm, self._engine.skipped)
+        if self._buffer.is_full:
+            self.finish()
 
-    def settle(self) -> None:
-        """Wait for the device, and count what the last steps measured."""
-        rows, limit = self._tape.read(self._here), self._recipe.max_skipped_in_a_row
+    def finish(self) -> None:
+        """Synchronize, and count the steps since the last read."""
+        rows, limit = self._buffer.read(self._world), self._recipe.max_skipped_in_a_row
         count_steps(rows, self._state, global_images=self._global_images, max_skipped_in_a_row=limit)
         self.losses.extend(row[0] for row in rows)
 
@@ -193,28 +195,28 @@ def seconds_per_round(loop: TutorialLoop | OurLoop, warmup_steps: int, steps: in
     batches = loop.batches()
     for batch in islice(batches, warmup_steps):
         loop.step(batch)
-    loop.settle()
+    loop.finish()
     started = time.perf_counter()
     for batch in islice(batches, steps):
         loop.step(batch)
-    loop.settle()
+    loop.finish()
     seconds = time.perf_counter() - started
     deque(batches, maxlen=0)  # take what the workers prepared ahead: with nothing left to do, they sleep in others' rounds
     return seconds
 
 
 def measure(
-    plan: Plan, fast: Plan, here: World, rounds: int, warmup_steps: int, steps: int, console: Console
+    plan: Plan, fast: Plan, world: World, rounds: int, warmup_steps: int, steps: int, console: Console
 ) -> dict[str, Any]:
     """Images per second of every loop in every round, and the loss that each came to; a round's images are about as many."""
-    loader, ours = tutorial_loader(plan, warmup_steps + steps), OurLoop(plan, here, warmup_steps + steps)
+    loader, ours = tutorial_loader(plan, warmup_steps + steps), OurLoop(plan, world, warmup_steps + steps)
     images, fast_images = plan.batch.global_images, fast.batch.global_images
     fast_steps = max(2, steps * images // fast_images)
     loops = {
-        PLAIN: (plain_loop(plan, here, loader), images, warmup_steps, steps),
-        STOCK: (stock_loop(plan, here, loader), images, warmup_steps, steps),
+        PLAIN: (plain_loop(plan, world, loader), images, warmup_steps, steps),
+        STOCK: (stock_loop(plan, world, loader), images, warmup_steps, steps),
         OURS: (ours, images, warmup_steps, steps),
-        FAST: (OurLoop(fast, here, 2 + fast_steps), fast_images, 2, fast_steps),
+        FAST: (OurLoop(fast, world, 2 + fast_steps), fast_images, 2, fast_steps),
     }
     speeds: dict[str, list[float]] = {name: [] for name in loops}
     for number in range(1, rounds + 1):
@@ -262,15 +264,15 @@ def show(rows: dict[str, Any], ratios: list[dict[str, Any]], console: Console) -
 @contextmanager
 def measuring(threads: int | None, console: Console) -> Iterator[tuple[World, dict[str, Any]]]:
     """This process as a world of one, for as long as something is measured; and on what, which is printed."""
-    here = world.join(threads)
+    world = distributed.join(threads)
     try:
-        facts = {"cores": world.cores(), "threads": torch.get_num_threads(), "device": here.device_name}
+        facts = {"cores": distributed.cores(), "threads": torch.get_num_threads(), "device": world.device_name}
         environment = run_folder.environment(["python", "-m", "cifar10", *sys.argv[1:]], facts)
         environment["load"] = [round(load, 2) for load in os.getloadavg()]
         console.print("\n".join(f"{key}: {value}" for key, value in environment.items()), soft_wrap=True)
-        yield here, environment
+        yield world, environment
     finally:
-        world.leave()
+        distributed.leave()
 
 
 def run(
@@ -305,8 +307,8 @@ def run(
     console = Console(highlight=False)
     if gpu:
         bench_levels.refuse_without_gpu()
-        with measuring(threads, console) as (here, environment):
-            cells = bench_levels.measure(images, here, **sizes)
+        with measuring(threads, console) as (world, environment):
+            cells = bench_levels.measure(images, world, **sizes)
         bench_levels.show("the engine's levels beside plain PyTorch", cells, console)
         if json_file is not None:
             settings = {"recipe": bench_levels.RECIPE, "dataset": dataset, **sizes}
@@ -315,8 +317,8 @@ def run(
     flags = {**images, "--threads": threads}
     words = [f"{flag}={value}" for flag, value in flags.items() if value is not None]
     plan, fast = (make_plan([*words, f"--recipe={name}"], 1, "bench") for name in (RECIPE, FAST_RECIPE))
-    with measuring(threads, console) as (here, environment):
-        rows = measure(plan, fast, here, rounds, warmup_steps, steps, console)
+    with measuring(threads, console) as (world, environment):
+        rows = measure(plan, fast, world, rounds, warmup_steps, steps, console)
     ratios = compare(rows)
     show(rows, ratios, console)
     if json_file is not None:

@@ -29,11 +29,12 @@ from cifar10 import UsageError
 from cifar10.data.loader import MicroBatch, TrainLoader
 from cifar10.distributed import device
 from cifar10.distributed.world import World
+from cifar10.engine.cuda_graphs import accelerate
 from cifar10.engine.engine import Engine, own_optimizer, prepare
 from cifar10.engine.levels import LEVELS
 from cifar10.models.registry import build_model
 from cifar10.plan import Plan, make_plan
-from cifar10.run.metric_buffer import Tape
+from cifar10.run.metric_buffer import MetricBuffer
 from cifar10_deepspeed import get_cifar10_dataloaders, train_step
 
 PLAIN = "plain PyTorch"
@@ -74,10 +75,10 @@ class Loop:
         return sum("synchron" in str(one.message) for one in seen) // WATCHED_STEPS
 
 
-def plain_step(plan: Plan, here: World) -> Step:
+def plain_step(plan: Plan, world: World) -> Step:
     """PyTorch alone, with the JSON's optimizer, clipping and precision."""
     model, autocast = (
-        build_model(plan.recipe.model, plan.recipe.seed).to(here.device).train(),
+        build_model(plan.recipe.model, plan.recipe.seed).to(world.device).train(),
         plan.ds_config.get("torch_autocast", {}),
     )
     params, limit = plan.ds_config["optimizer"]["params"], plan.ds_config["gradient_clipping"]
@@ -86,7 +87,7 @@ def plain_step(plan: Plan, here: World) -> Step:
 
     def step(batch: list[MicroBatch]) -> Tensor:
         ((images, labels),) = batch
-        with torch.autocast(here.device.type, dtype, enabled=autocast.get("enabled", False)):
+        with torch.autocast(world.device.type, dtype, enabled=autocast.get("enabled", False)):
             logits = model(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=plan.recipe.label_smoothing)
         loss.backward()
@@ -98,27 +99,30 @@ def plain_step(plan: Plan, here: World) -> Step:
     return step
 
 
-class _OneRow(Tape):
-    """A tape that keeps the loss of the last step alone; the work on the device is the same."""
+class _OneRow(MetricBuffer):
+    """A metric buffer that keeps the loss of the last step alone; the work on the device is the same."""
 
     def last_loss(self) -> Tensor:
         self._used = 0
         return self._rows[0, 0].clone()
 
 
-def engine_step(plan: Plan, here: World) -> Step:
-    """What `train_one_epoch` does for a step: the engine at the plan's level, its guard, and the tape."""
-    model, config = build_model(plan.recipe.model, plan.recipe.seed).to(here.device), plan.ds_config
+def engine_step(plan: Plan, world: World) -> Step:
+    """What `train_one_epoch` does for a step: the engine at the plan's level, its guard, and the metric buffer."""
+    model, config = build_model(plan.recipe.model, plan.recipe.seed).to(world.device), plan.ds_config
     optimizer = own_optimizer(model, config)
     started, _, _, _ = prepare().initialize(
         model=model, model_parameters=model.parameters(), optimizer=optimizer, config=config
     )
     started.train()
-    engine, tape = Engine(started, here, plan.recipe.seed, plan.options.engine_level), _OneRow(1, here.device)
+    engine, buffer = Engine(started, world, plan.recipe.seed), _OneRow(1, world.device)
+    take_step = accelerate(train_step, engine, plan.options.engine_level)
 
     def step(batch: list[MicroBatch]) -> Tensor:
-        train_step(engine, batch, 1.0, plan.recipe.label_smoothing, tape)
-        return tape.last_loss()
+        engine.set_lr(1.0)
+        loss, correct = take_step(engine, batch, plan.recipe.label_smoothing)
+        buffer.write(loss, correct, engine.grad_norm, engine.skipped)
+        return buffer.last_loss()
 
     return step
 
@@ -182,7 +186,7 @@ def plan_for(flags: dict[str, Any], precision: str, batch: int, level: str = "ea
 
 def measure(
     flags: dict[str, Any],
-    here: World,
+    world: World,
     *,
     rounds: int,
     steps: int,
@@ -191,12 +195,12 @@ def measure(
     batches: tuple[int, ...] = BATCHES,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Every level that this machine has, beside plain PyTorch: {"fp32, batch 64": {"eager": {...}, ...}, ...}."""
-    levels = LEVELS if here.device.type == "cuda" else CPU_LEVELS
+    levels = LEVELS if world.device.type == "cuda" else CPU_LEVELS
     cells = {}
     for precision in precisions:
         for batch in batches:
             plans = {level: plan_for({"--recipe": RECIPE, **flags}, precision, batch, level) for level in levels}
-            loader, _ = get_cifar10_dataloaders(plans["eager"], here)
-            ways = {PLAIN: plain_step(plans["eager"], here)} | {name: engine_step(plan, here) for name, plan in plans.items()}
+            loader, _ = get_cifar10_dataloaders(plans["eager"], world)
+            ways = {PLAIN: plain_step(plans["eager"], world)} | {name: engine_step(plan, world) for name, plan in plans.items()}
             cells[f"{precision}, batch {batch}"] = take_turns(ways, loader, rounds, warmup_steps, steps)
     return cells

@@ -1,37 +1,45 @@
-"""CUDA graphs: device work that is recorded once and then replayed as a whole, without the Python that led to it.
+"""The faster levels of `--engine-level` (see levels.py): compiled code, and CUDA graphs that replay a step without its Python.
 
-What a recording may rely on: tensors stay where they are, nothing is read back, and the host's own bookkeeping is done by
-whoever replays. `Recorder` is the seam between that bookkeeping (engine.py) and CUDA; tests put another in its place that
-records the operations of a CPU. Nothing in this file has run on a GPU yet.
+`accelerate` wraps the script's step function once, at the start, as torch.compile would; nothing else knows the levels.
+
+What a captured graph may rely on: tensors stay where they are, nothing is read back, and whoever replays it does the host's
+bookkeeping. `Recorder` is the seam between that bookkeeping and CUDA; tests replace it by one that records a CPU's operations.
+No graph of this file has been measured on a GPU yet.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-WARMUP_RUNS = 3  # before a recording: libraries choose their algorithms, and allocate what stays, outside of it
+from cifar10.engine.engine import Engine
+from cifar10.engine.levels import Level
+
+WARMUP_RUNS = 3  # before a capture: libraries choose their algorithms, and allocate what stays, outside of it
+COUNTERS = ("global_steps", "micro_steps", "global_samples", "skipped_steps")  # DeepSpeed's, which a step moves
 
 Work = Callable[[], Any]  # device work on fixed tensors, and the tensors that it leaves its results in
 Forward = Callable[[Tensor], Tensor]
+Step = Callable[..., Any]  # (engine, micro_batches, *settings) -> tensors
 
 
 class Recorder(Protocol):
-    """How device work is recorded."""
+    """How device work is captured."""
 
     def warm_up(self, work: Work) -> None:
-        """Do `work` a few times; what that changes is for the caller to put back."""
+        """Do `work` a few times; the caller undoes what that changes."""
 
-    def record(self, work: Work) -> Work:
-        """What does the same again, into the same results. Whether `work` is carried out while it is recorded is left open."""
+    def capture(self, work: Work) -> Work:
+        """A function that does the same again, into the same results. Capturing may carry `work` out, or not."""
 
-    def record_module(self, module: nn.Module, images: Tensor) -> Forward:
-        """The module's forward for images of this shape, which also records the backward that belongs to it."""
+    def capture_forward(self, module: nn.Module, images: Tensor) -> Forward:
+        """The module's forward for images of this shape, which also captures the backward that belongs to it."""
 
 
 class CudaRecorder:
@@ -45,9 +53,9 @@ class CudaRecorder:
                 work()
         torch.cuda.current_stream().wait_stream(stream)
 
-    def record(self, work: Work) -> Work:
+    def capture(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own thread goes on asking the device
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own thread goes on querying the device
             results = work()
 
         def replay() -> Any:
@@ -56,7 +64,7 @@ class CudaRecorder:
 
         return replay
 
-    def record_module(self, module: nn.Module, images: Tensor) -> Forward:
+    def capture_forward(self, module: nn.Module, images: Tensor) -> Forward:
         on, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         with torch.autocast("cuda", dtype, enabled=on, cache_enabled=False):  # a cast of another graph would be stale
             return torch.cuda.make_graphed_callables(
@@ -64,79 +72,102 @@ class CudaRecorder:
             )
 
 
-class Kept:
-    """All that a step moves on the device, and the random numbers' position: to be put back after steps that do not count."""
+@contextmanager
+def undone(engine: Engine) -> Iterator[None]:
+    """Undo afterwards what steps change, random numbers included: warm-up and capture do not count as training."""
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer | None, device: torch.device) -> None:
-        self._optimizer, self._device = optimizer, device
-        self._tensors = [*module.parameters(), *module.buffers(), *self._optimizer_state()]
-        self._values = [tensor.detach().clone() for tensor in self._tensors]
-        self._random = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    def optimizer_state() -> list[Tensor]:
+        return [value for state in engine.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
 
-    def _optimizer_state(self) -> list[Tensor]:
-        states = self._optimizer.state.values() if self._optimizer else ()
-        return [value for state in states for value in state.values() if torch.is_tensor(value)]
-
-    @torch.no_grad()
-    def put_back(self) -> None:
-        """Momentum that there was not before is zero, which is where it starts."""
-        known = {id(tensor) for tensor in self._tensors}
-        for tensor in self._optimizer_state():
-            if id(tensor) not in known:
-                tensor.zero_()
-        for tensor, value in zip(self._tensors, self._values, strict=True):
-            tensor.copy_(value)
-        torch.set_rng_state(self._random[0])
-        if self._random[1] is not None:
-            torch.cuda.set_rng_state(self._random[1], self._device)
-
-
-class RecordedStep:
-    """A step that has been recorded, on images and labels that lie where it reads them."""
-
-    def __init__(self, recorder: Recorder, step: Callable[[Tensor, Tensor], Any], images: Tensor, labels: Tensor) -> None:
-        self._images, self._labels = images.clone(), labels.clone()
-
-        def work() -> Any:
-            return step(self._images, self._labels)
-
-        recorder.warm_up(work)
-        self._replay = recorder.record(work)
-
-    def __call__(self, images: Tensor, labels: Tensor) -> Any:
-        """What the step returned, the same tensors each time, now of these images."""
-        self._images.copy_(images)
-        self._labels.copy_(labels)
-        return self._replay()
+    before = optimizer_state()
+    tensors = [*engine.module.parameters(), *engine.module.buffers(), *before]
+    values, counters = [t.detach().clone() for t in tensors], {name: getattr(engine.deepspeed, name) for name in COUNTERS}
+    device = engine.world.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            known = {id(tensor) for tensor in before}
+            with torch.no_grad():
+                for tensor in optimizer_state():
+                    if id(tensor) not in known:
+                        tensor.zero_()  # momentum starts at zero
+                for tensor, value in zip(tensors, values, strict=True):
+                    tensor.copy_(value)
+            for name, count in counters.items():
+                setattr(engine.deepspeed, name, count)
 
 
-def without_hooks(module: nn.Module) -> nn.Module:
-    """The same module, its parameters, buffers and parts shared, without the hooks that DeepSpeed has put on it."""
-    twin = copy.copy(module)
-    twin._forward_hooks, twin._forward_pre_hooks, twin._backward_hooks = OrderedDict(), OrderedDict(), OrderedDict()
-    return twin
+class CapturedStep:
+    """`step(engine, micro_batches, *settings)` as one graph for each shape of its images; replayed, it returns the same tensors
+    with new values.
+
+    The first call for a shape captures; what of a step the host does is done here, at each replay.
+    """
+
+    def __init__(self, step: Step, engine: Engine, recorder: Recorder) -> None:
+        self._step, self._recorder = step, recorder
+        self._graphs: dict[Any, tuple[list[Tensor], Work]] = {}  # the inputs' fixed places, and the replay
+        self._has_dropout, engine.seeds_dropout = engine.seeds_dropout, False  # CUDA cannot seed while it captures
+        engine.deepspeed._config.steps_per_print = None  # its line would read the learning rate from the device
+        for group in engine.optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=engine.world.device)
+
+    def __call__(self, engine: Engine, micro_batches: list[tuple[Tensor, Tensor]], *settings: Any) -> Any:
+        tensors = [tensor for micro_batch in micro_batches for tensor in micro_batch]
+        key = (*(tensor.shape for tensor in tensors), *settings)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(engine, micro_batches, *settings)
+        inputs, replay = self._graphs[key]
+        if self._has_dropout:
+            engine.seed_dropout()  # a replay draws from the seed of its moment
+        for place, tensor in zip(inputs, tensors, strict=True):
+            place.copy_(tensor)
+        results, engine.grad_norm, engine.skipped = replay()
+        deepspeed = engine.deepspeed
+        deepspeed.global_steps, deepspeed.micro_steps = deepspeed.global_steps + 1, deepspeed.micro_steps + 1
+        deepspeed.global_samples += deepspeed.train_batch_size()
+        return results
+
+    def _capture(self, engine: Engine, micro_batches: list[tuple[Tensor, Tensor]], *settings: Any) -> tuple[list[Tensor], Work]:
+        places = [(images.clone(), labels.clone()) for images, labels in micro_batches]
+
+        def work() -> tuple[Any, Tensor, Tensor]:
+            return self._step(engine, places, *settings), engine.grad_norm, engine.skipped
+
+        with undone(engine):
+            self._recorder.warm_up(work)
+            return [tensor for pair in places for tensor in pair], self._recorder.capture(work)
 
 
-class RecordedForward:
-    """In place of a module's own forward while it trains: one recording for each shape of images."""
+class GraphedForward:
+    """A module's forward while it trains, as one graph for each shape of images; in evaluation, its own."""
 
-    def __init__(self, module: nn.Module, recorder: Recorder, device: torch.device) -> None:
-        self._module, self._recorder, self._device = module, recorder, device
-        self._eager: Forward = module.forward
-        self._recordings: dict[torch.Size, Forward] = {}
-        module.forward = self
+    def __init__(self, engine: Engine, recorder: Recorder) -> None:
+        self._engine, self._module, self._recorder = engine, engine.module, recorder
+        self._eager: Forward = engine.module.forward
+        self._graphs: dict[torch.Size, Forward] = {}
 
     def __call__(self, images: Tensor) -> Tensor:
         if not (self._module.training and torch.is_grad_enabled()):
             return self._eager(images)
-        if images.shape not in self._recordings:
-            self._recordings[images.shape] = self._record(images)
-        return self._recordings[images.shape](images)
+        if images.shape not in self._graphs:
+            twin = copy.copy(self._module)  # the same parameters, buffers and parts, without DeepSpeed's hooks and this object
+            twin._forward_hooks, twin._forward_pre_hooks, twin._backward_hooks = OrderedDict(), OrderedDict(), OrderedDict()
+            del twin.forward
+            with undone(self._engine):
+                self._graphs[images.shape] = self._recorder.capture_forward(twin, images)
+        return self._graphs[images.shape](images)
 
-    def _record(self, images: Tensor) -> Forward:
-        twin = without_hooks(self._module)
-        del twin.forward  # this object, which the module's own class is to take the place of
-        kept = Kept(self._module, None, self._device)
-        recording = self._recorder.record_module(twin, images)
-        kept.put_back()
-        return recording
+
+def accelerate(step: Step, engine: Engine, level: Level, recorder: Recorder | None = None) -> Step:
+    """`step` at a level that `levels.resolve_level` allows; call it once, before the first step."""
+    if level == "compile":
+        for hook in (engine.deepspeed.module_forward_pre_hook, engine.deepspeed.module_forward_post_hook):
+            hook.remove()  # they start and stop timers, and read a count of steps: each step would be compiled anew
+        engine.deepspeed.compile(compile_kwargs={"dynamic": False})  # each size of images is compiled for itself
+    elif level == "graph":
+        engine.module.forward = GraphedForward(engine, recorder or CudaRecorder())
+    elif level == "captured":
+        return CapturedStep(step, engine, recorder or CudaRecorder())
+    return step

@@ -1,4 +1,4 @@
-"""What each step measured, kept on the device until a log point, so that training never waits to be watched."""
+"""The metrics of each step, kept on the device until they are logged, so that a step never synchronizes."""
 
 import torch
 from torch import Tensor
@@ -9,8 +9,8 @@ from cifar10.run.state import RunState
 Row = tuple[float, int, float, bool]  # mean loss of the global batch, correct images, gradient norm, skipped
 
 
-class Tape:
-    """Room for `length` steps; `write` launches device work only, `read` is the one place where the host waits."""
+class MetricBuffer:
+    """Room for `length` steps; `write` launches device work only, `read` synchronizes."""
 
     def __init__(self, length: int, device: torch.device) -> None:
         self._rows = torch.zeros(length, 4, device=device)
@@ -21,12 +21,12 @@ class Tape:
         return self._used == len(self._rows)
 
     def write(self, loss: Tensor, correct: Tensor, grad_norm: Tensor, skipped: Tensor) -> None:
-        """Record one step: 0-dim tensors. Loss and correct are this rank's; the gradient norm is already everyone's."""
+        """Record one step: 0-dim tensors. Loss and correct are this rank's; the gradient norm is already global."""
         torch.stack((loss, correct.to(loss.dtype), grad_norm, skipped), out=self._rows[self._used])
         self._used += 1
 
     def read(self, world: World) -> list[Row]:
-        """The steps since the last reading, over all ranks; every rank must call it."""
+        """The steps since the last read, over all ranks; every rank must call it."""
         if not self._used:
             return []
         rows = self._rows[: self._used]
@@ -39,11 +39,11 @@ class Tape:
 
 
 class TooManySkippedSteps(Exception):
-    """Step after step was not finite; training on would learn nothing."""
+    """Step after step was not finite; more training would learn nothing."""
 
 
 def count_steps(rows: list[Row], state: RunState, *, global_images: int, max_skipped_in_a_row: int) -> None:
-    """Add steps read from a tape to the run's state. Raises TooManySkippedSteps when too many in a row were skipped."""
+    """Add steps read from a metric buffer to the run's state. Raises TooManySkippedSteps if too many in a row were skipped."""
     for loss, correct, grad_norm, skipped in rows:
         state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
         state.skipped_steps += skipped

@@ -1,5 +1,6 @@
-"""and the engine at the levels of CUDA graphs, on a CPU: what a graph replays is stood in for by the
-operations that PyTorch was asked for, carried out again. So all but CUDA itself is tested here; that is in test_gpu.py.
+"""The levels of CUDA graphs, on a CPU: in place of a graph, the operations that PyTorch was asked for are carried out again.
+
+So all but CUDA itself is tested here; that is in test_gpu.py.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cifar10 import UsageError
-from cifar10.engine.cuda_graphs import Forward, Work
+from cifar10.engine.cuda_graphs import CapturedStep, Forward, Step, Work, accelerate
 from cifar10.engine.engine import Engine
+from cifar10.engine.levels import Level
 from cifar10.run import checkpoint
-from cifar10.run.metric_buffer import Tape
+from cifar10.run.metric_buffer import MetricBuffer
 from cifar10.run.state import RunState
 from cifar10_deepspeed import train_step
-from tests.helpers import CountOperations, batch, make_engine, one_rank, one_step, same_bits, snapshot
+from tests.helpers import CountOperations, batch, logged_step, make_engine, one_rank, one_step, same_bits, snapshot
 
 MUON = {"type": "MuonWithSGD", "params": {"lr": 0.05, "bias_lr": 0.1, "head_lr": 0.2, "decay": 0.001}}
 READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
@@ -59,10 +60,10 @@ def tensors_in(results: Any) -> list[Tensor]:
 
 
 class CpuRecorder:
-    """In place of CUDA's. `recorded` counts what was recorded, `replayed` how often it was replayed."""
+    """In place of CUDA's. `captured` counts captures, `replayed` how often they were replayed."""
 
     def __init__(self) -> None:
-        self.recorded = self.replayed = 0
+        self.captured = self.replayed = 0
         self.modules: list[nn.Module] = []
 
     def warm_up(self, work: Work) -> None:
@@ -70,11 +71,11 @@ class CpuRecorder:
             work()
             torch.rand(5)
 
-    def record(self, work: Work) -> Work:
-        seeded = RuntimeError("seeded while recording")  # which CUDA refuses
+    def capture(self, work: Work) -> Work:
+        seeded = RuntimeError("seeded while capturing")  # which CUDA refuses
         with Operations() as operations, patch("torch.manual_seed", side_effect=seeded):
             results = work()
-        self.recorded += 1
+        self.captured += 1
 
         def replay() -> Any:
             self.replayed += 1
@@ -83,13 +84,13 @@ class CpuRecorder:
 
         return replay
 
-    def record_module(self, module: nn.Module, images: Tensor) -> Forward:
+    def capture_forward(self, module: nn.Module, images: Tensor) -> Forward:
         """As make_graphed_callables does, a few forwards to warm up; the module's own forward is then called again."""
         hooks = [*module._forward_hooks, *module._forward_pre_hooks, *module._backward_hooks]
         assert not hooks, "graphs refuse them"
         for _ in range(3):
             module(images)
-        self.recorded += 1
+        self.captured += 1
         self.modules.append(module)
 
         def replay(images: Tensor) -> Tensor:
@@ -99,9 +100,9 @@ class CpuRecorder:
         return replay
 
 
-def at_level(level: str, model: nn.Module, recorder: CpuRecorder | None = None, **config: Any) -> Engine:
-    eager = make_engine(one_rank(), model, **config)
-    return eager if level == "eager" else Engine(eager.deepspeed, one_rank(), 0, level, recorder or CpuRecorder())
+def at_level(level: Level, model: nn.Module, recorder: CpuRecorder | None = None, **config: Any) -> tuple[Engine, Step]:
+    engine = make_engine(one_rank(), model, global_images=8, **config)
+    return engine, accelerate(train_step, engine, level, recorder or CpuRecorder())
 
 
 def small_net(dropout: float = 0.0) -> nn.Module:
@@ -112,16 +113,16 @@ def small_net(dropout: float = 0.0) -> nn.Module:
     return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(2), nn.Flatten(), *drop, nn.Linear(16, 10))
 
 
-def train(engine: Engine, steps: range, smoothing: float = 0.1) -> list[Any]:
-    """Steps as the script has them, one in ten on images that are not numbers; what the tape says of them."""
-    tape = Tape(len(steps), one_rank().device)
-    for step in steps:
-        images, labels = batch(8, seed=step)
-        if step % 10 == 3:
+def train(engine: Engine, step: Step, numbers: range) -> list[Any]:
+    """Steps as the script has them, one in ten on images that are not numbers; what the metric buffer says of them."""
+    buffer = MetricBuffer(len(numbers), one_rank().device)
+    for number in numbers:
+        images, labels = batch(8, seed=number)
+        if number % 10 == 3:
             images[2] = float("nan")
-        train_step(engine, [(images, labels)], (step + 1) / 200, smoothing, tape)
+        logged_step(step, engine, [(images, labels)], buffer, (number + 1) / 200, 0.1)
         torch.rand(2)  # others draw random numbers too
-    return [repr(row) for row in tape.read(one_rank())]  # a NaN equals nothing, but looks like itself
+    return [repr(row) for row in buffer.read(one_rank())]  # a NaN equals nothing, but looks like itself
 
 
 def counters(engine: Engine) -> list[Any]:
@@ -142,38 +143,41 @@ CASES = {
 
 @pytest.mark.parametrize(("level", "dropout", "config"), CASES.values(), ids=CASES)
 def test_two_hundred_steps_are_the_eager_ones_to_the_bit(
-    level: str, dropout: float, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    level: Level, dropout: float, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights, momentum, statistics, losses, norms, skipped steps, counters and learning rate; dropout draws the same."""
     monkeypatch.setattr("deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED", False)  # and put back afterwards
     recorder = CpuRecorder()
-    eager, ours = (at_level(name, small_net(dropout), recorder, global_images=8, **config) for name in ("eager", level))
+    (eager, eager_step), (ours, our_step) = (
+        at_level(name, small_net(dropout), recorder, **config) for name in ("eager", level)
+    )
     names, start = list(ours.module.state_dict()), snapshot(ours)
-    assert train(ours, range(200)) == train(eager, range(200))
+    assert train(ours, our_step, range(200)) == train(eager, eager_step, range(200))
     assert same_bits(snapshot(ours), snapshot(eager))
     assert counters(ours) == counters(eager)
     assert counters(ours)[:3] == [200, 200, 1600]
     assert not same_bits(snapshot(ours), start)
     assert list(ours.portable_state()) == names
-    assert (recorder.recorded, recorder.replayed) == (1, 200)
+    assert (recorder.captured, recorder.replayed) == (1, 200)
 
 
 @pytest.mark.parametrize("bad_first", [False, True])
 @pytest.mark.parametrize("optimizer", [None, MUON], ids=["SGD", "Muon"])
-def test_recording_leaves_no_trace(optimizer: Any, bad_first: bool) -> None:
+def test_capturing_leaves_no_trace(optimizer: Any, bad_first: bool) -> None:
     """Its warm-up steps are as if they had not been, also where the first step is skipped, and with other sizes later."""
-    config = {"optimizer": optimizer} if optimizer else {}
-    eager, ours = (at_level(name, small_net(), global_images=8, **config) for name in ("eager", "captured"))
-    for step, size in enumerate((16, 16, 32, 16, 24, 32)):
-        images, labels = batch(8, seed=step)
-        images = images[:, :, :size, :size] * (float("nan") if bad_first and step == 0 else 1.0)
-        for engine in (eager, ours):
-            torch.manual_seed(step)
-            train_step(engine, [(images, labels)], 0.5, 0.0, Tape(1, one_rank().device))
-            assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(step)))
-        assert same_bits(state_of(ours), state_of(eager)), step
+    config, recorder = {"optimizer": optimizer} if optimizer else {}, CpuRecorder()
+    both = [at_level(name, small_net(), recorder, **config) for name in ("eager", "captured")]
+    (eager, _), (ours, _) = both
+    for number, size in enumerate((16, 16, 32, 16, 24, 32)):
+        images, labels = batch(8, seed=number)
+        images = images[:, :, :size, :size] * (float("nan") if bad_first and number == 0 else 1.0)
+        for engine, step in both:
+            torch.manual_seed(number)
+            logged_step(step, engine, [(images, labels)], MetricBuffer(1, one_rank().device), 0.5)
+            assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(number)))
+        assert same_bits(state_of(ours), state_of(eager)), number
         assert counters(ours) == counters(eager)
-    assert ours._recorder.recorded == 3, "one for each size"
+    assert recorder.captured == 3, "one for each size"
 
 
 def state_of(engine: Engine) -> dict[str, Tensor]:
@@ -182,48 +186,49 @@ def state_of(engine: Engine) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("optimizer", [None, MUON], ids=["SGD", "Muon"])
 def test_a_run_goes_on_at_another_level(optimizer: Any, tmp_path: Path) -> None:
-    """From a checkpoint of either, also in an engine that has recorded steps already; what is saved is plain numbers."""
-    config, here = {"optimizer": optimizer} if optimizer else {}, one_rank()
-    undisturbed = at_level("eager", small_net(0.3), global_images=8, **config)
-    train(undisturbed, range(40))
-    engine = at_level("captured", small_net(0.3), global_images=8, **config)
-    train(engine, range(10))
-    for step, level in ((10, "captured"), (20, "eager"), (30, "captured")):
+    """From a checkpoint of either, also in an engine that has captured steps already; what is saved is plain numbers."""
+    config, world = {"optimizer": optimizer} if optimizer else {}, one_rank()
+    undisturbed, step = at_level("eager", small_net(0.3), **config)
+    train(undisturbed, step, range(40))
+    engine, step = at_level("captured", small_net(0.3), **config)
+    train(engine, step, range(10))
+    for number, level in ((10, "captured"), (20, "eager"), (30, "captured")):
         saved = engine.full_state()
-        assert [group["lr"] for group in saved["groups"]] == [base * (step / 200) for base in engine.base_lrs]
-        checkpoint.save(tmp_path / str(step), engine, RunState(step=step), here, {}, keep=1)
-        engine = at_level(level, small_net(0.3), global_images=8, **config)
-        train(engine, range(3))
-        checkpoint.resume(tmp_path / str(step), None, engine, here, {})
-        train(engine, range(step, step + 10))
+        assert [group["lr"] for group in saved["groups"]] == [base * (number / 200) for base in engine.base_lrs]
+        checkpoint.save(tmp_path / str(number), engine, RunState(step=number), world, {}, keep=1)
+        engine, step = at_level(level, small_net(0.3), **config)
+        train(engine, step, range(3))
+        checkpoint.resume(tmp_path / str(number), None, engine, world, {})
+        train(engine, step, range(number, number + 10))
     assert same_bits(snapshot(engine), snapshot(undisturbed))
     assert counters(engine) == counters(undisturbed)
 
 
 def test_what_is_left_beside_a_replay() -> None:
-    """The images and labels put where the recording reads them, the learning rate, and a line on the tape."""
-    engine, tape = at_level("captured", small_net(0.3), global_images=8), Tape(4, one_rank().device)
-    train_step(engine, [batch(8)], 0.5, 0.1, tape)
-    (recording,) = engine._recordings.values()
-    results = recording._replay()
-    recording._replay = lambda: results
+    """The images and labels put where the graph reads them, the learning rate, and a row of the metric buffer."""
+    (engine, step), buffer = at_level("captured", small_net(0.3)), MetricBuffer(4, one_rank().device)
+    assert isinstance(step, CapturedStep)
+    logged_step(step, engine, [batch(8)], buffer, 0.5, 0.1)
+    ((key, (inputs, replay)),) = step._graphs.items()
+    results = replay()
+    step._graphs[key] = inputs, lambda: results
     with CountOperations() as beside:
-        train_step(engine, [batch(8, seed=1)], 0.4, 0.1, tape)
+        logged_step(step, engine, [batch(8, seed=1)], buffer, 0.4, 0.1)
     random = {"aten.randn.generator": 1, "aten.randint.low_generator": 1, "aten.clone.default": 1}  # of `batch`
     views = {"aten.select.int": 1}
     launched = {"aten.copy_.default": 2, "aten.fill_.Scalar": 1, "aten._to_copy.default": 1, "aten.stack.out": 1}
     assert beside.counts["core"] == Counter({**random, **views, **launched})
 
 
-def test_a_forward_is_recorded_only_where_it_trains() -> None:
+def test_a_forward_is_captured_only_where_it_trains() -> None:
     """In evaluation the module answers as it is, with the statistics of training; and parts and names stay its own."""
     recorder = CpuRecorder()
-    eager, ours = (at_level(name, small_net(), recorder, global_images=8) for name in ("eager", "graph"))
+    (eager, _), (ours, _) = (at_level(name, small_net(), recorder) for name in ("eager", "graph"))
     for step, size in enumerate((16, 32, 16)):
         images, labels = batch(8, seed=step)
         for engine in (eager, ours):
             one_step(engine, [(images[:, :, :size, :size], labels)])
-    assert (recorder.recorded, recorder.replayed) == (2, 3)
+    assert (recorder.captured, recorder.replayed) == (2, 3)
     twin = recorder.modules[0]
     assert twin is not ours.module
     assert all(one is other for one, other in zip(twin.parameters(), ours.module.parameters(), strict=True))
@@ -233,40 +238,3 @@ def test_a_forward_is_recorded_only_where_it_trains() -> None:
         assert torch.equal(ours.module(batch(3)[0]), eager.module(batch(3)[0]))
     assert recorder.replayed == 3
     assert same_bits(snapshot(ours), snapshot(eager))
-
-
-def test_what_the_host_decides_cannot_be_recorded() -> None:
-    """The stand-in refuses what CUDA would: a value read on the host while a step is recorded."""
-
-    def peeks(engine: Engine, images: Tensor, labels: Tensor, multiplier: float) -> Tensor:
-        loss = nn.functional.cross_entropy(engine.forward(images), labels)
-        engine.backward(loss * (2.0 if loss.item() > 1 else 1.0))
-        engine.step(multiplier)
-        return loss.detach()
-
-    engine = at_level("captured", small_net(), global_images=8)
-    before = snapshot(engine)
-    with pytest.raises(RuntimeError, match="reads from the device"):
-        engine.micro_step(peeks, *batch(8), 1.0)
-    assert same_bits(snapshot(engine), before)
-
-
-REFUSED = {
-    "accumulation": {"accumulation": 2},
-    "ZeRO": {"zero_optimization": {"stage": 1}},
-    "an optimizer that skips on the host": {"optimizer": {"type": "RMSprop", "params": {"lr": 0.001}}},
-}
-
-
-@pytest.mark.parametrize("config", REFUSED.values(), ids=REFUSED)
-def test_the_engine_refuses_to_capture_what_it_cannot(config: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="captured is for one rank, one pass a step, no ZeRO"):
-        at_level("captured", small_net(), global_images=8, **config)
-
-
-@pytest.mark.parametrize("level", ["graph", "captured"])
-def test_without_a_gpu_there_is_no_graph(level: str) -> None:
-    """However the engine was reached: the stand-in of this file is no choice of the program's."""
-    engine = make_engine(one_rank(), small_net(), global_images=8)
-    with pytest.raises(UsageError, match=f"--engine-level {level} needs a GPU, for CUDA graphs; take --engine-level eager"):
-        Engine(engine.deepspeed, one_rank(), 0, level)

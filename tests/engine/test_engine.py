@@ -1,4 +1,4 @@
-"""against plain PyTorch on one rank, and against one rank on two; what it costs, and what it skips."""
+"""The engine against plain PyTorch on one rank, and against one rank on two; what it costs, and what it skips."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar10.engine.engine import Engine, weights_sha256
+from cifar10.engine.engine import Engine
+from cifar10.engine.full_state import weights_sha256
 from cifar10.models.registry import build_model
-from cifar10.models.smooth_cnn import SmoothCNN
 from cifar10.run import checkpoint
-from cifar10.run.metric_buffer import Tape, TooManySkippedSteps, count_steps
+from cifar10.run.metric_buffer import MetricBuffer, TooManySkippedSteps, count_steps
 from cifar10.run.state import RunState
 from cifar10_deepspeed import CIFAR10CNNEnhanced, train_step
 from tests.helpers import (
@@ -28,6 +28,7 @@ from tests.helpers import (
     CountReads,
     batch,
     largest_difference,
+    logged_step,
     make_engine,
     make_loader,
     one_rank,
@@ -65,12 +66,12 @@ def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tenso
 
 def test_a_step_costs_the_operations_of_plain_pytorch() -> None:
     """Forward, loss, backward, clipping, update: the same ATen operations; the guard and the sums are few, and apart."""
-    here, data = one_rank(), batch(32)
+    world, data = one_rank(), batch(32)
     model = build_model("bn_cnn", 0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
-    engine, tape = bn_engine(), Tape(8, here.device)
+    engine, buffer = bn_engine(), MetricBuffer(8, world.device)
     plain_step(model, optimizer, *data, limit=1.0)
-    train_step(engine, [data], 1.0, 0.0, tape)
+    logged_step(train_step, engine, [data], buffer)
 
     with CountOperations() as plain:
         plain_step(model, optimizer, *data, limit=1.0)
@@ -85,7 +86,7 @@ def test_a_step_costs_the_operations_of_plain_pytorch() -> None:
     assert 0 < guard.total() <= 17, guard
 
     with CountOperations() as whole:
-        train_step(engine, [data], 1.0, 0.0, tape)
+        logged_step(train_step, engine, [data], buffer)
     sums = whole.counts["core"].total() - plain.counts["core"].total() - guard.total()
     print(f"\nATen operations a step: plain {plain.counts['core'].total()}, guard {guard.total()}, sums {sums}")
     assert 0 < sums <= 8, whole.counts["core"] - ours.counts["core"] - ours.counts["guard"]
@@ -93,7 +94,7 @@ def test_a_step_costs_the_operations_of_plain_pytorch() -> None:
 
 def one_step_without_sums(engine: Engine, images: Tensor, labels: Tensor) -> None:
     engine.backward(F.cross_entropy(engine.forward(images), labels))
-    engine.step(1.0)
+    engine.step()
 
 
 READS = ("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.is_nonzero.default", "aten.equal.default")
@@ -101,21 +102,21 @@ READS = ("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.is_no
 
 @pytest.mark.parametrize("config", [{}, {"accumulation": 2}, {"gradient_clipping": 0.0}], ids=["1", "2 passes", "no clipping"])
 def test_nothing_is_read_from_the_device_between_log_points(config: dict[str, Any]) -> None:
-    here = one_rank()
-    engine, tape = bn_engine(**config), Tape(20, here.device)
-    train = make_loader(here, accumulation=config.get("accumulation", 1))
+    world = one_rank()
+    engine, buffer = bn_engine(**config), MetricBuffer(20, world.device)
+    train = make_loader(world, accumulation=config.get("accumulation", 1))
     with CountOperations() as operations, CountReads() as reads:
         for micro_batches in train.epoch(0):
-            if tape.is_full:
+            if buffer.is_full:
                 break
-            train_step(engine, micro_batches, 0.5, 0.1, tape)
-    assert tape.is_full
+            logged_step(train_step, engine, micro_batches, buffer, 0.5, 0.1)
+    assert buffer.is_full
     assert operations.counts["core"]["aten._fused_sgd_.default"] == 20, "the steps were seen"
     assert {name: operations.counts["core"][name] for name in READS} == dict.fromkeys(READS, 0)
     assert not reads.counts
 
     with CountReads() as reads:
-        assert len(tape.read(here)) == 20
+        assert len(buffer.read(world)) == 20
     assert reads.counts == {"tolist": 1}, "one reading for all the steps, which this test can see"
     with CountOperations() as operations:
         bool(engine.skipped)
@@ -132,7 +133,7 @@ def test_a_step_leaves_nothing_behind() -> None:
             loss = F.cross_entropy(engine.forward(data[0]), data[1])
             losses.append(weakref.ref(loss))
             engine.backward(loss)
-            engine.step(1.0)
+            engine.step()
             del loss
         assert [loss() is None for loss in losses] == [True, True, True]
     finally:
@@ -276,7 +277,7 @@ def test_a_norm_beyond_floating_point_is_a_bad_step(limit: float) -> None:
     engine = smooth_engine(global_images=4, gradient_clipping=limit)
     before, (images, labels) = snapshot(engine), batch(4)
     engine.backward(F.cross_entropy(engine.forward(images), labels) * 1e30)
-    engine.step(1.0)
+    engine.step()
     assert engine.grad_norm.item() == INFINITE
     assert engine.skipped.item() == 1
     assert same_bits(snapshot(engine), before)
@@ -289,19 +290,19 @@ def test_dropout_depends_on_the_step_alone(tmp_path: Path) -> None:
         torch.manual_seed(0)
         return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3 * 32 * 32, 10))
 
-    here, undisturbed = one_rank(), make_engine(one_rank(), small_net())
+    world, undisturbed = one_rank(), make_engine(one_rank(), small_net())
     masks = []
     for step in range(4):
         one_step(undisturbed, [batch(8, seed=step)])
         masks.append(torch.nn.functional.dropout(torch.ones(50)))  # goes on with the numbers of this step's dropout
     assert not any(torch.equal(masks[0], mask) for mask in masks[1:])
 
-    first, resumed = make_engine(here, small_net()), make_engine(here, small_net())
+    first, resumed = make_engine(world, small_net()), make_engine(world, small_net())
     for step in (0, 1):
         torch.rand(step + 1)
         one_step(first, [batch(8, seed=step)])
-    checkpoint.save(tmp_path, first, RunState(step=2), here, {}, keep=1)
-    checkpoint.resume(tmp_path, None, resumed, here, {})
+    checkpoint.save(tmp_path, first, RunState(step=2), world, {}, keep=1)
+    checkpoint.resume(tmp_path, None, resumed, world, {})
     for step in (2, 3):
         torch.rand(7)
         one_step(resumed, [batch(8, seed=step)])
@@ -309,17 +310,17 @@ def test_dropout_depends_on_the_step_alone(tmp_path: Path) -> None:
 
 
 def test_a_run_of_bad_steps_ends_with_the_reason() -> None:
-    """At the next reading of the tape: 24 in a row and then a good one do not, 25 do."""
-    here, engine, state = one_rank(), smooth_engine(global_images=4), RunState()
-    tape, good = Tape(10, here.device), batch(4)
+    """At the next read of the metric buffer: 24 in a row and then a good one do not, 25 do."""
+    world, engine, state = one_rank(), smooth_engine(global_images=4), RunState()
+    buffer, good = MetricBuffer(10, world.device), batch(4)
     bad = (good[0] * NOT_A_NUMBER, good[1])
 
     def train(batches: list[tuple[Tensor, Tensor]]) -> None:
         for data in batches:
-            train_step(engine, [data], 1.0, 0.0, tape)
+            logged_step(train_step, engine, [data], buffer)
             state.step += 1
-            if tape.is_full:
-                count_steps(tape.read(here), state, global_images=4, max_skipped_in_a_row=25)
+            if buffer.is_full:
+                count_steps(buffer.read(world), state, global_images=4, max_skipped_in_a_row=25)
 
     train([bad] * 24 + [good] + [bad] * 24 + [good])
     assert (state.step, state.skipped_steps, state.skipped_in_a_row) == (50, 48, 0)
@@ -462,9 +463,3 @@ def test_two_ranks_read_nothing_from_the_device_either(ranks: list[dict[str, Any
     for rank in ranks:
         assert rank[run]["reads"] == 0
         assert rank["zero 2"]["reads"] > 0, "ZeRO does, which this test can see"
-
-
-def test_smooth_cnn_has_no_batch_statistics() -> None:
-    """What the comparisons above rest on."""
-    assert sum(p.numel() for p in SmoothCNN().parameters()) == 11_642
-    assert not list(SmoothCNN().buffers())

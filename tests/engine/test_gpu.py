@@ -1,11 +1,11 @@
-"""On a GPU: the levels agree, nothing waits for the device, and every precision trains at every ZeRO stage.
+"""On a GPU: the levels agree, no step synchronizes, and every precision trains at every ZeRO stage.
 
 Nothing here has run yet: no machine with a GPU was to be had while it was written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from cifar10.distributed import device
+from cifar10.engine.cuda_graphs import accelerate
 from cifar10.engine.engine import Engine
+from cifar10.engine.levels import Level
 from cifar10.models.registry import build_model
-from cifar10.run.metric_buffer import Tape
+from cifar10.run.metric_buffer import MetricBuffer
 from cifar10_deepspeed import train_step
-from tests.helpers import batch, largest_difference, make_engine, one_rank, one_step
+from tests.helpers import batch, largest_difference, logged_step, make_engine, one_rank, one_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
 
@@ -34,9 +36,9 @@ def data(num_images: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return images.to(one_rank().device), labels.to(one_rank().device)
 
 
-def at_level(level: str, model: nn.Module, **config: Any) -> Engine:
-    eager = make_engine(one_rank(), model, **config)
-    return eager if level == "eager" else Engine(eager.deepspeed, one_rank(), 0, level)
+def at_level(level: Level, model: nn.Module, **config: Any) -> tuple[Engine, Callable[..., Any]]:
+    engine = make_engine(one_rank(), model, **config)
+    return engine, accelerate(train_step, engine, level)
 
 
 def smooth_net(dropout: float) -> nn.Module:
@@ -46,20 +48,20 @@ def smooth_net(dropout: float) -> nn.Module:
 
 @pytest.mark.parametrize("optimizer", [None, MUON], ids=["SGD", "Muon"])
 @pytest.mark.parametrize(("level", "dropout"), [("compile", 0.0), ("graph", 0.2), ("captured", 0.2)])
-def test_two_hundred_steps_are_the_eager_ones(level: str, dropout: float, optimizer: Any) -> None:
+def test_two_hundred_steps_are_the_eager_ones(level: Level, dropout: float, optimizer: Any) -> None:
     """To rounding, bad steps included; dropout draws the same numbers, but for compiled code."""
     config = {"optimizer": optimizer} if optimizer else {}
     if level == "compile" and (missing := device.missing_for_compiling()):
         pytest.skip(f"needs {missing}")
-    engines = [at_level(name, smooth_net(dropout), **config) for name in ("eager", level)]
-    tapes = [Tape(200, one_rank().device) for _ in engines]
+    engines, steps = zip(*(at_level(name, smooth_net(dropout), **config) for name in ("eager", level)), strict=True)
+    buffers = [MetricBuffer(200, one_rank().device) for _ in engines]
     for step in range(200):
         images, labels = data(32, seed=step)
         if step % 50 == 0:
             images[3] = float("nan")
-        for engine, tape in zip(engines, tapes, strict=True):
-            train_step(engine, [(images, labels)], (step + 1) / 400, 0.1, tape)
-    eager, ours = (tape.read(one_rank()) for tape in tapes)
+        for each in zip(steps, engines, [[(images, labels)]] * 2, buffers, strict=True):
+            logged_step(*each, (step + 1) / 400, 0.1)
+    eager, ours = (buffer.read(one_rank()) for buffer in buffers)
     assert [row[3] for row in ours] == [row[3] for row in eager] == [step % 50 == 0 for step in range(200)]
     assert [row[0] for row in ours if not row[3]] == pytest.approx([row[0] for row in eager if not row[3]], abs=1e-3)
     tolerance = 1e-3 if not optimizer else 1e-1  # Muon's matrix products are in bfloat16
@@ -68,26 +70,23 @@ def test_two_hundred_steps_are_the_eager_ones(level: str, dropout: float, optimi
 
 
 @pytest.fixture
-def no_waiting() -> Iterator[Any]:
+def no_synchronizing() -> Iterator[Any]:
     yield lambda: torch.cuda.set_sync_debug_mode("error")
     torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("level", ["eager", "graph", "captured"])
-def test_a_step_waits_for_nothing(level: str, no_waiting: Any) -> None:
-    engine, tape, batches = (
-        at_level(level, build_model("bn_cnn", 0)),
-        Tape(20, one_rank().device),
-        [data(32, s) for s in range(10)],
-    )
+def test_a_step_never_synchronizes(level: Level, no_synchronizing: Any) -> None:
+    engine, step = at_level(level, build_model("bn_cnn", 0))
+    buffer, batches = MetricBuffer(20, one_rank().device), [data(32, s) for s in range(10)]
     for one in batches[:5]:
-        train_step(engine, [one], 0.5, 0.1, tape)
+        logged_step(step, engine, [one], buffer, 0.5, 0.1)
     torch.cuda.synchronize()
-    no_waiting()
+    no_synchronizing()
     for one in batches[5:]:
-        train_step(engine, [one], 0.5, 0.1, tape)
+        logged_step(step, engine, [one], buffer, 0.5, 0.1)
     with pytest.raises(RuntimeError, match="synchron"):
-        tape.read(one_rank())  # which this mode can see
+        buffer.read(one_rank())  # which this mode can see
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

@@ -15,16 +15,16 @@ from cifar10 import UsageError
 from cifar10.config import ds_config
 from cifar10.distributed import device
 from cifar10.engine import levels
-from cifar10.engine.engine import Engine
+from cifar10.engine.cuda_graphs import accelerate
 from cifar10.plan import make_plan
-from cifar10_deepspeed import initial_model, start_run
+from cifar10_deepspeed import initial_model, start_run, train_step
 from tests.helpers import SGD, batch, largest_difference, make_engine, one_rank, one_step, snapshot
 from tests.launching import COMMANDS, SHORT, run
 
 
-def settle(level: str, world_size: int = 1, *, sync_bn: bool = False, **config: Any) -> str:
+def resolve_level(level: str, world_size: int = 1, *, sync_bn: bool = False, **config: Any) -> str:
     resolved, _, _ = ds_config.resolve({"train_batch_size": 64, "optimizer": SGD, **config}, world_size)
-    return levels.settle(level, resolved, world_size, sync_bn=sync_bn)
+    return levels.resolve_level(level, resolved, world_size, sync_bn=sync_bn)
 
 
 @pytest.fixture
@@ -37,52 +37,52 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("gpus")
 def test_what_each_level_takes_on_a_gpu() -> None:
     everything = {"fp16": {"enabled": True}, "zero_optimization": {"stage": 3}, "gradient_accumulation_steps": 2}
-    assert settle("auto") == "eager", "as long as nobody has measured the others"
-    assert settle("eager", 4, sync_bn=True, **everything) == "eager"
-    assert settle("compile", 4, zero_optimization={"stage": 2}, gradient_accumulation_steps=2) == "compile"
-    assert settle("graph", 4, zero_optimization={"stage": 2}, fp16={"enabled": True}) == "graph"
-    assert settle("captured", sync_bn=True, bf16={"enabled": True}) == "captured"
-    assert settle("captured", optimizer={"type": "MuonWithSGD", "params": {"lr": 0.1}}) == "captured"
+    assert resolve_level("auto") == "eager", "as long as nobody has measured the others"
+    assert resolve_level("eager", 4, sync_bn=True, **everything) == "eager"
+    assert resolve_level("compile", 4, zero_optimization={"stage": 2}, gradient_accumulation_steps=2) == "compile"
+    assert resolve_level("graph", 4, zero_optimization={"stage": 2}, fp16={"enabled": True}) == "graph"
+    assert resolve_level("captured", sync_bn=True, bf16={"enabled": True}) == "captured"
+    assert resolve_level("captured", optimizer={"type": "MuonWithSGD", "params": {"lr": 0.1}}) == "captured"
 
 
 ADAM, PLAIN = {"type": "AdamW", "params": {"lr": 0.1}}, {"type": "SGD", "params": {"lr": 0.1, "foreach": True}}
 DAMPENED = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}}
 IN_PASSES = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 16}
 REFUSED: list[tuple[str, int, dict[str, Any], str]] = [
-    ("compile", 1, {"zero_optimization": {"stage": 3}}, "does not go with ZeRO 3, .* take stage 2"),
-    ("graph", 2, {"zero_optimization": {"stage": 3}}, "does not go with ZeRO 3, .* take stage 2"),
-    ("graph", 2, {"sync_bn": True}, "does not go with --sync-bn"),
-    ("compile", 2, {"sync_bn": True}, "does not go with --sync-bn"),
-    ("graph", 2, IN_PASSES, "one pass, and these are 2; type --micro-batch-size 32"),
-    ("captured", 1, IN_PASSES, "one pass, and these are 4; type --micro-batch-size 64"),
-    ("captured", 2, {}, "is for one rank, and these are 2; take --engine-level graph"),
-    ("captured", 1, {"zero_optimization": {"stage": 1}}, "ZeRO 1, .* set zero_optimization.stage to 0"),
-    ("captured", 1, {"fp16": {"enabled": True}}, "fp16, .* take --precision bf16"),
-    ("captured", 1, {"scheduler": {"type": "WarmupLR"}}, "scheduler, .* take --engine-level graph"),
-    ("captured", 1, {"optimizer": ADAM}, "knows SGD and MuonWithSGD, not AdamW; take --engine-level graph"),
-    ("captured", 1, {"optimizer": PLAIN}, 'needs SGD with "fused": true'),
+    ("compile", 1, {"zero_optimization": {"stage": 3}}, "ZeRO stage 3, .* stage 2"),
+    ("graph", 2, {"zero_optimization": {"stage": 3}}, "ZeRO stage 3, .* stage 2"),
+    ("graph", 2, {"sync_bn": True}, "--sync-bn"),
+    ("compile", 2, {"sync_bn": True}, "--sync-bn"),
+    ("graph", 2, IN_PASSES, "2 passes a step; use --micro-batch-size 32"),
+    ("captured", 1, IN_PASSES, "4 passes a step; use --micro-batch-size 64"),
+    ("captured", 2, {}, "2 ranks, .* --engine-level graph"),
+    ("captured", 1, {"zero_optimization": {"stage": 1}}, "ZeRO stage 1, .* zero_optimization.stage to 0"),
+    ("captured", 1, {"fp16": {"enabled": True}}, "fp16, .* --precision bf16"),
+    ("captured", 1, {"scheduler": {"type": "WarmupLR"}}, "scheduler .* --engine-level graph"),
+    ("captured", 1, {"optimizer": ADAM}, "AdamW, .* SGD and MuonWithSGD; .* --engine-level graph"),
+    ("captured", 1, {"optimizer": PLAIN}, '"fused": true'),
     ("captured", 1, {"optimizer": DAMPENED}, "no dampening"),
-    ("captured", 1, {"timers": {"throughput": {"enabled": True}}}, "timers.throughput; leave it out"),
-    ("captured", 1, {"wall_clock_breakdown": True}, "wall_clock_breakdown; leave it out"),
-    ("compile", 1, {"flops_profiler": {"enabled": True}}, "flops_profiler; leave it out"),
-    ("captured", 1, {"csv_monitor": {"enabled": True}}, "csv_monitor; leave it out"),
+    ("captured", 1, {"timers": {"throughput": {"enabled": True}}}, "timers.throughput"),
+    ("captured", 1, {"wall_clock_breakdown": True}, "wall_clock_breakdown"),
+    ("compile", 1, {"flops_profiler": {"enabled": True}}, "flops_profiler"),
+    ("captured", 1, {"csv_monitor": {"enabled": True}}, "csv_monitor"),
 ]
 
 
 @pytest.mark.usefixtures("gpus")
 @pytest.mark.parametrize(("level", "world_size", "config", "said"), REFUSED)
-def test_what_a_level_cannot_do_is_refused_with_the_remedy(
+def test_an_unsupported_level_is_refused_with_what_fixes_it(
     level: str, world_size: int, config: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(UsageError, match=f"^--engine-level {level} (.* )?{said}") as refused:
-        settle(level, world_size, **config)
+        resolve_level(level, world_size, **config)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("level", ["graph", "captured"])
 def test_graphs_are_refused_without_a_gpu(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "count_gpus", lambda: 0)
-    with pytest.raises(UsageError, match=f"--engine-level {level} needs a GPU, .* take --engine-level eager, or compile"):
+    with pytest.raises(UsageError, match=f"--engine-level {level} needs a GPU, .* --engine-level eager"):
         make_plan(["--dataset", "synthetic", "--engine-level", level], 1, "test")
 
 
@@ -110,11 +110,11 @@ def test_compiling_needs_a_compiler(
     monkeypatch.setattr(shutil, "which", lambda word: word if word in there else None)
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     if missing is None:
-        assert settle("compile") == "compile"
+        assert resolve_level("compile") == "compile"
         (tmp_path / "Python.h").unlink()
         missing = "Python.h: install Python's headers"
-    with pytest.raises(UsageError, match=f"--engine-level compile needs (.* )?{missing}.*; or take --engine-level eager"):
-        settle("compile")
+    with pytest.raises(UsageError, match=f"--engine-level compile needs (.* )?{missing}.*; or use --engine-level eager"):
+        resolve_level("compile")
 
 
 def test_the_launcher_starts_nothing_at_a_level_that_cannot_be(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_compiled_steps_are_the_eager_ones() -> None:
     """To rounding, after two hundred, a bad one among them; names, counters, and evaluation stay as they are."""
     torch._dynamo.reset()
     eager, ours = (make_engine(one_rank(), tiny_net(), global_images=8) for _ in range(2))
-    ours = Engine(ours.deepspeed, one_rank(), 0, "compile")
+    accelerate(train_step, ours, "compile")
     torch._dynamo.utils.counters.clear()
     for step in range(200):
         images, labels = batch(8, seed=step)
@@ -159,7 +159,7 @@ def test_compiled_steps_are_the_eager_ones() -> None:
     assert largest_difference(ours.portable_state(), resumed.portable_state()) < 1e-6
 
 
-def test_the_story_takes_the_level_that_was_asked_for(tmp_path: Path) -> None:
+def test_the_script_takes_the_level_that_was_asked_for(tmp_path: Path) -> None:
     """Compiling itself waits for the first step, and there is none here."""
     for level in ("auto", "compile") if COMPILES else ("auto",):
         plan = make_plan(["--dataset", "synthetic", "--engine-level", level], 1, "test")

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from cifar10.engine.engine import weights_sha256
+from cifar10.engine.full_state import weights_sha256
 from cifar10.metrics import text
 from cifar10.metrics.sink import Metrics, Sink, StepRow
 from cifar10.models.registry import build_model

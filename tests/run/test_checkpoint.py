@@ -17,7 +17,8 @@ import torch
 
 from cifar10 import UsageError
 from cifar10.data import cifar
-from cifar10.engine.engine import Engine, weights_sha256
+from cifar10.engine.engine import Engine
+from cifar10.engine.full_state import weights_sha256
 from cifar10.models.registry import build_model
 from cifar10.run import checkpoint
 from cifar10.run.state import RunState

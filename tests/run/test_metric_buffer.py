@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cifar10.distributed.world import World
-from cifar10.run.metric_buffer import Row, Tape, TooManySkippedSteps, count_steps
+from cifar10.run.metric_buffer import MetricBuffer, Row, TooManySkippedSteps, count_steps
 from cifar10.run.state import RunState, Sums
 from tests.helpers import two_ranks
 
@@ -18,8 +18,8 @@ CPU = torch.device("cpu")
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1, device=CPU, launcher="none")
 
 
-def write(tape: Tape, loss: float, correct: int, grad_norm: float, skipped: float = 0.0) -> None:
-    tape.write(torch.tensor(loss), torch.tensor(correct), torch.tensor(grad_norm), torch.tensor(skipped))
+def write(buffer: MetricBuffer, loss: float, correct: int, grad_norm: float, skipped: float = 0.0) -> None:
+    buffer.write(torch.tensor(loss), torch.tensor(correct), torch.tensor(grad_norm), torch.tensor(skipped))
 
 
 def count(rows: list[Row], state: RunState, images: int = 8, limit: int = 25) -> None:
@@ -27,46 +27,46 @@ def count(rows: list[Row], state: RunState, images: int = 8, limit: int = 25) ->
 
 
 def test_rows_come_back_once_in_order() -> None:
-    tape = Tape(3, CPU)
-    assert tape.read(ALONE) == []
+    buffer = MetricBuffer(3, CPU)
+    assert buffer.read(ALONE) == []
     for round_of_use in range(2):
         for step in range(3):
-            assert not tape.is_full
-            write(tape, 0.5 + step, round_of_use + step, 2.0 * step)
-        assert tape.is_full
-        assert tape.read(ALONE) == [(0.5 + step, round_of_use + step, 2.0 * step, False) for step in range(3)]
-        assert tape.read(ALONE) == []
-    write(tape, 1.0, 1, 1.0)
-    assert tape.read(ALONE) == [(1.0, 1, 1.0, False)], "nothing of the rounds before"
+            assert not buffer.is_full
+            write(buffer, 0.5 + step, round_of_use + step, 2.0 * step)
+        assert buffer.is_full
+        assert buffer.read(ALONE) == [(0.5 + step, round_of_use + step, 2.0 * step, False) for step in range(3)]
+        assert buffer.read(ALONE) == []
+    write(buffer, 1.0, 1, 1.0)
+    assert buffer.read(ALONE) == [(1.0, 1, 1.0, False)], "nothing of the rounds before"
 
 
 def test_what_is_written_is_a_copy() -> None:
-    tape, norm = Tape(2, CPU), torch.tensor(3.0)
-    tape.write(torch.tensor(1.0), torch.tensor(4), norm, torch.tensor(0.0))
+    buffer, norm = MetricBuffer(2, CPU), torch.tensor(3.0)
+    buffer.write(torch.tensor(1.0), torch.tensor(4), norm, torch.tensor(0.0))
     norm.fill_(7.0)
-    assert tape.read(ALONE)[0][2] == 3.0
+    assert buffer.read(ALONE)[0][2] == 3.0
 
 
 def test_correct_images_are_counted_exactly() -> None:
     """Also where a sum in float32 would have lost the last digit over an epoch of large batches."""
     state, batches = RunState(), [65_521, 65_519, 3] * 200
-    tape = Tape(len(batches), CPU)
+    buffer = MetricBuffer(len(batches), CPU)
     for correct in batches:
-        write(tape, 1.0, correct, 1.0)
-    count(tape.read(ALONE), state, images=65_536)
+        write(buffer, 1.0, correct, 1.0)
+    count(buffer.read(ALONE), state, images=65_536)
     assert sum(batches) > 2**24
     assert state.epoch_sums.correct == state.interval_sums.correct == sum(batches)
     assert state.epoch_sums.images == state.trained_images == 65_536 * len(batches)
 
 
 def test_skipped_steps_are_counted_and_kept_out_of_the_means() -> None:
-    tape, state = Tape(8, CPU), RunState()
-    write(tape, 1.0, 2, 3.0)
-    write(tape, math.nan, 0, math.nan, skipped=1.0)
-    write(tape, math.inf, 5, math.inf, skipped=1.0)
-    write(tape, 2.0, 4, 5.0)
-    write(tape, 9.0, 8, math.inf, skipped=1.0)
-    rows = tape.read(ALONE)
+    buffer, state = MetricBuffer(8, CPU), RunState()
+    write(buffer, 1.0, 2, 3.0)
+    write(buffer, math.nan, 0, math.nan, skipped=1.0)
+    write(buffer, math.inf, 5, math.inf, skipped=1.0)
+    write(buffer, 2.0, 4, 5.0)
+    write(buffer, 9.0, 8, math.inf, skipped=1.0)
+    rows = buffer.read(ALONE)
     assert [(correct, skipped) for _, correct, _, skipped in rows] == [(2, False), (0, True), (0, True), (4, False), (0, True)]
     count(rows, state)
     for sums in (state.interval_sums, state.epoch_sums):
@@ -96,17 +96,17 @@ def test_too_many_skipped_steps_in_a_row_end_the_run() -> None:
 
 
 def test_ranks_are_summed() -> None:
-    """Losses are averaged, right answers added; the norm is everyone's already; all ranks come to the same state."""
+    """Losses are averaged, correct images added; the norm is everyone's already; all ranks come to the same state."""
     ranks: list[dict[str, Any]] = two_ranks()
     for rank in ranks:
-        assert len(rank["tape"]) == 4
-        assert [rank["tape"][step] for step in (0, 2, 3)] == [
+        assert len(rank["rows"]) == 4
+        assert [rank["rows"][step] for step in (0, 2, 3)] == [
             (1.5, 30, 0.25, False),
             (3.5, 34, 0.75, False),
             (4.5, 36, 1.0, False),
         ]
-        assert rank["tape"][1][1:] == (0, 0.5, True)
-        assert rank["tape read again"] == []
+        assert rank["rows"][1][1:] == (0, 0.5, True)
+        assert rank["rows read again"] == []
     assert ranks[0]["state"] == ranks[1]["state"]
     state = RunState.from_dict(ranks[0]["state"])
     assert (state.epoch_sums.correct, state.epoch_sums.images, state.skipped_steps) == (100, 192, 1)

@@ -19,7 +19,8 @@ from torch import Tensor
 from cifar10.config import ds_config
 from cifar10.distributed import world
 from cifar10.distributed.world import World
-from cifar10.engine.engine import Engine, weights_sha256
+from cifar10.engine.engine import Engine
+from cifar10.engine.full_state import weights_sha256
 from cifar10.models.registry import build_model
 from tests.helpers import batch, largest_difference, make_engine, make_loader, one_step
 
@@ -91,7 +92,7 @@ def scaled_step(here: World, engine: Engine, number: int, extra: float = 0.0) ->
     images, labels = batch(GLOBAL_IMAGES // here.size, seed=here.size * number + here.rank)
     engine.backward(F.cross_entropy(engine.forward(images).float(), labels) + extra)
     scale = scale_of(engine)
-    engine.step(1.0)
+    engine.step()
     after = engine.portable_state()
     moved = largest_difference(after, before)
     return {"scale": scale, "skipped": engine.skipped.item(), "moved": moved, "weights": weights_sha256(after)}

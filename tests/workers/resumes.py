@@ -25,7 +25,8 @@ from cifar10.config import ds_config
 from cifar10.data.loader import MicroBatch
 from cifar10.distributed import world
 from cifar10.distributed.world import World
-from cifar10.engine.engine import Engine, prepare, weights_sha256
+from cifar10.engine.engine import Engine, prepare
+from cifar10.engine.full_state import loss_scaler, weights_sha256
 from cifar10.models.registry import build_model
 from cifar10.run import checkpoint
 from cifar10.run.state import RunState
@@ -191,7 +192,7 @@ def steps(here: World, engine: Engine, batches: list[list[MicroBatch]]) -> dict[
         loss = one_step(engine, micro_batches, 1.0 - 0.05 * number)
         losses.append(here.total(loss.float().clone()).item() / here.size)
         lrs.append(engine.lr)
-        scaler = engine._loss_scaler()
+        scaler = loss_scaler(engine)
         scales.append(scaler and scaler.state_dict()["scale"])
         skipped.append(engine.skipped.item())
     return {"losses": losses, "lrs": lrs, "scales": scales, "skipped": skipped}

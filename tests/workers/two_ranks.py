@@ -23,7 +23,7 @@ from cifar10.distributed.world import World
 from cifar10.engine.engine import Engine
 from cifar10.models.registry import build_model
 from cifar10.run import checkpoint
-from cifar10.run.metric_buffer import Tape, count_steps
+from cifar10.run.metric_buffer import MetricBuffer, count_steps
 from cifar10.run.state import RunState
 from cifar10_deepspeed import evaluate
 from tests.helpers import MEAN, SGD, STD, CountOperations, CountReads, batch, make_engine, make_loader, one_step, snapshot
@@ -128,16 +128,16 @@ def evaluations(here: World) -> dict[str, Any]:
     return seen
 
 
-def tape_rows(here: World) -> dict[str, Any]:
-    """Steps of which each rank has seen another loss and another number of right answers."""
-    tape, state = Tape(4, here.device), RunState()
+def buffer_rows(here: World) -> dict[str, Any]:
+    """Steps of which each rank has seen another loss and another number of correct images."""
+    buffer, state = MetricBuffer(4, here.device), RunState()
     for step, skipped in enumerate((0.0, 1.0, 0.0, 0.0)):
         loss = NOT_A_NUMBER if skipped and here.rank == 1 else 1.0 + here.rank + step
         values = (loss, 10 * (here.rank + 1) + step, 0.25 * (step + 1), skipped)
-        tape.write(*(torch.tensor(value) for value in values))
-    rows = tape.read(here)
+        buffer.write(*(torch.tensor(value) for value in values))
+    rows = buffer.read(here)
     count_steps(rows, state, global_images=64, max_skipped_in_a_row=25)
-    return {"tape": rows, "tape read again": tape.read(here), "state": state.as_dict()}
+    return {"rows": rows, "rows read again": buffer.read(here), "state": state.as_dict()}
 
 
 def lower_precision_runs(here: World) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def lower_precision_runs(here: World) -> dict[str, Any]:
 
 def main() -> None:
     here = world.join(threads=1)
-    measured: dict[str, Any] = {**smooth_runs(here), "bn": batch_norm_runs(here), **evaluations(here), **tape_rows(here)}
+    measured: dict[str, Any] = {**smooth_runs(here), "bn": batch_norm_runs(here), **evaluations(here), **buffer_rows(here)}
     measured |= lower_precision_runs(here)  # last: it sets flags for the whole process
     torch.save(measured, Path(sys.argv[1]) / f"rank_{here.rank}.pt")
     world.leave()

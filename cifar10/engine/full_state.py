@@ -1,0 +1,232 @@
+"""What a model and its training consist of, gathered from all ranks and restored on any number of them, under ZeRO as well.
+
+State is saved whole, as {name: tensor}, not as each rank's share: DeepSpeed 0.19.8's own checkpoints cannot change the number
+of ranks under ZeRO. Each function is called by every rank, and uses DeepSpeed's getters and setters for what ZeRO has split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cifar10 import UsageError
+from cifar10.engine.loss_scale import LossScale
+
+if TYPE_CHECKING:
+    from cifar10.engine.engine import Engine
+
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # DeepSpeed's own
+SCALE = ("scale", "_growth_tracker")  # a loss scale's state
+STATE = frozenset("parameters optimizer optimizer_name buffers loss_scale scheduler scheduler_name groups counters".split())
+
+
+def portable_state(engine: Engine) -> dict[str, Tensor]:
+    """The model as a plain fp32 state dict on the CPU, the same on every rank.
+
+    Weights are the fp32 masters. BatchNorm statistics, which each rank keeps of its own images, are averaged over ranks, on
+    a copy: training continues with each rank's own.
+    """
+    state = {name: _gathered(engine, parameter) for name, parameter in engine.module.named_parameters()}
+    for name, buffer in engine.module.named_buffers():
+        mean = buffer.detach().clone()
+        if mean.is_floating_point():
+            mean = engine.world.total(mean.to(torch.float32)) / engine.world.size
+        state[name] = mean.cpu()
+    return {name: state[name] for name in engine.module.state_dict() if name in state}
+
+
+def full_state(engine: Engine) -> dict[str, Any]:
+    """All that training continues from, on the CPU and of plain types, the same on every rank.
+
+    Weights and optimizer state fit any number of ranks and any ZeRO stage. Buffers are a list, those of each rank, since
+    each has BatchNorm statistics of its own.
+    """
+    module, scheduler, scaler = engine.module, engine.deepspeed.lr_scheduler, loss_scaler(engine)
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
+    if scheduler is None:
+        groups = [{**group, "lr": lr} for group, lr in zip(groups, engine.lrs, strict=True)]  # which may be on the device
+    return {
+        "parameters": {name: _gathered(engine, parameter) for name, parameter in module.named_parameters()},
+        "optimizer": {key: _gathered_optimizer_state(engine, key) for key in _optimizer_keys(engine)},
+        "optimizer_name": type(engine.optimizer).__name__,
+        "buffers": engine.world.gather({name: buffer.cpu().clone() for name, buffer in module.named_buffers()}),
+        "loss_scale": {k: scaler.state_dict()[k] for k in SCALE} if scaler is not None else None,
+        "scheduler": scheduler.state_dict() if scheduler is not None else None,
+        "scheduler_name": type(scheduler).__name__ if scheduler is not None else None,
+        "groups": groups,
+        "counters": {name: getattr(engine.deepspeed, name) for name in COUNTERS},
+    }
+
+
+def restore(engine: Engine, saved: dict[str, Any]) -> None:
+    """Continue from what `full_state` returned, on any number of ranks and at any ZeRO stage.
+
+    With another number of ranks, each starts from the mean of the saved buffers. Raises UsageError, and changes nothing, if
+    the weights are another model's or the optimizer state another optimizer's.
+    """
+    _check(engine, saved)
+    deepspeed, scaler = engine.deepspeed, loss_scaler(engine)
+    for name, parameter in engine.module.named_parameters():
+        _set(engine, parameter, saved["parameters"][name].to(engine.world.device))
+    _set_optimizer_state(engine, saved["optimizer"])
+    for name, buffer in engine.module.named_buffers():
+        of_ranks = [buffers[name] for buffers in saved["buffers"]]
+        if len(of_ranks) == engine.world.size:
+            buffer.copy_(of_ranks[engine.world.rank])
+        else:  # of a count, which all ranks share, there is no mean
+            buffer.copy_(torch.stack(of_ranks).mean(dim=0) if buffer.is_floating_point() else of_ranks[0])
+    if scaler is not None and saved["loss_scale"] is not None:
+        scaler.load_state_dict({**scaler.state_dict(), **saved["loss_scale"]})
+    if deepspeed.lr_scheduler is not None and saved["scheduler"] is not None:
+        deepspeed.lr_scheduler.load_state_dict(saved["scheduler"])
+        for group, settings in zip(engine.optimizer.param_groups, saved["groups"], strict=True):
+            group.update(settings)  # the scheduler has moved them; without one they are the JSON's, as recorded
+    for name in COUNTERS:
+        setattr(deepspeed, name, saved["counters"][name])
+    deepspeed.micro_steps = deepspeed.global_steps * deepspeed.gradient_accumulation_steps()  # it finds a step's last by it
+
+
+def loss_scaler(engine: Engine) -> Any:
+    """What keeps fp16's loss scale, at any ZeRO stage; None in other precisions."""
+    if engine.stage and isinstance(engine.deepspeed.optimizer.loss_scaler, LossScale):
+        return engine.deepspeed.optimizer.loss_scaler
+    return engine.deepspeed.torch_autocast_z0_gradscaler
+
+
+def weights_sha256(state: dict[str, Tensor]) -> str:
+    """A fingerprint of a state dict: names, types, shapes and bytes, in name order."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# --- whether a saved state fits -----------------------------------------------------------------------------------------
+
+
+def _check(engine: Engine, saved: dict[str, Any]) -> None:
+    if not isinstance(saved, dict) or not saved.keys() >= STATE:
+        raise UsageError("the checkpoint is another program's, or another version's")
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+    theirs = {name: tuple(value.shape) for name, value in saved["parameters"].items()}
+    if shapes != theirs:
+        name = next(name for name in {**shapes, **theirs} if shapes.get(name) != theirs.get(name))
+        raise UsageError(f"the checkpoint is another model's: {name} is {theirs.get(name)} there, {shapes.get(name)} here")
+    optimizer, scheduler = type(engine.optimizer).__name__, engine.deepspeed.lr_scheduler
+    if saved["optimizer_name"] != optimizer:
+        raise UsageError(f"the checkpoint's optimizer is {saved['optimizer_name']}, and this run's is {optimizer}")
+    if scheduler is not None and saved["scheduler_name"] not in (None, type(scheduler).__name__):
+        ours = type(scheduler).__name__
+        raise UsageError(f"the checkpoint's scheduler is {saved['scheduler_name']}, and this run's is {ours}")
+    buffers = {name: tuple(buffer.shape) for name, buffer in engine.module.named_buffers()}
+    if any({name: tuple(value.shape) for name, value in one.items()} != buffers for one in saved["buffers"]):
+        raise UsageError("the checkpoint's buffers are another model's")
+    for key, values in saved["optimizer"].items():  # a fused optimizer would read beyond the end of one that is too short
+        for name, value in values.items():
+            fits = value.dim() == 0 or tuple(value.shape) == shapes.get(name) or optimizer == "Adafactor"  # rows and columns
+            if name not in shapes or not fits:
+                raise UsageError(f"the checkpoint's {key} of {name} does not fit the model")
+    if any(type(saved["counters"][name]) is not int for name in COUNTERS):
+        raise UsageError("the checkpoint's counters are not numbers")
+
+
+# --- parameters ---------------------------------------------------------------------------------------------------------
+
+
+def _gathered(engine: Engine, parameter: nn.Parameter) -> Tensor:
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    full = safe_get_full_fp32_param(parameter) if engine.stage else parameter.detach()
+    return full.to("cpu", torch.float32, copy=True).contiguous()
+
+
+def _set(engine: Engine, parameter: nn.Parameter, value: Tensor) -> None:
+    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    with GatheredParameters([parameter], modifier_rank=0, enabled=engine.stage == 3), torch.no_grad():
+        parameter.copy_(value)
+    if engine.stage == 3:
+        safe_set_local_fp32_param(parameter, _own_part(engine, parameter, value))
+    elif engine.stage:
+        safe_set_full_fp32_param(parameter, value)
+
+
+def _own_part(engine: Engine, parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """What this rank keeps of a whole tensor at stage 3; the last part is padded, which DeepSpeed 0.19.8's setter forgets."""
+    size = parameter.ds_tensor.numel()
+    padded = value.new_zeros(size * engine.world.size)
+    padded[: value.numel()] = value.flatten()
+    return padded[size * engine.world.rank : size * (engine.world.rank + 1)]
+
+
+# --- the optimizer's state ----------------------------------------------------------------------------------------------
+
+
+def _flat_partitions(engine: Engine) -> list[Tensor]:
+    """Under ZeRO, the flat tensors that the optimizer has in place of parameters."""
+    zero = engine.deepspeed.optimizer
+    return zero.fp32_partitioned_groups_flat if engine.stage == 3 else zero.single_partition_of_fp32_groups
+
+
+def _optimizer_keys(engine: Engine) -> list[str]:
+    """The names of the optimizer's state; none before the first step."""
+    owners = _flat_partitions(engine) if engine.stage else list(engine.module.parameters())
+    states = (engine.optimizer.state.get(owner, {}) for owner in owners)
+    return sorted({key for state in states for key, value in state.items() if torch.is_tensor(value)})
+
+
+def _gathered_optimizer_state(engine: Engine, key: str) -> dict[str, Tensor]:
+    """{parameter name: its state}; a count of steps is 0-dim."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    named, state = dict(engine.module.named_parameters()), engine.optimizer.state
+    if not engine.stage:
+        return {name: state[p][key].to("cpu", copy=True) for name, p in named.items() if key in state.get(p, {})}
+    first = state[_flat_partitions(engine)[0]][key]
+    if first.dim() == 0:
+        return {name: first.to("cpu", copy=True) for name in named}
+    return {
+        name: safe_get_full_optimizer_state(p, key).to("cpu", copy=True).view(p.ds_shape if engine.stage == 3 else p.shape)
+        for name, p in named.items()
+    }
+
+
+def _set_optimizer_state(engine: Engine, saved: dict[str, dict[str, Tensor]]) -> None:
+    named = dict(engine.module.named_parameters())
+    if not engine.stage:
+        for key, values in saved.items():
+            for name, value in values.items():
+                state = engine.optimizer.state[named[name]]
+                if torch.is_tensor(state.get(key)):
+                    state[key].copy_(value)  # in place: a captured step goes on reading it there
+                else:
+                    state[key] = _placed(engine, value)
+        return
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    for key, values in saved.items():
+        one = next(iter(values.values()))
+        for flat in _flat_partitions(engine):
+            engine.optimizer.state[flat][key] = _placed(engine, one) if one.dim() == 0 else torch.zeros_like(flat)
+    if saved and engine.stage < 3:  # its setters know the optimizer's state only once this has been done
+        engine.deepspeed.optimizer._hp_optimizer_states_linked = False
+        engine.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+    for key, values in saved.items():
+        for name, value in values.items():
+            parameter, value = named[name], value.to(engine.world.device)
+            if value.dim() and engine.stage == 3:
+                safe_set_local_optimizer_state(parameter, _own_part(engine, parameter, value), key)
+            elif value.dim():
+                safe_set_full_optimizer_state(parameter, value, key)
+
+
+def _placed(engine: Engine, value: Tensor) -> Tensor:
+    """A copy of a state where the optimizer keeps it: PyTorch's fused ones count steps on the device, others on the CPU."""
+    on_device = value.dim() or engine.optimizer.param_groups[0].get("fused")
+    return value.to(engine.world.device if on_device else "cpu", copy=True)
