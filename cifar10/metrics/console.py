@@ -1,4 +1,4 @@
-"""The console: a live line in a terminal, lines that grep well elsewhere."""
+"""The console: a live progress line in a terminal, elsewhere one line per epoch that is easy to grep."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
-from cifar10.metrics.sink import EpochRow, Section, Sink, StepRow
+from cifar10.metrics.sink import Context, EpochRow, Section, Sink, StepRow, Steps
 
 
 def plain_lines(section: Section) -> list[str]:
-    """A section without a terminal: each row begins with the title and has its cells in columns."""
+    """A section without a terminal: each row starts with the title, its cells in columns."""
     widths = [max(map(len, column)) for column in zip_longest(*section.rows, fillvalue="")]
     cells = (map(str.ljust, row, widths) for row in section.rows)
     return [f"{section.title}: {'  '.join(row)}".rstrip() for row in cells]
 
 
 def _table(section: Section) -> Table:
-    """A section in a terminal: words to the left, numbers to the right."""
+    """A section in a terminal: words left-aligned, numbers right-aligned."""
     table = Table(title=section.title, title_justify="left", box=box.ROUNDED, show_header=bool(section.header))
     for number, column in enumerate(zip_longest(*section.rows, fillvalue="")):
         are_numbers = all(re.fullmatch(r"[\d, ]*", cell) for cell in column)
@@ -36,18 +36,15 @@ def _table(section: Section) -> Table:
 
 
 class ConsoleSink(Sink):
-    """With a terminal a live line with images/s and the time left; without, one line per epoch that greps well.
+    """In a terminal a live line with images/s and the time left; elsewhere one line per epoch.
 
-    `says_steps` adds a line per log interval, as PyTorch's tutorials print it: `[2,  4000] loss: 1.421`.
+    `prints_steps` adds a line per log interval, as PyTorch's tutorials print it: `[2,  4000] loss: 1.421`.
     """
 
-    def __init__(
-        self, total_steps: int, steps_per_epoch: int, first_step: int, global_images: int, *, says_steps: bool = False
-    ) -> None:
+    def __init__(self, steps: Steps, first_step: int, global_images: int, *, prints_steps: bool = False) -> None:
         self._console = Console(soft_wrap=True, highlight=False, emoji=False)
-        self._total_epochs = math.ceil(total_steps / steps_per_epoch)
-        self._steps_per_epoch = steps_per_epoch
-        self._says_steps = says_steps
+        self._total_epochs = math.ceil(steps.last / steps.per_epoch)
+        self._steps_per_epoch, self._global_images, self._prints_steps = steps.per_epoch, global_images, prints_steps
         self._progress = None
         if self._console.is_terminal:
             self._progress = Progress(
@@ -62,9 +59,8 @@ class ConsoleSink(Sink):
                 refresh_per_second=4,
                 transient=True,
             )
-            self._task = self._progress.add_task("training", total=total_steps, completed=first_step, speed="")
+            self._task = self._progress.add_task("training", total=steps.last, completed=first_step, speed="")
             self._progress.start()
-        self._global_images = global_images
 
     def line(self, text: str = "") -> None:
         self._console.print(text, markup=False)
@@ -72,7 +68,7 @@ class ConsoleSink(Sink):
             sys.stdout.flush()
 
     def step(self, row: StepRow) -> None:
-        if self._says_steps:
+        if self._prints_steps:
             self.line(f"[{row.epoch}, {row.step - (row.epoch - 1) * self._steps_per_epoch:5d}] loss: {row.loss:.3f}")
         if self._progress is not None:
             speed = self._progress.tasks[self._task].speed
@@ -104,3 +100,8 @@ class ConsoleSink(Sink):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def open_sink(context: Context) -> ConsoleSink:
+    prints_steps = "steps_per_print" in context.plan.ds_config
+    return ConsoleSink(context.steps, context.state.step, context.plan.batch.global_images, prints_steps=prints_steps)

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TextIO
 
 from cifar10.files import written_whole
-from cifar10.metrics.sink import EpochRow, Sink, StepRow
+from cifar10.metrics.sink import Context, EpochRow, Sink, StepRow
 from cifar10.run.evaluation import SplitResult
 
 
 class CsvSink(Sink):
     """metrics.csv (a row per epoch and split) and steps.csv (a row per log interval), flushed row by row.
 
-    On a resume, rows later than the checkpoint are cut, and the files go on from there.
+    On a resume, rows after the checkpoint are cut and the files continue from there.
     """
 
     METRICS = ("epoch", "phase", "loss", "accuracy", "throughput")
@@ -29,7 +29,7 @@ class CsvSink(Sink):
 
     @staticmethod
     def _open(path: Path, header: Sequence[str], last: int) -> TextIO:
-        """Open for appending after the rows whose first column is at most `last`; a row that a crash has torn is cut."""
+        """Open for appending after the rows whose first column is at most `last`; a row torn by a crash is cut."""
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         rows = [line.split(",") for line in text.splitlines()[1:]]
         whole = (row for row in rows if len(row) == len(header) and row[0].isdecimal())
@@ -56,3 +56,7 @@ class CsvSink(Sink):
     def close(self) -> None:
         self._metrics_file.close()
         self._steps_file.close()
+
+
+def open_sink(context: Context) -> CsvSink:
+    return CsvSink(context.folder, step=context.state.step, epoch=context.state.epoch)

@@ -1,19 +1,25 @@
-"""The report of a run, made when it has finished."""
+"""The HTML report of a run, rendered when the run has finished."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from cifar10.metrics.sink import Sink
-from cifar10.report.html import make_report
+from cifar10.metrics.sink import Context, Sink
 
 
 class ReportSink(Sink):
-    """Makes the report of a run when it has finished, and says where it is."""
+    """Renders the report of a finished run and prints its path."""
 
     def __init__(self, folder: Path, data_dir: Path) -> None:
         self._folder, self._data_dir = folder, data_dir
 
     def finished(self, summary: dict[str, Any]) -> None:
+        from cifar10.report.html import make_report
+
         print(f"report: {make_report(self._folder, self._data_dir)}", flush=True)
+
+
+def open_sink(context: Context) -> ReportSink | None:
+    options = context.plan.options
+    return ReportSink(context.folder, options.data_dir) if options.report else None

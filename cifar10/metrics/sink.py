@@ -1,4 +1,4 @@
-"""A sink takes what a run measures and says, row by row; only rank 0 has any."""
+"""Sinks receive what a run measures and says, row by row. Only rank 0 has any; `open.py` opens them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from cifar10.plan import Plan
 from cifar10.run.evaluation import SplitResult
+from cifar10.run.state import RunState
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,26 @@ class Steps:
 
 
 @dataclass(frozen=True)
+class Context:
+    """A run as it stands when its sinks are opened, from which each decides whether it is wanted."""
+
+    plan: Plan
+    folder: Path
+    state: RunState  # where the run starts or resumes; sinks only read it
+    steps: Steps
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Flat settings to compare runs by: the recipe's fields, and what changes most often in DeepSpeed's JSON."""
+        plan, optimizer = self.plan, self.plan.ds_config.get("optimizer", {})
+        batch = {"global_batch_size": plan.batch.global_images, "world_size": plan.batch.world_size}
+        lr = optimizer.get("params", {}).get("lr")
+        return {"recipe": plan.options.recipe, **plan.settings["recipe"], **batch, "lr": lr, "optimizer": optimizer.get("type")}
+
+
+@dataclass(frozen=True)
 class Section:
-    """A part of what is said about a run: a table in a terminal, lines that begin with the title elsewhere."""
+    """A titled table: drawn as one in a terminal, elsewhere printed as lines that begin with the title."""
 
     title: str
     rows: Sequence[tuple[str, ...]]
@@ -65,7 +86,9 @@ class Section:
 
 
 class Sink:
-    """Where rows go; the base takes everything and keeps nothing."""
+    """Where rows go. The base ignores everything; a sink overrides the verbs it cares about."""
+
+    note = ""  # where to look at the rows, if that is not obvious; printed at the start of the run
 
     def step(self, row: StepRow) -> None: ...
     def epoch(self, row: EpochRow) -> None: ...
@@ -75,48 +98,53 @@ class Sink:
     def close(self) -> None: ...
 
 
-class Metrics(Sink):
-    """All sinks as one. Ranks other than 0 make it of no sinks, and need not ask which rank they are again.
+def report_failure(name: str, error: Exception) -> None:
+    """A sink is never worth a run: its failure is one line on stderr."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    with contextlib.suppress(OSError):
+        print(f"{name} failed ({reason}); training goes on without it", file=sys.stderr)
 
-    A sink that fails (a full disk, a closed pipe, a lost connection) is named on stderr and let go; training goes on.
-    `notes` say where the rows go, if that is not plain.
+
+class Metrics(Sink):
+    """All sinks as one. Ranks other than 0 have one without sinks, so nobody needs to ask for the rank.
+
+    A sink that fails (a full disk, a closed pipe, a lost connection) is named on stderr and dropped; training goes on.
     """
 
-    def __init__(self, sinks: Sequence[Sink] = (), notes: Sequence[str] = ()) -> None:
+    def __init__(self, sinks: Sequence[Sink] = ()) -> None:
         self._sinks = list(sinks)
-        self.notes = tuple(notes)
+        self.notes = tuple(sink.note for sink in sinks if sink.note)
 
-    def _tell(self, method: str, *what: Any) -> None:
+    def _forward(self, verb: str, *what: Any) -> None:
         for sink in list(self._sinks):
             try:
-                getattr(sink, method)(*what)
+                getattr(sink, verb)(*what)
             except Exception as error:
                 self._sinks.remove(sink)
-                with contextlib.suppress(OSError):
-                    print(f"{type(sink).__name__} failed ({error}); training goes on without it", file=sys.stderr)
-                if method != "close":
+                report_failure(type(sink).__name__, error)
+                if verb != "close":
                     with contextlib.suppress(Exception):
                         sink.close()
 
     def step(self, row: StepRow) -> None:
-        self._tell("step", row)
+        self._forward("step", row)
 
     def epoch(self, row: EpochRow) -> None:
-        self._tell("epoch", row)
+        self._forward("epoch", row)
 
     def test(self, epoch: int, result: SplitResult) -> None:
-        self._tell("test", epoch, result)
+        self._forward("test", epoch, result)
 
     def event(self, what: str | Section) -> None:
-        self._tell("event", what)
+        self._forward("event", what)
 
     def say(self, lines: Iterable[str | Section]) -> None:
-        """An event for each of `lines`, which are not even made where nobody listens."""
+        """An event for each of `lines`, which is not even iterated where there are no sinks."""
         for line in lines if self._sinks else ():
             self.event(line)
 
     def finished(self, summary: dict[str, Any]) -> None:
-        self._tell("finished", summary)
+        self._forward("finished", summary)
 
     def close(self) -> None:
-        self._tell("close")
+        self._forward("close")

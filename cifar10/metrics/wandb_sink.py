@@ -1,28 +1,27 @@
 """A run's metrics for Weights & Biases, online or in files that `wandb sync` uploads later.
 
-Every row has `step`, which is the axis of all charts; accuracies are fractions (the documents' are percent).
+Every row has `step`, the x-axis of all charts; accuracies are fractions (the documents' are percent).
 
     step_loss  step_accuracy  gradient_norm  learning_rate  epoch  step     means over a log interval; epoch counts from 1
     epoch_avg_loss  epoch_accuracy  epoch_avg_grad_norm                    training over an epoch, as the documents name it
     best_loss  best_accuracy  patience                                     of validation; of training where none is held out;
                                                                            epochs without improvement
     train/*  val/*  test/*                                                 loss, accuracy, throughput (images/s) by split
-    final/*  and the summary                                               what summary.json says of the finished run
-    report/*                                                               the pictures of the report, if there is one
+    final/*  and the summary                                               summary.json of the finished run
+    report/*                                                               the report's plots, if there is one
 
-A run keeps its id in wandb_run.json, and a resume goes on with it: rows that W&B has already are not sent again. Nobody is
-ever asked for a key, and nothing waits for a network for longer than the seconds below.
+A run keeps its id in wandb_run.json and a resume continues it: rows that W&B already has are not sent again. Nobody is ever
+asked for a key, and nothing waits for a network longer than the seconds below.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
 import netrc
 import os
 import secrets
+import select
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -31,40 +30,39 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from cifar10.metrics.sink import EpochRow, Sink, StepRow, Steps
+from cifar10.metrics.sink import Context, EpochRow, Sink, StepRow
 from cifar10.run.evaluation import SplitResult
 from cifar10.run.folder import title
 
 Mode = Literal["online", "offline", "off"]
 PROJECT = "deepspeed-cifar10"
 INIT_SECONDS, FINISH_SECONDS = 20.0, 30.0  # $WANDB_INIT_TIMEOUT and $WANDB_FINISH_TIMEOUT change them
-IDLE = "30s"  # after which wandb's own process leaves when the run has died without a word
-NOT_FINISHED = 75  # the exit code that W&B keeps of a run that has not come to its end: it can go on
+NOT_FINISHED = 75  # the exit code that W&B shows of a run that was stopped or killed, and can be resumed
 
 
 # --- whether, where -----------------------------------------------------------------------------------------------------
 
 
 def find_key(environment: Mapping[str, str]) -> tuple[str, str]:
-    """The key that wandb would find by itself, and where: in the environment, or in the file of `wandb login`; else "", ""."""
+    """The key that wandb would use, and its source: the environment, or the file of `wandb login`; else "", ""."""
     if key := environment.get("WANDB_API_KEY"):
         return key, "WANDB_API_KEY"
     host = urlsplit(environment.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
     named = environment.get("NETRC")
     for file in map(Path, [named] if named else ["~/.netrc", "~/_netrc"]):
-        with suppress(OSError, RuntimeError, netrc.NetrcParseError, UnicodeDecodeError):  # RuntimeError: there is no home
+        with suppress(OSError, RuntimeError, netrc.NetrcParseError, UnicodeDecodeError):  # RuntimeError: no home
             if key := (netrc.netrc(file.expanduser()).authenticators(host) or ("", "", ""))[2]:
                 return key, str(file)
     return "", ""
 
 
 def has_login(environment: Mapping[str, str]) -> bool:
-    """Whether wandb would know by itself who we are."""
+    """Whether wandb can log in without asking."""
     return bool(environment.get("WANDB_IDENTITY_TOKEN_FILE") or find_key(environment)[0])
 
 
 def choose_mode(asked: str, environment: Mapping[str, str]) -> Mode:
-    """What --wandb comes to. wandb itself is not imported for it."""
+    """The mode that --wandb and the environment resolve to; wandb itself is not imported."""
     if asked != "auto":
         return asked  # type: ignore[return-value]
     said = environment.get("WANDB_MODE", "").lower()
@@ -75,15 +73,15 @@ def choose_mode(asked: str, environment: Mapping[str, str]) -> Mode:
     return "online" if has_login(environment) or said == "online" else "off"
 
 
-# --- the run's id, and how far it has come there ------------------------------------------------------------------------
+# --- the run's id and progress -------------------------------------------------------------------------------------------
 
 
-class _Place:
-    """wandb_run.json: the id that a run has at W&B, and the last step whose row was handed over."""
+class _RunFile:
+    """wandb_run.json: the run's id at W&B, and the last step whose row was handed over."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
         self._file = folder / "wandb_run.json"
-        self.id, self.step = environment.get("WANDB_RUN_ID") or secrets.token_hex(4), -1  # a sweep's agent has chosen one
+        self.id, self.step = environment.get("WANDB_RUN_ID") or secrets.token_hex(4), -1  # a sweep's agent chooses one
         with suppress(OSError, ValueError, TypeError, KeyError):
             saved = json.loads(self._file.read_text(encoding="utf-8"))
             self.id, self.step = str(saved["id"]), int(saved["step"])
@@ -92,102 +90,118 @@ class _Place:
         self.step = max(self.step, step)
         temporary = self._file.with_name(f".{self._file.name}.tmp")
         temporary.write_text(json.dumps({"id": self.id, "step": self.step}) + "\n", encoding="utf-8")
-        os.replace(temporary, self._file)  # without waiting for the disk: a row too many or too few is all that is at stake
+        os.replace(temporary, self._file)  # no fsync: a lost write costs one row at most
 
 
 # --- wandb's own process ------------------------------------------------------------------------------------------------
 
+# wandb-core writes or uploads the rows. SIGTERM ends it at once, together with the rows it still holds in memory (wandb 0.31,
+# github.com/wandb/wandb/issues/9963), and DeepSpeed's launcher ends a run with SIGTERM to all descendants of its ranks. So
+# wandb.setup() runs in a process that is not our descendant, and that ends wandb-core when we close its stdin or die.
+KEEPER = f"""
+import os, sys
+if os.fork():
+    os._exit(0)  # which leaves the other half without a parent
+answer = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # wandb-core inherits no pipe
+import wandb
+wandb.setup()
+print(os.environ["WANDB_SERVICE"], file=answer, flush=True)
+sys.stdin.read()
+wandb.teardown(exit_code={NOT_FINISHED})
+"""
 
-class _Service:
-    """The process that takes the rows and writes or uploads them, started as the child of nobody.
 
-    Launchers that end a run send SIGTERM to all children of its ranks. As one of them it would die before the last rows.
-    """
+class _Keeper:
+    """The process that starts and ends wandb-core for us, as `wandb.setup()` does for its children."""
 
-    def __init__(self) -> None:
-        start = [sys.executable, "-m", "wandb", "beta", "core", "start", "--idle-timeout", IDLE]
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self._starting = None if "WANDB_SERVICE" in os.environ else subprocess.Popen(start, **pipes, text=True)
+    def __init__(self, mode: Mode) -> None:
+        environment = {**os.environ, "WANDB_MODE": mode}  # wandb.setup() starts nothing if it says disabled
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self._process = None
+        if "WANDB_SERVICE" not in os.environ:
+            command = [sys.executable, "-c", KEEPER]
+            self._process = subprocess.Popen(command, **pipes, text=True, env=environment, start_new_session=True)
 
     def connect(self) -> None:
-        """Let wandb use it. Where it could not be started, wandb starts one of its own."""
-        if self._starting is None:
-            return
-        try:
-            address = self._starting.communicate(timeout=INIT_SECONDS)[0].strip()
-        except subprocess.TimeoutExpired:
-            self._starting.kill()
-            address = ""
-        if address:
+        """Let wandb in this process use it. Without an answer, wandb starts a wandb-core of its own."""
+        answered = self._process and select.select([self._process.stdout], [], [], INIT_SECONDS)[0]
+        if address := answered and self._process.stdout.readline().strip():
             os.environ["WANDB_SERVICE"] = address
 
     def end(self, wandb: Any) -> None:
         wandb.teardown()
-        if self._starting is not None and "WANDB_SERVICE" in os.environ:
-            from wandb.cli import beta_core
-
-            try:
-                with contextlib.redirect_stderr(io.StringIO()):
-                    beta_core.stop()
-            finally:
-                os.environ.pop("WANDB_SERVICE", None)
+        if self._process:
+            os.environ.pop("WANDB_SERVICE", None)
+            with self._process:  # closes both pipes
+                pass
 
 
 # --- the sink -----------------------------------------------------------------------------------------------------------
 
 
 class WandbSink(Sink):
-    """One run at W&B. Raises whatever wandb does when it cannot begin; `note` says where the run is to be seen."""
+    """One run at W&B. Raises whatever wandb raises when it cannot start."""
 
-    def __init__(self, folder: Path, steps: Steps, mode: Mode, project: str, name: str, config: dict[str, Any]) -> None:
+    def __init__(self, context: Context, mode: Mode) -> None:
         if mode == "online" and not has_login(os.environ):
             raise RuntimeError("there is no key: `wandb login` or WANDB_API_KEY gives one, --wandb offline needs none")
         os.environ.setdefault("WANDB_SILENT", "true")
-        self._service = _Service()
-        import wandb  # 0.7 s, which a run without it does not spend
+        self._keeper = _Keeper(mode)
+        import wandb  # 0.7 s, which a run without it saves
 
-        self._service.connect()
-        self._wandb, self._steps, self._report = wandb, steps, folder / "report"
-        self._place, self._has_finished = _Place(folder, os.environ), False
-        place = {"dir": str(folder), "project": project, "name": name, "id": self._place.id, "resume": "allow"}
+        self._keeper.connect()
+        folder, options = context.folder, context.plan.options
+        self._wandb, self._steps, self._report = wandb, context.steps, folder / "report"
+        self._file, self._has_finished = _RunFile(folder, os.environ), False
         settings = wandb.Settings(
             silent=True,
             console="off",
-            login_timeout=1,  # should wandb ask after all
+            login_timeout=1,  # in case wandb asks for a key after all
             init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT") or INIT_SECONDS),
             finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT") or FINISH_SECONDS),
         )
         try:
-            self._run = wandb.init(**place, mode=mode, config=config, settings=settings, allow_val_change=True)
-            self._place.keep(-1)
+            self._run = wandb.init(
+                dir=str(folder),
+                project=options.wandb_project or os.environ.get("WANDB_PROJECT") or PROJECT,
+                name=options.wandb_name or os.environ.get("WANDB_NAME") or title(folder),
+                id=self._file.id,
+                resume="allow",
+                mode=mode,
+                config={**context.settings, "deepspeed": context.plan.ds_config},
+                settings=settings,
+                allow_val_change=True,
+            )
+            self._file.keep(-1)
         except BaseException:
-            self._service.end(wandb)
+            self._keeper.end(wandb)
             raise
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         sync = f"`wandb sync {folder}/wandb/offline-run-*` uploads it"
         self.note = f"W&B: {self._run.url if mode == 'online' else sync}"
 
-    def _is_there(self, step: int) -> bool:
-        """Whether an earlier start has handed over the row of this step."""
-        return step <= self._place.step
+    def _is_logged(self, step: int) -> bool:
+        """Whether an earlier start of this run has logged the row of this step."""
+        return step <= self._file.step
 
     def _log(self, step: int, values: Mapping[str, Any], *, is_whole: bool) -> None:
-        """Add to the row of a step. A row that is whole is sent, and nothing can be added to it any more."""
+        """Add values to the row of a step. A whole row is sent, and nothing can be added to it any more."""
         self._run.log({**values, "step": step}, step=step, commit=is_whole)
         if is_whole:
-            self._place.keep(step)
+            self._file.keep(step)
 
     def step(self, row: StepRow) -> None:
-        if self._is_there(row.step):
+        if self._is_logged(row.step):
             return
-        ends_epoch = row.step == self._steps.at_end_of(row.epoch)  # whose row comes after this one, at the same step
+        ends_epoch = row.step == self._steps.at_end_of(row.epoch)  # whose row follows this one, at the same step
         means = {"step_loss": row.loss, "step_accuracy": row.accuracy, "gradient_norm": row.grad_norm}
         self._log(row.step, {**means, "learning_rate": row.lr, "epoch": row.epoch}, is_whole=not ends_epoch)
 
     def epoch(self, row: EpochRow) -> None:
         step = self._steps.at_end_of(row.epoch)
-        if self._is_there(step):
+        if self._is_logged(step):
             return
         train = {"epoch_avg_loss": row.train.loss, "epoch_accuracy": row.train.accuracy, "epoch_avg_grad_norm": row.grad_norm}
         best = {"best_loss": row.best_loss, "best_accuracy": row.best_accuracy, "patience": row.waited}
@@ -196,41 +210,36 @@ class WandbSink(Sink):
         self._log(step, {**known, "epoch": row.epoch}, is_whole=True)
 
     def test(self, epoch: int, result: SplitResult) -> None:
-        """After the last row, in one of its own."""
+        """After the last row, in a row of its own."""
         self._run.log({**_by_split("test", result), "step": self._steps.at_end_of(epoch)}, commit=True)
 
     def finished(self, summary: dict[str, Any]) -> None:
         known = {name: value for name, value in summary.items() if isinstance(value, bool | int | float | str)}
         final = {f"final/{name}": value for name, value in known.items()}
-        pictures = {f"report/{path.stem}": self._wandb.Image(str(path)) for path in sorted(self._report.glob("*.png"))}
-        self._run.log({**final, **pictures, "step": summary["steps"]}, commit=True)
+        plots = {f"report/{path.stem}": self._wandb.Image(str(path)) for path in sorted(self._report.glob("*.png"))}
+        self._run.log({**final, **plots, "step": summary["steps"]}, commit=True)
         self._run.summary.update(known)
         self._has_finished = True
 
     def close(self) -> None:
-        """Hand over what is left, within FINISH_SECONDS, and end wandb's own process."""
+        """Send what is left, within FINISH_SECONDS, and end wandb's own process."""
         try:
             self._run.finish(exit_code=0 if self._has_finished else NOT_FINISHED)
         finally:
-            self._service.end(self._wandb)
+            self._keeper.end(self._wandb)
 
 
 def _by_split(split: str, result: SplitResult) -> dict[str, float]:
     return {f"{split}/loss": result.loss, f"{split}/accuracy": result.accuracy, f"{split}/throughput": result.throughput}
 
 
-def open_wandb(
-    folder: Path, steps: Steps, mode: Mode, project: str | None, name: str | None, config: dict[str, Any]
-) -> WandbSink | None:
-    """The sink in the mode asked for, or offline where W&B cannot be reached, or none: said on stderr, and training goes on."""
-    project = project or os.environ.get("WANDB_PROJECT") or PROJECT
-    name = name or os.environ.get("WANDB_NAME") or title(folder)
-    modes = ("online", "offline") if mode == "online" and has_login(os.environ) else (mode,)
-    for number, one in enumerate(modes):
+def open_sink(context: Context) -> WandbSink | None:
+    """The sink in the mode asked for, or recording offline where W&B cannot be reached."""
+    mode = choose_mode(context.plan.options.wandb, os.environ)
+    if mode == "online" and has_login(os.environ):
         try:
-            return WandbSink(folder, steps, one, project, name, config)
+            return WandbSink(context, "online")
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            instead = "it is recorded offline instead" if number < len(modes) - 1 else "training goes on without it"
-            print(f"W&B {one}: {reason}; {instead}", file=sys.stderr)
-    return None
+            print(f"W&B online failed ({' '.join(str(error).split())}); the run is recorded offline", file=sys.stderr)
+            mode = "offline"
+    return None if mode == "off" else WandbSink(context, mode)

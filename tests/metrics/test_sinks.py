@@ -1,4 +1,4 @@
-"""the CSV files and what the console shows, with a terminal and without."""
+"""The CSV files, and what the console shows with and without a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from cifar10.metrics.console import ConsoleSink
 from cifar10.metrics.csv_sink import CsvSink
-from cifar10.metrics.sink import EpochRow, Metrics, Sink, StepRow
+from cifar10.metrics.sink import EpochRow, Metrics, Sink, StepRow, Steps
 from cifar10.run.evaluation import SplitResult
 
 TRAIN = SplitResult(loss=1.25, accuracy=0.5625, images=3_200, seconds=2.0)
@@ -183,7 +183,7 @@ def a_run(sink: ConsoleSink) -> None:
 
 
 def test_without_a_terminal_there_is_one_plain_line_per_epoch(capsys):
-    a_run(ConsoleSink(total_steps=200, steps_per_epoch=100, first_step=0, global_images=32))
+    a_run(ConsoleSink(Steps(100, last=200), first_step=0, global_images=32))
     printed, errors = capsys.readouterr()
     assert errors == ""
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", printed)  # no escape codes, no carriage returns
@@ -201,7 +201,7 @@ def test_without_a_terminal_there_is_one_plain_line_per_epoch(capsys):
 
 
 def test_a_line_per_log_interval_counts_steps_within_the_epoch(capsys):
-    a_run(ConsoleSink(total_steps=200, steps_per_epoch=100, first_step=0, global_images=32, says_steps=True))
+    a_run(ConsoleSink(Steps(100, last=200), first_step=0, global_images=32, prints_steps=True))
     lines = capsys.readouterr().out.splitlines()
     said = [line if line.startswith("[") else line.split("  ")[0] for line in lines]
     assert said == [
@@ -216,7 +216,7 @@ def test_a_line_per_log_interval_counts_steps_within_the_epoch(capsys):
 
 
 def test_without_a_validation_split_none_is_mentioned(capsys):
-    sink = ConsoleSink(total_steps=100, steps_per_epoch=200, first_step=0, global_images=32)
+    sink = ConsoleSink(Steps(200, last=100), first_step=0, global_images=32)
     sink.epoch(epoch_row(1, val=None))
     sink.close()
     line = capsys.readouterr().out
@@ -226,7 +226,7 @@ def test_without_a_validation_split_none_is_mentioned(capsys):
 
 @pytest.mark.parametrize("text", ["runs/[bold]a[/bold]", "[/]", ":car:", "a" * 300, "two  spaces   stay"])
 def test_a_line_is_printed_as_it_is(capsys, text):
-    sink = ConsoleSink(total_steps=100, steps_per_epoch=100, first_step=0, global_images=32)
+    sink = ConsoleSink(Steps(100, last=100), first_step=0, global_images=32)
     sink.event(text)
     sink.close()
     assert capsys.readouterr().out == text + "\n"
@@ -236,7 +236,7 @@ def test_with_a_terminal_there_is_a_live_line_that_ends_with_the_run(capsys, mon
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "160")
     before = set(threading.enumerate())
-    sink = ConsoleSink(total_steps=200, steps_per_epoch=100, first_step=0, global_images=32)
+    sink = ConsoleSink(Steps(100, last=200), first_step=0, global_images=32)
     (refreshing,) = set(threading.enumerate()) - before
     a_run(sink)
     refreshing.join(timeout=60)
@@ -255,14 +255,14 @@ def test_with_a_terminal_there_is_a_live_line_that_ends_with_the_run(capsys, mon
 def test_a_live_line_goes_on_where_a_resumed_run_starts(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "160")
-    sink = ConsoleSink(total_steps=200, steps_per_epoch=100, first_step=150, global_images=32)
+    sink = ConsoleSink(Steps(100, last=200), first_step=150, global_images=32)
     sink.close()
     assert "75%" in capsys.readouterr().out
 
 
 def test_closing_twice_is_harmless(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    sink = ConsoleSink(total_steps=1, steps_per_epoch=1, first_step=0, global_images=32)
+    sink = ConsoleSink(Steps(1, last=1), first_step=0, global_images=32)
     sink.close()
     sink.close()
     capsys.readouterr()
