@@ -18,7 +18,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,8 @@ from cifar10.config.cli import without_launcher_flags
 from cifar10.config.recipe import Recipe, as_json
 from cifar10.data.dataset import stratified_split
 from cifar10.data.loader import EvaluationLoader, MicroBatch, TrainLoader
-from cifar10.distributed import launchers, world
+from cifar10.distributed import launchers
+from cifar10.distributed import world as distributed
 from cifar10.distributed.world import World
 from cifar10.engine.cuda_graphs import accelerate
 from cifar10.engine.engine import Engine, own_optimizer, prepare
@@ -45,12 +46,12 @@ from cifar10.models.weights import load, refuse_not_finite, refuse_other_images
 from cifar10.plan import Plan, make_plan
 from cifar10.run import checkpoint, patience
 from cifar10.run import folder as run_folder
-from cifar10.run.evaluation import Augmented, SplitResult
+from cifar10.run.evaluation import Augmented, evaluate
 from cifar10.run.metric_buffer import MetricBuffer, TooManySkippedSteps, count_steps
 from cifar10.run.predictions import TEST_FILE, save_predictions
 from cifar10.run.state import RunState, Sums
 from cifar10.run.stop import StopRequest
-from cifar10.run.summary import summary_of, tested
+from cifar10.run.summary import EndedBy, SplitResult, Status, Summary, read_summary, summarize
 
 # The names that the reference documents import from this file.
 __all__ = ["CIFAR10CNNEnhanced", "CNNModelEnhanced", "Net", "calculate_accuracy", "get_lr_schedule", "run"]
@@ -69,13 +70,13 @@ def initial_model(plan: Plan) -> tuple[nn.Module, list[str]]:
     return model, notes
 
 
-def get_cifar10_dataloaders(plan: Plan, here: World) -> tuple[TrainLoader, EvaluationLoader]:
+def get_cifar10_dataloaders(plan: Plan, world: World) -> tuple[TrainLoader, EvaluationLoader]:
     """The training images, augmented as the recipe says, and the held-out validation images as they are."""
     images = plan.images("train")
     train, val = stratified_split(images.labels, plan.recipe.val_images, plan.recipe.split_seed)
     bf16 = plan.precision == "bf16"
-    train_loader = TrainLoader.of(images.pixels[train], images.labels[train], plan.recipe, plan.batch, here, bf16=bf16)
-    return train_loader, EvaluationLoader.of(images.pixels[val], images.labels[val], plan.recipe, here)
+    train_loader = TrainLoader.of(images.pixels[train], images.labels[train], plan.recipe, plan.batch, world, bf16=bf16)
+    return train_loader, EvaluationLoader.of(images.pixels[val], images.labels[val], plan.recipe, world)
 
 
 # --- the learning rate ------------------------------------------------------------------------------------------------
@@ -123,22 +124,6 @@ def calculate_accuracy(outputs: Tensor, targets: Tensor) -> float:
     return (outputs.argmax(dim=1) == targets).float().mean().item() * 100.0
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, loader: EvaluationLoader, here: World, keep: list[Tensor] | None = None) -> SplitResult:
-    """Mean loss and accuracy of a plain fp32 `model` over a split, the same on every rank; its own logits go into `keep`."""
-    started = time.perf_counter()
-    model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=here.device)  # loss, correct
-    for images, labels in loader:
-        logits = model(images)
-        sums[0] += F.cross_entropy(logits, labels, reduction="sum")
-        sums[1] += (logits.argmax(dim=1) == labels).sum()
-        if keep is not None:
-            keep.append(logits.cpu())
-    loss, correct = here.total(sums).tolist()
-    return SplitResult(loss / len(loader), correct / len(loader), len(loader), time.perf_counter() - started)
-
-
 # --- one step, one epoch ------------------------------------------------------------------------------------------------
 
 
@@ -160,7 +145,7 @@ class Run:
     """What a run in progress works with: nothing in it is replaced while the run lasts."""
 
     plan: Plan
-    here: World
+    world: World
     engine: Engine
     train: TrainLoader
     val: EvaluationLoader
@@ -178,7 +163,7 @@ class Run:
 def log_steps(run: Run, state: RunState) -> None:
     """Add up the metrics of the last steps; at a log point, a row for steps.csv and the console."""
     limit, images = run.plan.recipe.max_skipped_in_a_row, run.plan.batch.global_images
-    count_steps(run.buffer.read(run.here), state, global_images=images, max_skipped_in_a_row=limit)
+    count_steps(run.buffer.read(run.world), state, global_images=images, max_skipped_in_a_row=limit)
     sums = state.interval_sums
     at_log_point = state.epoch_step % run.plan.options.log_every_steps == 0 or state.epoch_step == run.train.steps_per_epoch
     if at_log_point and sums.steps + sums.skipped:
@@ -215,7 +200,7 @@ def train_one_epoch(run: Run, state: RunState) -> bool:
 def save_portable(run: Run, name: str, module: dict[str, Tensor], facts: dict[str, Any]) -> bool:
     """Write checkpoints/<name> on rank 0: weights with all that is needed to use them. False if the disk would not take it."""
     folder, all_facts = run.folder / "checkpoints" / name, {**run.plan.about_the_model, **facts}
-    why_not = run.here.from_main(lambda: checkpoint.save_portable(folder, module, all_facts))
+    why_not = run.world.from_main(lambda: checkpoint.save_portable(folder, module, all_facts))
     if why_not:
         run.metrics.event(why_not)
     return not why_not
@@ -227,7 +212,7 @@ def validate(run: Run, state: RunState) -> SplitResult | None:
         return None
     weights = run.engine.portable_state()
     run.model.load_state_dict(weights)
-    result = evaluate(run.model, run.val, run.here)
+    result = evaluate(run.model, run.val, run.world)
     facts = {"step": state.step, "val_accuracy": result.accuracy}
     if result.accuracy > state.best_accuracy and save_portable(run, "best_model", weights, facts):
         state.best_accuracy, state.best_step = result.accuracy, state.step
@@ -236,7 +221,7 @@ def validate(run: Run, state: RunState) -> SplitResult | None:
 
 def finish_epoch(run: Run, state: RunState) -> None:
     """Validate, report and count the epoch. A run that ends inside an epoch is measured too, but there is none to judge by."""
-    epoch, sums, told = state.epoch + 1, state.epoch_sums, []
+    epoch, sums, lines = state.epoch + 1, state.epoch_sums, []
     train = SplitResult(sums.mean_loss, sums.accuracy, sums.images, state.train_seconds - state.seconds_before_epoch)
     val = validate(run, state)
     state.remember_epoch(sums, val.accuracy if val else None)
@@ -244,46 +229,51 @@ def finish_epoch(run: Run, state: RunState) -> None:
         state.epoch, state.epoch_step = state.epoch + 1, 0
         state.epoch_sums, state.seconds_before_epoch = Sums(), state.train_seconds
         which, loss = ("validation", val.loss) if val else ("training", train.loss)
-        told = patience.watch(run.plan.recipe, state, loss, which)
+        lines = patience.watch(run.plan.recipe, state, loss, which)
     best = state.best_loss, state.best_accuracy if val else state.best_train_accuracy, state.epochs_without_improvement
     run.metrics.epoch(EpochRow(epoch, train, val, sums.mean_grad_norm, run.engine.lr, sums.skipped, *best))
-    run.metrics.say(told)
+    run.metrics.say(lines)
 
 
-def summarise(run: Run, state: RunState, status: str, **results: Any) -> dict[str, Any]:
-    """Write summary.json: how the run stands, and what it has measured so far."""
-    who = {"status": status, "recipe": run.plan.options.recipe, "seed": run.plan.recipe.seed, "world_size": run.here.size}
-    content = {**who, **summary_of(state, run.train.steps_per_epoch), **results}
-    if run.here.is_main:
-        run_folder.write_summary(run.folder, content)
-    return content
+def write_summary(
+    run: Run, state: RunState, status: Status, tested: dict[str, SplitResult] | None = None, **known: Any
+) -> Summary:
+    """Write summary.json on rank 0: how the run stands, and what it has measured so far."""
+    known |= {"recipe": run.plan.options.recipe, "seed": run.plan.recipe.seed, "world_size": run.world.size}
+    summary = summarize(state, run.train.steps_per_epoch, status, **known)
+    if tested is not None:
+        summary = summary.with_test(tested, run.plan.dataset)
+    if run.world.is_main:
+        summary.write(run.folder)
+    return summary
 
 
-def save(run: Run, state: RunState, status: str) -> bool:
+def save(run: Run, state: RunState, status: Status) -> bool:
     """A resumable checkpoint, and a summary beside it; False, and the reason on the console, if the disk would not take it."""
     pointers = ["best"] if state.step == state.best_step else []
     if state.ends_epoch_of(run.plan.options.save_frequency):
         pointers.append(f"epoch_{state.epoch:03d}")
     folder, keep = run.folder / "checkpoints", run.plan.options.keep_checkpoints
-    why_not = checkpoint.save(folder, run.engine, state, run.here, run.plan.settings, keep=keep, pointers=pointers)
+    why_not = checkpoint.save(folder, run.engine, state, run.world, run.plan.settings, keep=keep, pointers=pointers)
     if why_not:
         run.metrics.event(why_not)
-    summarise(run, state, status)
+    write_summary(run, state, status)
     return not why_not
 
 
-def train(run: Run, state: RunState) -> str:
+def train(run: Run, state: RunState) -> EndedBy | Literal["stopped"]:
     """Train until the schedule's end, --max-steps, early stopping or a stop request; returns which it was."""
     options = run.plan.options
     while state.step < run.last_step and not patience.is_over(run.plan.recipe, state):
         if train_one_epoch(run, state):
-            return "stop" if save(run, state, "stopped") else "stop, not saved"
+            return "stopped"
         finish_epoch(run, state)
         at_end = state.step == run.last_step or patience.is_over(run.plan.recipe, state)
         if at_end or state.ends_epoch_of(options.save_every_epochs) or state.ends_epoch_of(options.save_frequency):
             save(run, state, "running")
-    at_end = "epochs" if state.step == run.total_steps else "max_steps"
-    return "early_stopping" if patience.is_over(run.plan.recipe, state) else at_end
+    if patience.is_over(run.plan.recipe, state):
+        return "early_stopping"
+    return "epochs" if state.step == run.total_steps else "max_steps"
 
 
 def measure_best_model(run: Run, state: RunState) -> dict[str, SplitResult]:
@@ -291,22 +281,22 @@ def measure_best_model(run: Run, state: RunState) -> dict[str, SplitResult]:
     if run.plan.options.test_images == 0:
         return {}
     folder = run.folder / "checkpoints" / "best_model"
-    run.model.load_state_dict(run.here.from_main(lambda: checkpoint.portable_weights(folder, run.model)))
+    run.model.load_state_dict(run.world.from_main(lambda: checkpoint.portable_weights(folder, run.model)))
     images, count = run.plan.images("test"), run.plan.options.test_images
-    loader = EvaluationLoader.of(images.pixels[:count], images.labels[:count], run.plan.recipe, run.here)
+    loader = EvaluationLoader.of(images.pixels[:count], images.labels[:count], run.plan.recipe, run.world)
     logits = [torch.empty(0, len(run.plan.dataset.classes))]
-    result = evaluate(run.model, loader, run.here, keep=logits)
-    all_logits = run.here.gather(torch.cat(logits).numpy())
-    if run.here.is_main:
+    result = evaluate(run.model, loader, run.world, keep=logits)
+    all_logits = run.world.gather(torch.cat(logits).numpy())
+    if run.world.is_main:
         save_predictions(run.folder / TEST_FILE, all_logits, images.labels[:count])
     run.metrics.test(math.ceil(state.step / run.train.steps_per_epoch), result)
     if run.plan.recipe.tta == "none":
         return {"test": result}
     augmented = Augmented(run.model, run.plan.recipe.tta, run.plan.recipe.tta_below)
-    return {"test": result, "test_tta": evaluate(augmented, loader, run.here)}
+    return {"test": result, "test_tta": evaluate(augmented, loader, run.world)}
 
 
-def finish(run: Run, state: RunState, ended_by: str) -> None:
+def finish(run: Run, state: RunState, ended_by: EndedBy) -> None:
     """Keep the last state, test the best one, and write down what the run came to."""
     if len(run.val) and state.best_step < 0:  # resumed at its end, before any epoch's validation
         validate(run, state)
@@ -319,69 +309,65 @@ def finish(run: Run, state: RunState, ended_by: str) -> None:
         raise OSError(
             "the trained weights could not be written; make room, and the same command goes on from its last checkpoint"
         )
-    test_results = tested(measure_best_model(run, state), run.plan.dataset)
-    results = {**test_results, **run.here.peak_memory, "weights_sha256": weights_sha256(weights), "ended_by": ended_by}
-    summary = summarise(run, state, "finished", **results)
+    tested = measure_best_model(run, state)
+    known = {**run.world.peak_memory, "weights_sha256": weights_sha256(weights), "ended_by": ended_by}
+    summary = write_summary(run, state, "finished", tested, **known)
     run.metrics.say([*text.closing_lines(summary, len(run.val), run.plan), f"written to {run.folder}"])
-    run.metrics.finished(summary)
+    run.metrics.finished(summary.as_dict())
 
 
 # --- starting and ending --------------------------------------------------------------------------------------------------
 
 
-def start_run(plan: Plan, here: World, folder: Path, model: nn.Module) -> tuple[Run, RunState]:
+def start_run(plan: Plan, world: World, folder: Path, model: nn.Module) -> tuple[Run, RunState]:
     """Build everything a run works with, and take up its state where a checkpoint left it."""
     deepspeed = prepare()
     recipe, options = plan.recipe, plan.options
-    train_loader, val_loader = get_cifar10_dataloaders(plan, here)
+    train_loader, val_loader = get_cifar10_dataloaders(plan, world)
     if recipe.weights == "none" and hasattr(model, "start_from_images"):
         model.start_from_images(train_loader.first_images(min(5_000, len(train_loader.labels))).cpu())
-    model, plain = model.to(here.device), deepcopy(model).to(here.device)
+    model, plain = model.to(world.device), deepcopy(model).to(world.device)
     if recipe.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     own = own_optimizer(model, plan.ds_config)
     deepspeed_engine, _, _, _ = deepspeed.initialize(
         model=model, model_parameters=model.parameters(), optimizer=own, config=plan.ds_config
     )
-    world.limit_waiting(options.timeout_minutes)
-    engine = Engine(deepspeed_engine, here, recipe.seed)
+    distributed.limit_waiting(options.timeout_minutes)
+    engine = Engine(deepspeed_engine, world, recipe.seed)
     step = accelerate(train_step, engine, options.engine_level)
     start_from = None if options.resume in ("auto", "never") else run_folder.find_checkpoint(options.resume)
-    state = checkpoint.resume(folder / "checkpoints", start_from, engine, here, plan.settings)
+    state = checkpoint.resume(folder / "checkpoints", start_from, engine, world, plan.settings)
     num_steps = total_steps(recipe, train_loader.steps_per_epoch)
     last_step = min(num_steps, options.max_steps or num_steps)
-    metrics = open_sinks(plan, folder, state, last_step, train_loader.steps_per_epoch) if here.is_main else Metrics()
-    buffer = MetricBuffer(options.log_every_steps, here.device)
-    stop = StopRequest(here, folder, options.max_minutes, options.stop_at)
+    metrics = open_sinks(plan, folder, state, last_step, train_loader.steps_per_epoch) if world.is_main else Metrics()
+    buffer = MetricBuffer(options.log_every_steps, world.device)
+    stop = StopRequest(world, folder, options.max_minutes, options.stop_at)
     parts = engine, train_loader, val_loader, plain, step, buffer, metrics, stop, folder
-    return Run(plan, here, *parts, recipe.lr_scale(plan.batch.global_images), num_steps, last_step), state
+    return Run(plan, world, *parts, recipe.lr_scale(plan.batch.global_images), num_steps, last_step), state
 
 
-def describe(run: Run, state: RunState) -> None:
-    """Say what is about to be trained, on what, and what was settled in DeepSpeed's JSON."""
+def train_and_finish(plan: Plan, world: World, folder: Path, model: nn.Module, resume_command: str) -> None:
+    """Take the run in `folder` from where it stands to its end, to a stop, or to a failure that is written down."""
+    run, state = start_run(plan, world, folder, model)
     images, steps = (len(run.train.labels), len(run.val)), (state.step, run.last_step, run.total_steps)
-    run.metrics.say(text.opening_lines(run.plan, run.folder, run.here.in_words, run.model, images, steps))
+    run.metrics.say(text.opening_lines(plan, folder, world.in_words, run.model, images, steps))
     run.metrics.say(run.metrics.notes)
-
-
-def train_and_finish(plan: Plan, here: World, folder: Path, model: nn.Module, how_to_continue: str) -> None:
-    """The run in `folder`, from where it stands to its end, to a stop, or to a failure that is written down."""
-    run, state = start_run(plan, here, folder, model)
-    describe(run, state)
-    summarise(run, state, "running")
+    write_summary(run, state, "running")
     try:
         ended_by = train(run, state)
-        if ended_by.startswith("stop"):
+        if ended_by == "stopped":
+            saved = save(run, state, "stopped")
             why = f" ({run.stop.reason})" if run.stop.reason else ""
-            run.metrics.event(f"stopped at step {state.step}{why}{'; all is saved' if ended_by == 'stop' else ''}")
-            run.metrics.event(f"to continue: {how_to_continue}")
+            run.metrics.event(f"stopped at step {state.step}{why}{'; all is saved' if saved else ''}")
+            run.metrics.event(f"to continue: {resume_command}")
         else:
             finish(run, state, ended_by)
     except Exception as error:
-        words = text.last_words(error, here.rank, state.step, plan.batch.micro_images)
-        if not isinstance(error, (UsageError, TooManySkippedSteps)):  # which main() says, once
-            print(f"error: {words}", file=sys.stderr)
-        summarise(run, state, "failed", reason=words)
+        reason = text.failure(error, world.rank, state.step, plan.batch.micro_images)
+        if not isinstance(error, (UsageError, TooManySkippedSteps)):  # which main() reports, once
+            print(f"error: {reason}", file=sys.stderr)
+        write_summary(run, state, "failed", reason=reason)
         raise
     finally:
         run.metrics.close()
@@ -390,20 +376,22 @@ def train_and_finish(plan: Plan, here: World, folder: Path, model: nn.Module, ho
 def run(argv: list[str]) -> None:
     """Train as the command line says. Raises UsageError for one that cannot be carried out."""
     plan = make_plan(argv, launchers.world_size(), "cifar10_deepspeed.py", __doc__)
-    here = world.join(plan.options.threads, plan.options.timeout_minutes, deterministic=plan.options.deterministic)
+    options = plan.options
+    world = distributed.join(options.threads, options.timeout_minutes, deterministic=options.deterministic)
     model, notes = initial_model(plan)
     plan = replace(plan, notes=[*plan.notes, *notes])
-    settings, command = as_json(plan.recipe, plan.options.recipe), [sys.argv[0], *argv]
-    folder, has_finished = here.from_main(
-        lambda: run_folder.claim(plan.options, settings, plan.ds_config, command, **here.facts)
-    )
-    if has_finished:
-        if here.is_main:
+    folder = world.from_main(lambda: run_folder.choose(options.output_dir, options.recipe))
+    summary = world.from_main(lambda: read_summary(folder))
+    if summary and summary.is_complete(options.max_steps):
+        if world.is_main:
             print(f"{folder} holds a finished run; its results are in its summary.json")
         return
-    start = f"{here.start_command} {shlex.quote(sys.argv[0])}"
-    train_and_finish(plan, here, folder, model, run_folder.command_to_continue(start, without_launcher_flags(argv), folder))
-    here.barrier()  # what rank 0 writes last is there before another machine's launcher looks for it
+    settings, command = as_json(plan.recipe, options.recipe), [sys.argv[0], *argv]
+    world.from_main(lambda: run_folder.open_run(folder, settings, plan.ds_config, options.resume, command, **world.facts))
+    start = f"{world.start_command} {shlex.quote(sys.argv[0])}"
+    resume_command = run_folder.command_to_continue(start, without_launcher_flags(argv), folder)
+    train_and_finish(plan, world, folder, model, resume_command)
+    world.barrier()  # what rank 0 writes last is there before another machine's launcher looks for it
 
 
 def main() -> int:
@@ -413,9 +401,9 @@ def main() -> int:
         run(sys.argv[1:])
     except (UsageError, TooManySkippedSteps) as error:  # on all ranks alike; after any other error the others may be waiting,
         code = 2 if isinstance(error, UsageError) else 1  # and only the end of this process tells them
-        if world.speaks_for_its_machine():
+        if distributed.speaks_for_its_machine():
             print(f"error: {error}", file=sys.stderr)
-    world.leave()
+    distributed.leave()
     return code
 
 

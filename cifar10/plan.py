@@ -22,6 +22,7 @@ from cifar10.engine import levels
 from cifar10.models import weights
 from cifar10.models.registry import refuse_unknown_model
 from cifar10.run import folder as run_folder
+from cifar10.run.summary import read_summary
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def make_plan(
         run_folder.refuse_unwritable(options.output_dir)
         run_folder.refuse_if_never(options.output_dir, options.resume)
         run_folder.refuse_other_settings(options.output_dir, plan.settings, RECIPE_DEFAULTS)
-        run_folder.refuse_damaged_summary(options.output_dir)
+        read_summary(options.output_dir)  # refuses a damaged one
     if dataset.ensure:
         dataset.ensure(options.data_dir, need_test=options.test_images != 0)
     weights.ensure(recipe.weights, recipe.model)

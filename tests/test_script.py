@@ -20,8 +20,9 @@ from cifar10.data.loader import EvaluationLoader
 from cifar10.data.registry import DATASETS
 from cifar10.metrics import text
 from cifar10.models.registry import build_model
+from cifar10.run.evaluation import evaluate
 from cifar10.run.state import RunState, Sums
-from cifar10.run.summary import quality_tier, summary_of
+from cifar10.run.summary import Summary, quality_tier, summarize
 from cifar10_deepspeed import CIFAR10CNNEnhanced, calculate_accuracy, get_lr_schedule, lr_multiplier
 
 CPU = torch.device("cpu")
@@ -256,7 +257,7 @@ def test_evaluation_equals_a_plain_computation_at_any_world_size(size):
         loader, images, labels = evaluation_loader(rank, size)
         model.train()
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        results.append(script.evaluate(model, loader, SimpleNamespace(device=CPU, total=alone)))
+        results.append(evaluate(model, loader, SimpleNamespace(device=CPU, total=alone)))
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with torch.no_grad():
         logits = model.eval()(images)
@@ -270,7 +271,7 @@ def test_evaluation_does_not_depend_on_how_the_split_is_cut():
     model, results = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), []
     for batch_images in (1, 10, 36, 37, 1_000):
         loader, _, _ = evaluation_loader(0, 1, batch_images=batch_images)
-        results.append(script.evaluate(model, loader, SimpleNamespace(device=CPU, total=alone)))
+        results.append(evaluate(model, loader, SimpleNamespace(device=CPU, total=alone)))
     assert {r.accuracy for r in results} == {results[0].accuracy}
     assert [r.loss for r in results] == pytest.approx([results[0].loss] * 5, rel=1e-6)
 
@@ -302,18 +303,19 @@ def test_random_labels_have_no_quality_tier_and_their_accuracy_is_said_to_mean_n
     assert "10%, chance" in note
 
 
-def finished_summary(**changes: Any) -> dict[str, Any]:
-    state = RunState(step=100, trained_images=3_200, train_seconds=10.0, best_accuracy=0.75, best_step=80)
-    state.last_epoch_sums = Sums(steps=10, images=320, correct=240)
+def finished_summary(state: RunState | None = None, **changes: Any) -> Summary:
+    if state is None:
+        state = RunState(step=100, trained_images=3_200, train_seconds=10.0, best_accuracy=0.75, best_step=80)
+        state.last_epoch_sums = Sums(steps=10, images=320, correct=240)
     results = {"test_accuracy": 0.7123, "test_images": 10_000, "quality": "Good", "ended_by": "epochs"}
-    return {**summary_of(state, steps_per_epoch=50), **results, **changes}
+    return dataclasses.replace(summarize(state, 50, "finished"), **results | changes)
 
 
 def test_a_summary_in_numbers():
     summary = finished_summary()
-    assert (summary["epochs"], summary["steps"], summary["images_per_second"]) == (2, 100, 320)
-    assert (summary["train_accuracy"], summary["val_accuracy"], summary["best_step"]) == (0.75, 0.75, 80)
-    empty = summary_of(RunState(), steps_per_epoch=50)
+    assert (summary.epochs, summary.steps, summary.images_per_second) == (2, 100, 320)
+    assert (summary.train_accuracy, summary.val_accuracy, summary.best_step) == (0.75, 0.75, 80)
+    empty = summarize(RunState(), 50, "running").as_dict()
     assert [empty[k] for k in ("train_accuracy", "val_accuracy", "best_step", "images_per_second")] == [None] * 4
 
 
@@ -337,22 +339,14 @@ def test_the_closing_lines_say_how_far_the_run_has_come():
     for epoch, (correct, loss) in enumerate(((96, 22.5), (256, 5.0), (240, 7.5))):
         state.epoch = epoch
         state.remember_epoch(Sums(steps=10, images=320, loss=loss, correct=correct), val_accuracy=0.25 + epoch / 10)
-    summary = {**finished_summary(), **summary_of(state, steps_per_epoch=50)}
-    assert (summary["first_train_accuracy"], summary["train_accuracy"], summary["best_train_accuracy"]) == (0.3, 0.75, 0.8)
+    summary = finished_summary(state)
+    assert (summary.first_train_accuracy, summary.train_accuracy, summary.best_train_accuracy) == (0.3, 0.75, 0.8)
     _, train, loss, val, _ = text.closing_lines(summary, val_images=5_000, plan=on("cifar10"))
     assert "first epoch 30.00%, gain +45.00 points, best 80.00%" in train
     assert loss == "training loss  0.7500  (last epoch; first epoch 2.2500)"
     assert "first epoch 25.00%, gain +50.00 points" in val
-    one_epoch = {**summary, "epochs": 1.0}
+    one_epoch = dataclasses.replace(summary, epochs=1.0)
     assert not any("gain" in line for line in text.closing_lines(one_epoch, val_images=5_000, plan=on("cifar10")))
-
-
-def test_a_checkpoint_from_before_the_first_epoch_was_kept_goes_on():
-    older = RunState(step=30, epoch=2).as_dict()
-    for name in ("first_epoch_sums", "first_val_accuracy", "best_train_accuracy"):
-        del older[name]
-    state = RunState.from_dict(older)
-    assert (state.step, summary_of(state, steps_per_epoch=15)["first_train_accuracy"]) == (30, None)
 
 
 def test_a_part_of_the_test_split_is_named_as_one():

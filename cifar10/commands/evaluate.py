@@ -29,10 +29,10 @@ from cifar10.distributed.world import World
 from cifar10.report.stats import BINS, calibration, confusion
 from cifar10.run import folder as run_folder
 from cifar10.run import trained
-from cifar10.run.evaluation import Augmented, SplitResult
+from cifar10.run.evaluation import Augmented, evaluate
 from cifar10.run.predictions import Predictions, save_predictions
+from cifar10.run.summary import SplitResult
 from cifar10.run.trained import Trained, Which
-from cifar10_deepspeed import evaluate
 
 Split = Literal["train", "val", "test"]
 Tta = Literal["none", "mirror", "mirror+translate"]

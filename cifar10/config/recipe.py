@@ -12,7 +12,8 @@ import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -182,13 +183,15 @@ def load(name: str) -> Experiment:
     return importlib.import_module(f"recipes.{name}").EXPERIMENT
 
 
-def _is_a(value: Any, kind: Any) -> bool:
-    """Whether a value from JSON can stand where a field of this type is wanted."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind) is tuple:
-        kinds = get_args(kind)
-        return isinstance(value, tuple) and all(_is_a(one, kinds[0]) for one in value)
+def is_a(value: Any, kind: Any) -> bool:
+    """Whether a value read from JSON fits a field of this type."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(is_a(value, one) for one in args)
+    if origin is Literal:
+        return value in args
+    if origin in (tuple, list):
+        return isinstance(value, origin) and all(is_a(one, args[0]) for one in value)
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
     return isinstance(value, (int, float) if kind is float else kind)
@@ -202,7 +205,7 @@ def from_settings(values: dict[str, Any]) -> Recipe:
     """
     recipe = Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     for name, kind in get_type_hints(Recipe).items():
-        if not _is_a(getattr(recipe, name), kind):
+        if not is_a(getattr(recipe, name), kind):
             raise TypeError(f"{name} is {values[name]!r}")
     check_recipe(recipe)
     return recipe

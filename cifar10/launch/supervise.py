@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -16,7 +17,7 @@ import psutil
 
 from cifar10.distributed import device
 from cifar10.launch.command import LaunchOptions, deepspeed_command, start_command
-from cifar10.run import folder as run_folder
+from cifar10.run.summary import Summary, read_summary
 
 FINISHED, FAILED, REFUSED, RESUMABLE = 0, 1, 2, 75  # 75 is sysexits.h's EX_TEMPFAIL: try again
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -73,9 +74,9 @@ class Launch:
         return self._process.returncode
 
 
-def exit_code(launcher_code: int, signalled: bool, before: dict | None, after: dict | None) -> int:
+def exit_code(launcher_code: int, signalled: bool, before: Summary | None, after: Summary | None) -> int:
     """main.py's exit code, from the run folder's summary before and after: only a run whose summary says so has finished."""
-    status = after["status"] if after and after != before else None
+    status = after.status if after and after != before else None
     if status == "finished":
         return FINISHED
     if status == "stopped" or (signalled and status != "failed"):
@@ -92,23 +93,24 @@ def describe(code: int) -> str:
 
 def train_once(options: LaunchOptions, ranks: int, flags: list[str], folder: Path) -> int:
     """Start the launcher and supervise it until its last process has ended; returns the exit code."""
-    before = run_folder.read_json(folder / "summary.json")
+    before = read_summary(folder)
     with tempfile.TemporaryDirectory() as scratch:
         command, environment = deepspeed_command(options, ranks, device.count_gpus(), flags, Path(scratch) / "hostfile")
         environment.setdefault("CIFAR10_STARTED_BY", start_command(options))
         launch = Launch(command, environment)
         code = launch.wait()
-    after = run_folder.read_json(folder / "summary.json")
+    after = read_summary(folder)
     first = options.node_rank == 0  # of several machines, the first writes the summary
-    if first and after and after != before and after["status"] == "running" and not launch.signalled:  # no rank was left to
-        after = {**after, "status": "failed", "reason": f"the run ended{describe(code)}"}
-        run_folder.write_json(folder / "summary.json", after)
+    if first and after and after != before and after.status == "running" and not launch.signalled:  # no rank was left to
+        after = replace(after, status="failed", reason=f"the run ended{describe(code)}")
+        after.write(folder)
     return exit_code(code, launch.signalled, before, after)
 
 
 def train(options: LaunchOptions, ranks: int, flags: list[str], max_steps: int | None, folder: Path) -> int:
     """Train the run in `folder` to its end, with its restarts; returns the exit code."""
-    if run_folder.is_finished(run_folder.read_json(folder / "summary.json"), max_steps):
+    summary = read_summary(folder)
+    if summary and summary.is_complete(max_steps):
         print(f"{folder} holds a finished run; its results are in its summary.json", flush=True)
         return FINISHED
     for restart in range(options.max_restarts + 1):

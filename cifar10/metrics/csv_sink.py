@@ -10,7 +10,7 @@ from typing import TextIO
 
 from cifar10.files import written_whole
 from cifar10.metrics.sink import Context, EpochRow, Sink, StepRow
-from cifar10.run.evaluation import SplitResult
+from cifar10.run.summary import SplitResult
 
 
 class CsvSink(Sink):

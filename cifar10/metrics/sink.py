@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cifar10.plan import Plan
-from cifar10.run.evaluation import SplitResult
 from cifar10.run.state import RunState
+from cifar10.run.summary import SplitResult
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar10.metrics.sink import Context, EpochRow, Sink, StepRow, Steps
-from cifar10.run.evaluation import SplitResult
+from cifar10.run.summary import SplitResult
 
 FLUSH_SECONDS = 10  # what a viewer sees is at most this old
 

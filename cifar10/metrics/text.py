@@ -15,6 +15,7 @@ from cifar10.data import augment
 from cifar10.metrics.sink import Section
 from cifar10.plan import Plan
 from cifar10.run.evaluation import VIEWS
+from cifar10.run.summary import Summary
 
 if TYPE_CHECKING:
     from torch import nn
@@ -199,50 +200,48 @@ def opening_lines(
         yield f"ends at step {last_step} (--max-steps); the schedule stays that of {total_steps:,} steps"
 
 
-def _since_first(summary: dict[str, Any], split: str) -> str:
+def _since_first(summary: Summary, split: str) -> str:
     """How far an accuracy has come since the first epoch, in points: percent of the images."""
-    first, now = summary.get(f"first_{split}_accuracy"), summary[f"{split}_accuracy"]
-    if first is None or summary["epochs"] <= 1:
+    first, now = getattr(summary, f"first_{split}_accuracy"), getattr(summary, f"{split}_accuracy")
+    if first is None or summary.epochs <= 1:
         return ""
-    best = f", best {summary['best_train_accuracy']:.2%}" if split == "train" else ""
+    best = f", best {summary.best_train_accuracy:.2%}" if split == "train" else ""
     return f"; first epoch {first:.2%}, gain {100 * (now - first):+.2f} points{best}"
 
 
-def closing_lines(summary: dict[str, Any], val_images: int, plan: Plan) -> list[str]:
+def closing_lines(summary: Summary, val_images: int, plan: Plan) -> list[str]:
     """The end of a finished run, a line for each split that was measured."""
     lines = [
-        f"finished ({summary['ended_by']}): {summary['epochs']:.4g} epochs, {summary['steps']:,} steps,"
-        f" {summary['train_seconds'] / 60:.1f} minutes of training, {summary['images_per_second'] or 0:,.0f} images/s;"
-        f" this process began {summary['process_seconds']:.1f} seconds ago"
+        f"finished ({summary.ended_by}): {summary.epochs:.4g} epochs, {summary.steps:,} steps,"
+        f" {summary.train_seconds / 60:.1f} minutes of training, {summary.images_per_second or 0:,.0f} images/s;"
+        f" this process began {summary.process_seconds:.1f} seconds ago"
     ]
-    since = _since_first(summary, "train") if summary["train_accuracy"] is not None else ""
-    if summary["train_accuracy"] is not None:
+    since = _since_first(summary, "train") if summary.train_accuracy is not None else ""
+    if summary.train_accuracy is not None:
         images = "augmented images, " if plan.recipe.is_augmented else ""
-        lines.append(f"train accuracy {summary['train_accuracy']:.2%}  (last epoch: {images}weights still moving{since})")
-    if summary.get("train_loss") is not None:
-        first = f"; first epoch {summary['first_train_loss']:.4f}" if since else ""
-        lines.append(f"training loss  {summary['train_loss']:.4f}  (last epoch{first})")
-    if summary["val_accuracy"] is not None:
+        lines.append(f"train accuracy {summary.train_accuracy:.2%}  (last epoch: {images}weights still moving{since})")
+    if summary.train_loss is not None:
+        first = f"; first epoch {summary.first_train_loss:.4f}" if since else ""
+        lines.append(f"training loss  {summary.train_loss:.4f}  (last epoch{first})")
+    if summary.val_accuracy is not None:
         lines.append(
-            f"val accuracy   {summary['val_accuracy']:.2%}  (best_model, step {summary['best_step']}; {val_images:,} images"
+            f"val accuracy   {summary.val_accuracy:.2%}  (best_model, step {summary.best_step}; {val_images:,} images"
             f"{_since_first(summary, 'val')})"
         )
-    if summary["test_accuracy"] is not None:
-        used, there = summary["test_images"], plan.dataset.test_images
+    if summary.test_accuracy is not None:
+        used, there = summary.test_images, plan.dataset.test_images
         which = f"all {used:,} images" if used == there else f"the first {used:,} of {there:,} images"
-        lines.append(
-            f"test accuracy  {summary['test_accuracy']:.2%}  (best_model; {which})  {summary['quality'] or ''}".rstrip()
-        )
-    if summary.get("test_accuracy_tta") is not None:
+        lines.append(f"test accuracy  {summary.test_accuracy:.2%}  (best_model; {which})  {summary.quality or ''}".rstrip())
+    if summary.test_accuracy_tta is not None:
         views = f"{VIEWS[plan.recipe.tta]} views of an image"
         unsure = f" of which the model is less than {plan.recipe.tta_below:.0%} sure" if plan.recipe.tta_below < 1 else ""
-        lines.append(f"test accuracy  {summary['test_accuracy_tta']:.2%}  with test-time augmentation: {views}{unsure}")
+        lines.append(f"test accuracy  {summary.test_accuracy_tta:.2%}  with test-time augmentation: {views}{unsure}")
     if plan.dataset.note:
         lines.append(f"note: {plan.dataset.note}")
     return lines
 
 
-def last_words(error: Exception, rank: int, step: int, micro_images: int) -> str:
+def failure(error: Exception, rank: int, step: int, micro_images: int) -> str:
     """Why a run has failed, in one line: which rank, at which step, and what to change where that is known."""
     said = (str(error).strip() or type(error).__name__).splitlines()[0]
     said = re.sub(r"^\[\S+\] ", "", said).split(" This is typically")[

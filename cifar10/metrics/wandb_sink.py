@@ -31,8 +31,8 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from cifar10.metrics.sink import Context, EpochRow, Sink, StepRow
-from cifar10.run.evaluation import SplitResult
 from cifar10.run.folder import title
+from cifar10.run.summary import SplitResult
 
 Mode = Literal["online", "offline", "off"]
 PROJECT = "deepspeed-cifar10"

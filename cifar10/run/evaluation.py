@@ -1,29 +1,34 @@
-"""Test-time augmentation: a model that answers with the mean of its outputs for several views of an image."""
+"""Evaluating a model on a split, and test-time augmentation: the mean of its logits over several views of an image."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-VIEWS = {"mirror": 2, "mirror+translate": 6}  # how often each image is looked at
+from cifar10.data.loader import EvaluationLoader
+from cifar10.distributed.world import World
+from cifar10.run.summary import SplitResult
+
+VIEWS = {"mirror": 2, "mirror+translate": 6}  # how many views of each image
 
 
-@dataclass(frozen=True)
-class SplitResult:
-    """A split's mean loss and accuracy (a fraction) over `images` images, each counted once, in `seconds` seconds."""
-
-    loss: float
-    accuracy: float
-    images: int
-    seconds: float
-
-    @property
-    def throughput(self) -> float:
-        """Images per second."""
-        return self.images / self.seconds if self.seconds else 0.0
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: EvaluationLoader, world: World, keep: list[Tensor] | None = None) -> SplitResult:
+    """Mean loss and accuracy of a plain fp32 `model` over a split, the same on every rank; its own logits go into `keep`."""
+    started = time.perf_counter()
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)  # loss, correct
+    for images, labels in loader:
+        logits = model(images)
+        sums[0] += F.cross_entropy(logits, labels, reduction="sum")
+        sums[1] += (logits.argmax(dim=1) == labels).sum()
+        if keep is not None:
+            keep.append(logits.cpu())
+    loss, correct = world.total(sums).tolist()
+    return SplitResult(loss / len(loader), correct / len(loader), len(loader), time.perf_counter() - started)
 
 
 def _both_ways(model: nn.Module, images: Tensor) -> Tensor:
@@ -31,9 +36,9 @@ def _both_ways(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def views(model: nn.Module, images: Tensor, kind: str) -> Tensor:
-    """Normalised images [B, C, S, S] -> the mean of the logits of all views [B, classes].
+    """Normalized images [B, C, S, S] -> the mean of the logits of all views [B, classes].
 
-    `mirror`: as it is and mirrored. `mirror+translate`: both of these also moved by one pixel up and to the left, and down
+    `mirror`: as it is and flipped. `mirror+translate`: both of these also moved by one pixel up and to the left, and down
     and to the right; the image where it is counts as much as the two others together (airbench94's, see models/speednet.py).
     """
     logits = _both_ways(model, images)

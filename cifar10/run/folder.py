@@ -17,7 +17,6 @@ import os
 import platform
 import shlex
 import subprocess
-import sys
 import time
 from importlib.metadata import version
 from itertools import islice
@@ -27,7 +26,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cifar10 import UsageError
-from cifar10.config.cli import Options
 from cifar10.config.settings import differences, is_deep
 from cifar10.files import written_whole
 
@@ -78,15 +76,15 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, type(error).__name__) from None
+        raise damaged(path, type(error).__name__) from None
     if not isinstance(content, dict):
-        raise _damaged(path, "not an object")
+        raise damaged(path, "not an object")
     if is_deep(content):
-        raise _damaged(path, "nested too deep")
+        raise damaged(path, "nested too deep")
     return content
 
 
-def _damaged(path: Path, how: str) -> UsageError:
+def damaged(path: Path, how: str) -> UsageError:
     return UsageError(f"{path} is damaged ({how}); move it away, or name another --output-dir")
 
 
@@ -94,14 +92,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write strict JSON so that readers see the old file or the new one, never a part."""
     with written_whole(path) as file:
         file.write((json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
-
-
-def write_summary(folder: Path, content: dict[str, Any]) -> None:
-    """Write summary.json. A disk that will not take it does not end a run: it is told, and the summary before it stays."""
-    try:
-        write_json(folder / "summary.json", content)
-    except OSError as error:
-        print(f"{folder / 'summary.json'} is not written: {error.strerror}", file=sys.stderr)
 
 
 def refuse_other_settings(folder: Path, settings: dict[str, Any], defaults: dict[str, Any]) -> None:
@@ -114,7 +104,7 @@ def refuse_other_settings(folder: Path, settings: dict[str, Any], defaults: dict
     if saved_recipe is None or saved_config is None:
         return
     if not isinstance(saved_recipe.get("settings"), dict):
-        raise _damaged(folder / "recipe.json", "no settings")
+        raise damaged(folder / "recipe.json", "no settings")
     saved = {"recipe": {**defaults, **saved_recipe["settings"]}, "deepspeed": saved_config}
     if shown := differences(saved, settings):
         raise UsageError(f"--output-dir {folder} holds a run with other settings ({shown}); name another --output-dir")
@@ -146,7 +136,7 @@ def refuse_other_position(source: Path, settings: dict[str, Any]) -> None:
     saved, config = read_json(source / "recipe.json") or {}, read_json(source / "ds_config.json") or {}
     ours = {**settings["recipe"], "train_batch_size": settings["deepspeed"]["train_batch_size"]}
     if not isinstance(saved.get("settings", {}), dict):
-        raise _damaged(source / "recipe.json", "no settings")
+        raise damaged(source / "recipe.json", "no settings")
     theirs = {**saved.get("settings", {}), "train_batch_size": config.get("train_batch_size")}
     for key in ("model", "dataset", "val_images", "seed", "split_seed", "train_batch_size"):
         if theirs.get(key) != ours[key]:
@@ -159,20 +149,6 @@ def refuse_if_never(folder: Path, resume: str) -> None:
     """--resume never: raise UsageError if the folder has anything in it but a lock."""
     if resume == "never" and folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
         raise UsageError(f"--resume never, but --output-dir {folder} is not empty; name another folder, or use --resume auto")
-
-
-def is_finished(summary: dict[str, Any] | None, max_steps: int | None) -> bool:
-    """Whether a run with this summary has nothing left to do; one that --max-steps ended goes on if more are allowed now."""
-    if summary is None or summary.get("status") != "finished":
-        return False
-    return summary.get("ended_by") != "max_steps" or (max_steps is not None and max_steps <= summary["steps"])
-
-
-def refuse_damaged_summary(folder: Path) -> None:
-    """Raise UsageError if the folder's summary.json does not say how its run stands."""
-    summary = read_json(folder / "summary.json")
-    if summary is not None and summary.get("ended_by") == "max_steps" and type(summary.get("steps")) is not int:
-        raise _damaged(folder / "summary.json", "no steps")
 
 
 def _commit() -> str | None:
@@ -225,19 +201,10 @@ def open_run(folder: Path, recipe_json: str, ds_config: dict[str, Any], resume: 
             write_json(folder / "recipe.json", json.loads(recipe_json))
         starts = (read_json(folder / "environment.json") or {}).get("starts", [])
         if not isinstance(starts, list):
-            raise _damaged(folder / "environment.json", "no list of starts")
+            raise damaged(folder / "environment.json", "no list of starts")
         write_json(folder / "environment.json", {"starts": [*starts, environment(argv, facts)]})
     except OSError as error:
         raise UsageError(f"--output-dir {folder} cannot be written to ({error.strerror}); name another folder") from None
-
-
-def claim(options: Options, recipe_json: str, ds_config: dict[str, Any], argv: list[str], **facts: Any) -> tuple[Path, bool]:
-    """The folder of this command's run, held for this process, and whether that run has finished already; on rank 0."""
-    folder = choose(options.output_dir, options.recipe)
-    if is_finished(read_json(folder / "summary.json"), options.max_steps):
-        return folder, True
-    open_run(folder, recipe_json, ds_config, options.resume, argv, **facts)
-    return folder, False
 
 
 def command_to_continue(start: str, argv: list[str], folder: Path) -> str:

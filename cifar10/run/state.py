@@ -97,7 +97,6 @@ class RunState:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunState:
         """The state that `as_dict` wrote. Raises TypeError, KeyError or ValueError for one that it cannot have written."""
-        values = {"first_epoch_sums": {}, **values}  # which older checkpoints do not know
         keys = ("epoch_sums", "interval_sums", "first_epoch_sums", "last_epoch_sums")
         sums = {key: _plain(Sums(**values[key])) for key in keys}
         state = _plain(cls(**{**values, **sums}))

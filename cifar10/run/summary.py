@@ -1,55 +1,146 @@
-"""summary.json: how a run stands and what it measured. Accuracies are fractions, and every one carries its split."""
+"""summary.json: how a run stands and what it has measured. Accuracies are fractions, and each name says its split."""
 
 from __future__ import annotations
 
+import sys
 import time
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
 
 import psutil
 
+from cifar10.config.recipe import is_a
 from cifar10.data.dataset import DataSet
-from cifar10.run.evaluation import SplitResult
+from cifar10.run.folder import damaged, read_json, write_json
 from cifar10.run.state import RunState
 
+FILE = "summary.json"
+Status = Literal["running", "stopped", "failed", "finished"]
+EndedBy = Literal["epochs", "max_steps", "early_stopping"]
 TIERS = ("Excellent", "Good", "Fair", "Poor")  # the reference documents'
 
 
-def quality_tier(test_accuracy: float, least: tuple[float, float, float] | None) -> str | None:
-    """The tier of an accuracy (a fraction) on test images: `least` are those of all tiers but the last; None has no tiers."""
-    if least is None:
+@dataclass(frozen=True)
+class SplitResult:
+    """A split's mean loss and accuracy (a fraction) over `images` images, each counted once, in `seconds` seconds."""
+
+    loss: float
+    accuracy: float
+    images: int
+    seconds: float
+
+    @property
+    def throughput(self) -> float:
+        """Images per second."""
+        return self.images / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The content of summary.json; None is what has not been measured (yet)."""
+
+    status: Status
+    recipe: str = "?"
+    seed: int = 0
+    world_size: int = 1
+    epochs: float = 0.0
+    steps: int = 0
+    skipped_steps: int = 0
+    train_accuracy: float | None = None  # of the last epoch, on augmented images
+    train_loss: float | None = None
+    first_train_accuracy: float | None = None  # of the first epoch
+    first_train_loss: float | None = None
+    first_val_accuracy: float | None = None
+    best_train_accuracy: float | None = None
+    val_accuracy: float | None = None  # of best_model
+    best_step: int | None = None
+    train_seconds: float = 0.0  # of training steps
+    process_seconds: float = 0.0  # since the process began, imports included
+    images_per_second: float | None = None
+    resumed_at_steps: list[int] | None = None
+    test_accuracy: float | None = None  # of best_model
+    test_images: int | None = None
+    test_seconds: float | None = None
+    test_accuracy_tta: float | None = None  # the same with test-time augmentation
+    test_tta_seconds: float | None = None
+    quality: str | None = None
+    peak_memory_mib: list[int] | None = None  # of each rank's process
+    peak_gpu_memory_mib: list[int] | None = None
+    weights_sha256: str | None = None  # of checkpoints/final
+    ended_by: EndedBy | None = None
+    reason: str | None = None  # why the run failed
+
+    def with_test(self, results: dict[str, SplitResult], dataset: DataSet) -> Summary:
+        """The same with the test's results: `test`, and `test_tta` if there is one."""
+        test, augmented = results.get("test"), results.get("test_tta")
+        if test is None:
+            return replace(self, test_images=0)
+        measured = {"test_accuracy": test.accuracy, "test_images": test.images, "test_seconds": test.seconds}
+        if augmented:
+            measured |= {"test_accuracy_tta": augmented.accuracy, "test_tta_seconds": augmented.seconds}
+        return replace(self, **measured, quality=quality_tier(test.accuracy, dataset.tiers))
+
+    def is_complete(self, max_steps: int | None) -> bool:
+        """Whether nothing is left to train; a run ended by --max-steps goes on if more steps are allowed now."""
+        if self.status != "finished":
+            return False
+        return self.ended_by != "max_steps" or (max_steps is not None and max_steps <= self.steps)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the file holds, but for what was not measured."""
+        return {name: value for name, value in asdict(self).items() if value is not None or name in _ALWAYS}
+
+    def write(self, folder: Path) -> None:
+        """Write summary.json. A full disk does not end the run: it is reported, and the earlier file stays."""
+        try:
+            write_json(folder / FILE, self.as_dict())
+        except OSError as error:
+            print(f"{folder / FILE} could not be written: {error.strerror}", file=sys.stderr)
+
+
+# Written as null while they are not measured: readers may count on them.
+_ALWAYS = {f.name for f in fields(Summary)[: [f.name for f in fields(Summary)].index("test_accuracy")]}
+
+
+def read_summary(folder: Path) -> Summary | None:
+    """What `write` wrote in a run's folder; None if there is nothing. Raises UsageError for a damaged file."""
+    content = read_json(folder / FILE)
+    if content is None:
         return None
-    return next(name for bound, name in zip((*least, 0.0), TIERS, strict=True) if test_accuracy >= bound)
+    required = ("status", "steps") if content.get("status") == "finished" else ("status",)
+    for name, kind in get_type_hints(Summary).items():
+        if (name in content or name in required) and not is_a(content.get(name), kind):
+            raise damaged(folder / FILE, f"{name} is {str(content.get(name))[:60]}")
+    return Summary(**{f.name: content[f.name] for f in fields(Summary) if f.name in content})
 
 
-def tested(results: dict[str, SplitResult], dataset: DataSet) -> dict[str, Any]:
-    """What the test came to, for summary.json; None where there was none. `test_tta` is that of several views an image."""
-    test, augmented = results.get("test"), results.get("test_tta")
-    if test is None:
-        return {"test_accuracy": None, "test_images": 0, "quality": None}
-    quality = quality_tier(test.accuracy, dataset.tiers)
-    summary = {"test_accuracy": test.accuracy, "test_images": test.images, "test_seconds": test.seconds, "quality": quality}
-    if augmented:
-        summary |= {"test_accuracy_tta": augmented.accuracy, "test_tta_seconds": augmented.seconds}
-    return summary
+def quality_tier(test_accuracy: float, bounds: tuple[float, float, float] | None) -> str | None:
+    """The documents' word for a test accuracy (a fraction): `bounds` are the lower ends of all tiers but the last, if any."""
+    if bounds is None:
+        return None
+    return next(name for bound, name in zip((*bounds, 0.0), TIERS, strict=True) if test_accuracy >= bound)
 
 
-def summary_of(state: RunState, steps_per_epoch: int) -> dict[str, Any]:
-    """How a run stands, for summary.json: train accuracy and loss of the last epoch, val accuracy of best_model."""
+def summarize(state: RunState, steps_per_epoch: int, status: Status, **known: Any) -> Summary:
+    """The summary of a run at `state`."""
     first, train = state.first_epoch_sums, state.last_epoch_sums
-    return {
-        "epochs": state.step / steps_per_epoch,
-        "steps": state.step,
-        "skipped_steps": state.skipped_steps,
-        "train_accuracy": train.accuracy if train.images else None,
-        "train_loss": train.mean_loss if train.steps else None,
-        "first_train_accuracy": first.accuracy if first.images else None,
-        "first_train_loss": first.mean_loss if first.steps else None,
-        "first_val_accuracy": state.first_val_accuracy if state.first_val_accuracy >= 0 else None,
-        "best_train_accuracy": state.best_train_accuracy if state.best_train_accuracy >= 0 else None,
-        "val_accuracy": state.best_accuracy if state.best_accuracy >= 0 else None,
-        "best_step": state.best_step if state.best_step >= 0 else None,
-        "train_seconds": state.train_seconds,
-        "process_seconds": time.time() - psutil.Process().create_time(),  # since this process began, imports and all
-        "images_per_second": state.trained_images / state.train_seconds if state.train_seconds else None,
-        "resumed_at_steps": state.resumed_at_steps,
-    }
+    return Summary(
+        status=status,
+        epochs=state.step / steps_per_epoch,
+        steps=state.step,
+        skipped_steps=state.skipped_steps,
+        train_accuracy=train.accuracy if train.images else None,
+        train_loss=train.mean_loss if train.steps else None,
+        first_train_accuracy=first.accuracy if first.images else None,
+        first_train_loss=first.mean_loss if first.steps else None,
+        first_val_accuracy=state.first_val_accuracy if state.first_val_accuracy >= 0 else None,
+        best_train_accuracy=state.best_train_accuracy if state.best_train_accuracy >= 0 else None,
+        val_accuracy=state.best_accuracy if state.best_accuracy >= 0 else None,
+        best_step=state.best_step if state.best_step >= 0 else None,
+        train_seconds=state.train_seconds,
+        process_seconds=time.time() - psutil.Process().create_time(),
+        images_per_second=state.trained_images / state.train_seconds if state.train_seconds else None,
+        resumed_at_steps=state.resumed_at_steps,
+        **known,
+    )

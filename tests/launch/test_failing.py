@@ -179,7 +179,7 @@ def test_a_sink_that_fails_is_named_and_let_go_and_the_others_go_on(capsys: pyte
     ],
 )
 def test_the_last_words_say_rank_step_and_remedy(error: Exception, words: str) -> None:
-    said = text.last_words(error, 3, 7, 64)
+    said = text.failure(error, 3, 7, 64)
     assert said.startswith("rank 3 ")
     assert words in said
     assert "\n" not in said

@@ -12,7 +12,7 @@ import pytest
 from cifar10.metrics.console import ConsoleSink
 from cifar10.metrics.csv_sink import CsvSink
 from cifar10.metrics.sink import EpochRow, Metrics, Sink, StepRow, Steps
-from cifar10.run.evaluation import SplitResult
+from cifar10.run.summary import SplitResult
 
 TRAIN = SplitResult(loss=1.25, accuracy=0.5625, images=3_200, seconds=2.0)
 VAL = SplitResult(loss=1.5, accuracy=0.5, images=500, seconds=0.5)

@@ -13,7 +13,7 @@ from cifar10 import UsageError
 from cifar10.config.recipe import recipe_names
 from cifar10.metrics import text
 from cifar10.metrics.console import ConsoleSink, plain_lines
-from cifar10.metrics.sink import Section
+from cifar10.metrics.sink import Section, Steps
 from cifar10.models import bn_cnn, weights
 from cifar10.models.registry import build_model, model_names
 from cifar10.plan import Plan, make_plan
@@ -159,14 +159,14 @@ SECTION = Section("model", [("a", "[bold]", "1"), ("long", "", "1,234")], ("laye
 
 
 def test_a_section_without_a_terminal_has_its_title_in_each_line(capsys) -> None:
-    ConsoleSink(10, 10, 0, 32).event(SECTION)
+    ConsoleSink(Steps(10, last=10), 0, 32).event(SECTION)
     assert capsys.readouterr().out == "model: a     [bold]  1\nmodel: long          1,234\n"
 
 
 def test_a_section_in_a_terminal_is_a_table(capsys, monkeypatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "80")
-    sink = ConsoleSink(10, 10, 0, 32)
+    sink = ConsoleSink(Steps(10, last=10), 0, 32)
     sink.event(SECTION)
     sink.close()
     printed = capsys.readouterr().out

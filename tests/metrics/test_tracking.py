@@ -32,8 +32,8 @@ from cifar10.metrics.sink import EpochRow, StepRow, Steps
 from cifar10.metrics.tensorboard_sink import TensorBoardSink
 from cifar10.metrics.wandb_sink import choose_mode, has_login
 from cifar10.plan import make_plan
-from cifar10.run.evaluation import SplitResult
 from cifar10.run.state import RunState
+from cifar10.run.summary import SplitResult
 from tests.helpers import WORKERS
 from tests.launching import DEADLINE_SECONDS, PROJECT, environment, has_trained, run, summary, wait_until
 from tests.metrics.test_sinks import rows

@@ -17,6 +17,7 @@ from cifar10.config.cli import parse
 from cifar10.config.recipe import as_json, load
 from cifar10.plan import Plan, make_plan
 from cifar10.run import folder as run_folder
+from cifar10.run.summary import Summary
 
 PROJECT = Path(__file__).resolve().parents[2]
 BASE = ["--dataset", "synthetic"]
@@ -252,14 +253,13 @@ def test_a_file_that_is_not_there_is_read_as_none(tmp_path):
 # --- whether the run is over ------------------------------------------------------------------------------------------
 
 
-def summary(**values: Any) -> dict[str, Any]:
-    return {"status": "finished", "ended_by": "epochs", "steps": 100, **values}
+def summary(**values: Any) -> Summary:
+    return Summary(**{"status": "finished", "ended_by": "epochs", "steps": 100, **values})
 
 
 @pytest.mark.parametrize(
     ("content", "max_steps", "over"),
     [
-        (None, None, False),
         (summary(status="running"), None, False),
         (summary(status="stopped"), 50, False),
         (summary(status="failed"), None, False),
@@ -275,7 +275,7 @@ def summary(**values: Any) -> dict[str, Any]:
     ],
 )
 def test_a_finished_run_is_over_unless_max_steps_ended_it_and_more_are_allowed(content, max_steps, over):
-    assert run_folder.is_finished(content, max_steps) is over
+    assert content.is_complete(max_steps) is over
 
 
 # --- how to go on -----------------------------------------------------------------------------------------------------

@@ -23,9 +23,9 @@ from cifar10.distributed.world import World
 from cifar10.engine.engine import Engine
 from cifar10.models.registry import build_model
 from cifar10.run import checkpoint
+from cifar10.run.evaluation import evaluate
 from cifar10.run.metric_buffer import MetricBuffer, count_steps
 from cifar10.run.state import RunState
-from cifar10_deepspeed import evaluate
 from tests.helpers import MEAN, SGD, STD, CountOperations, CountReads, batch, make_engine, make_loader, one_step, snapshot
 
 INFINITE, NOT_A_NUMBER = float("inf"), float("nan")
