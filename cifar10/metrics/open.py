@@ -16,6 +16,7 @@ SINKS = (
     "report_sink",  # before the sinks that upload its plots
     "tensorboard_sink",
     "wandb_sink",
+    "mlflow_sink",
 )
 
 
