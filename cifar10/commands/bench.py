@@ -4,15 +4,15 @@
 
     plain PyTorch     the loop of the tutorials: torchvision's CIFAR10 and transforms in a DataLoader with two workers,
                       torch's SGD and clipping, `.item()` of the loss and the accuracy at every step
-    stock DeepSpeed   the same loop, to the letter, through `deepspeed.initialize` with the document's JSON as it is
+    stock DeepSpeed   exactly the same loop through `deepspeed.initialize`, with the document's JSON as it is
     this program      our loader, engine, step and metric buffer, with the recipe bn_cnn_document
     bn_cnn_fast       the same network in this program as that recipe trains it: bf16 where it is native, batch 500
 
 The same network from the same weights, one process, in rounds A B C D A B C D, so that whatever else the machine does meets
-all of them; the first three with batch 32, fp32, and the JSON's learning rate. The stock loop is meant to be as good as such a
-script can be: the document's also fetches the norm of every single gradient, 12 more waits a step, and that is left out; and
-memory that is freed is kept for the next step in all loops (device.keep_freed_memory), which a script does not think of. Images
-per second of two runs or machines cannot be compared; the ratios of one run can. The losses show that all of them learn.
+all of them; the first three with batch 32, fp32, and the JSON's learning rate. The stock loop is as good as such a script can
+be: the document's also fetches the norm of every single gradient, 12 more synchronizations a step, and that is left out; and
+freed memory is kept for the next step in all loops (device.keep_freed_memory), which a script would not do. Images per second
+of two runs or machines cannot be compared; the ratios of one run can. The losses show that all of them learn.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def tutorial_loader(plan: Plan, round_steps: int) -> Iterable[MicroBatch]:
 
 
 class DocumentCNN(CIFAR10CNNEnhanced):
-    """The same network with the reference document's forward to the letter; its outputs are ours to the bit."""
+    """The same network with exactly the reference document's forward; its outputs are bitwise equal to ours."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(F.relu(self.bn1(self.conv1(x))))
@@ -102,7 +102,7 @@ def document_model(plan: Plan, world: World) -> nn.Module:
 
 
 class TutorialLoop:
-    """One step after another, the host waiting for the loss and the accuracy of each."""
+    """One step after another, synchronizing for the loss and the accuracy of each."""
 
     def __init__(self, loader: Iterable[MicroBatch], device: torch.device, model: nn.Module, update: Callable[[Tensor], None]):
         self.losses: list[float] = []

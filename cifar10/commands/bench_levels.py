@@ -41,7 +41,7 @@ PLAIN = "plain PyTorch"
 RECIPE, PRECISIONS, BATCHES = "bn_cnn", ("fp32", "bf16"), (64, 512)
 CPU_LEVELS = ("eager", "compile")
 LAST_STEPS = 50  # whose mean loss is reported
-WATCHED_STEPS = 10  # whose waits for the device are counted
+WATCHED_STEPS = 10  # whose synchronizations are counted
 
 Step = Callable[[list[MicroBatch]], Tensor]  # and its loss, on the device
 
@@ -58,11 +58,11 @@ class Loop:
         """The wall time of the next steps, until the device has done them, and the CPU time of all threads of this process."""
         started, computed = time.perf_counter(), time.process_time()
         losses = [self.step(next(self.batches)) for _ in range(steps)]
-        self.losses += torch.stack(losses).tolist()  # waits for the device
+        self.losses += torch.stack(losses).tolist()  # synchronizes
         return time.perf_counter() - started, time.process_time() - computed
 
     def waits(self) -> int | None:
-        """How often the host waits for the device in a step; None on a CPU, which has no such thing."""
+        """How often a step synchronizes with the device; None on a CPU."""
         if not torch.cuda.is_available():
             return None
         batches = [next(self.batches) for _ in range(WATCHED_STEPS)]  # the loader's own are not the step's

@@ -21,7 +21,7 @@ Level = Literal["eager", "compile", "graph", "captured"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 CAPTURED_OPTIMIZERS = ("SGD", "MuonWithSGD")  # they read a learning rate on the device, and skip a step there
 TIMERS = ("wall_clock_breakdown", "flops_profiler", "timers.throughput")  # DeepSpeed's, around each forward
-MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")  # DeepSpeed's: the host writes to them at each step
+MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")  # DeepSpeed's: written to at each step
 
 
 def resolve_level(wanted: str, config: dict[str, Any], world_size: int, *, sync_bn: bool = False) -> Level:

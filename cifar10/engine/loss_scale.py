@@ -1,4 +1,4 @@
-"""The loss scale of fp16: small gradients are lifted into fp16's range before backward, and brought back before the update."""
+"""The loss scale of fp16: small gradients are scaled into fp16's range before backward, and back before the update."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class LossScale:
     """DeepSpeed's `fp16` block, with one rule at every ZeRO stage: a step that overflows is skipped and halves the scale;
     after `window` good steps in a row it doubles. A static `loss_scale` is where it starts, and never doubles.
 
-    ZeRO asks it through the attributes and methods of DeepSpeed's own loss scalers. DeepSpeed 0.19.8 offers two things in
-    its place, and both go wrong with `torch_autocast` under ZeRO: a GradScaler, which it never tells of an overflow and whose
-    scaled gradients it clips, and its DynamicLossScaler, which doubles the scale between a step's backward and its update.
+    It has the attributes and methods of DeepSpeed's own loss scalers, which ZeRO uses. DeepSpeed 0.19.8 offers two of
+    its own, and both go wrong with `torch_autocast` under ZeRO: a GradScaler, which never learns of an overflow and whose
+    scaled gradients are clipped, and its DynamicLossScaler, which doubles the scale between a step's backward and its update.
     """
 
     cur_scale: float
@@ -47,7 +47,7 @@ class LossScale:
             self.cur_scale /= 2
 
     def state_dict(self) -> dict[str, float]:
-        """Where the scale stands, in the words of PyTorch's GradScaler, which keeps the same rule without ZeRO.
+        """Where the scale stands, in the format of PyTorch's GradScaler, which keeps the same rule without ZeRO.
 
         It doubles at once, where this one waits for the next backward, and would never double after a full window.
         """
@@ -56,5 +56,5 @@ class LossScale:
         return {"scale": self.cur_scale, "_growth_tracker": self.good_steps}
 
     def load_state_dict(self, saved: dict[str, float]) -> None:
-        """Go on from what `state_dict` returned; the window stays the JSON's."""
+        """Continue from what `state_dict` returned; the window stays the JSON's."""
         self.cur_scale, self.good_steps = saved["scale"], saved["_growth_tracker"]

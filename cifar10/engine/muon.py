@@ -1,13 +1,13 @@
-"""Muon for the hidden layers' weights and SGD for the rest, as one optimizer that is handed to `deepspeed.initialize`.
+"""Muon for the hidden layers' weights and SGD for the rest, as one optimizer to pass to `deepspeed.initialize`.
 
 Muon (Jordan 2024, "Muon: an optimizer for hidden layers in neural networks") replaces a weight matrix's momentum by the
 nearest matrix whose singular values are all about one, found by a few Newton-Schulz iterations; a filter bank
 [out, in, k, k] counts as the matrix [out, in * k * k]. Biases and the last layer are not such matrices and take SGD with
 Nesterov's momentum. Scaling a filter bank that BatchNorm follows changes nothing but its effective learning rate, so each
 is kept at norm sqrt(out), as in airbench94 (github.com/KellerJordan/cifar10-airbench). Other hidden weights are kept there,
-too: for bn_cnn that takes the place of weight decay (records/LOG.md).
+too: for bn_cnn that replaces weight decay (records/LOG.md).
 
-DeepSpeed's own `Muon` takes each matrix by itself, pairs it with Adam, and takes the last layer for a hidden one.
+DeepSpeed's own `Muon` takes each matrix by itself, pairs it with Adam, and treats the last layer as a hidden one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NAME = "MuonWithSGD"  # as DeepSpeed's JSON calls it: "optimizer": {"type": "Muo
 _QUINTIC = (3.4445, -4.7750, 2.0315)  # steepest at zero; takes singular values in (0, 1] to about 0.7 .. 1.2 in five iterations
 
 
-def orthogonalised(matrices: Tensor, iterations: int = 3) -> Tensor:
+def orthogonalized(matrices: Tensor, iterations: int = 3) -> Tensor:
     """[N, rows, columns] -> the same with singular values near one, computed in bfloat16 and returned in the given type."""
     a, b, c = _QUINTIC
     x = matrices.to(torch.bfloat16)
@@ -62,7 +62,7 @@ class MuonWithSGD(torch.optim.Optimizer):
     """
 
     found_inf: Tensor | None = None
-    _step_supports_amp_scaling = True  # what tells the engine, and PyTorch's loss scaler, of `found_inf`
+    _step_supports_amp_scaling = True  # so that the engine, and PyTorch's loss scaler, set `found_inf`
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
         super().__init__(groups, {"lr": 0.0})
@@ -103,7 +103,7 @@ class MuonWithSGD(torch.optim.Optimizer):
             shapes.setdefault(parameter.shape, []).append(place)
         for shape, places in shapes.items():
             matrices = torch.stack([directions[place].reshape(shape[0], -1) for place in places])
-            for place, update in zip(places, orthogonalised(matrices, group["iterations"]), strict=True):
+            for place, update in zip(places, orthogonalized(matrices, group["iterations"]), strict=True):
                 parameter = parameters[place]
                 parameter.mul_(shape[0] ** 0.5 / parameter.norm().clamp_min(1e-7))  # a weight of zeros grows from its update
                 parameter.add_(update.view(shape) * -group["lr"])
