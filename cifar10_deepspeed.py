@@ -15,7 +15,7 @@ import shlex
 import sys
 import time
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from cifar10.models.bn_cnn import CIFAR10CNNEnhanced
 from cifar10.models.lenet import Net
 from cifar10.models.mnist_cnn import CNNModelEnhanced
 from cifar10.models.registry import build_model
-from cifar10.models.weights import load, refuse_not_finite, refuse_other_images
+from cifar10.models.weights import check_initial_weights, check_shapes, load
 from cifar10.plan import Plan, make_plan
 from cifar10.run import checkpoint, patience
 from cifar10.run import folder as run_folder
@@ -60,9 +60,9 @@ def initial_model(plan: Plan) -> tuple[nn.Module, list[str]]:
     recipe = plan.recipe
     model = build_model(recipe.model, recipe.seed, len(plan.dataset.classes))
     notes = load(model, recipe.model, recipe.weights)
-    refuse_not_finite(model, recipe.model)
+    check_initial_weights(model, recipe.model)
     for shape in (plan.image_shape, *((plan.dataset.channels, size, size) for size in recipe.first_sizes)):
-        refuse_other_images(model, recipe.model, shape, len(plan.dataset.classes))
+        check_shapes(model, recipe.model, shape, len(plan.dataset.classes))
     return model, notes
 
 
@@ -334,7 +334,7 @@ def start_run(plan: Plan, here: World, folder: Path, model: nn.Module) -> tuple[
     recipe, options = plan.recipe, plan.options
     train_loader, val_loader = get_cifar10_dataloaders(plan, here)
     if recipe.weights == "none" and hasattr(model, "start_from_images"):
-        model.start_from_images(train_loader.first_images(min(5_000, len(train_loader.labels))).cpu())
+        model.start_from_images(train_loader.first_images(min(model.patch_images, len(train_loader.labels))).cpu())
     model, plain = model.to(here.device), deepcopy(model).to(here.device)
     if recipe.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -390,7 +390,7 @@ def run(argv: list[str]) -> None:
     here = world.join(plan.options.threads, plan.options.timeout_minutes, deterministic=plan.options.deterministic)
     model, notes = initial_model(plan)
     plan = replace(plan, notes=[*plan.notes, *notes])
-    settings, command = as_json(plan.recipe, plan.options.recipe), [sys.argv[0], *argv]
+    settings, command = as_json(plan.recipe, plan.options.recipe, asdict(plan.dataset)), [sys.argv[0], *argv]
     folder, has_finished = here.from_main(
         lambda: run_folder.claim(plan.options, settings, plan.ds_config, command, **here.facts)
     )

@@ -15,18 +15,17 @@ from cifar10.config import ds_config
 from cifar10.config.cli import Options, parse
 from cifar10.config.recipe import RECIPE_DEFAULTS, Precisions, Recipe
 from cifar10.data import registry
-from cifar10.data.dataset import DataSet, Images, Split
-from cifar10.data.registry import DATASETS, image_shape
+from cifar10.data.dataset import Description, Images, Split, about_model
 from cifar10.distributed import device
 from cifar10.engine import levels
 from cifar10.models import weights
-from cifar10.models.registry import refuse_unknown_model
+from cifar10.models.registry import model_names, refuse_unknown_model
 from cifar10.run import folder as run_folder
 
 
-def augments(recipe: Recipe) -> bool:
+def augments(recipe: Recipe, dataset_size: int) -> bool:
     """Whether training with a recipe sees other images than evaluation would."""
-    (_, size, _), whole = image_shape(recipe), recipe.resize or DATASETS[recipe.dataset].size
+    size, whole = recipe.network_size(dataset_size), recipe.resize or dataset_size
     is_cut = recipe.crop_padding > 0 or size < whole or any(first != whole for first in recipe.first_sizes)
     return is_cut or recipe.flip or any((recipe.cutout, recipe.brightness, recipe.contrast))
 
@@ -40,20 +39,18 @@ class Plan:
     ds_config: dict[str, Any]
     batch: ds_config.Batch
     notes: list[str]  # what was changed in the JSON, and what to know of the data set, a line each
-
-    @property
-    def dataset(self) -> DataSet:
-        return DATASETS[self.recipe.dataset]
+    dataset: Description
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """What the network sees of an image: [C, S, S]."""
-        return image_shape(self.recipe)
+        size = self.recipe.network_size(self.dataset.size)
+        return self.dataset.channels, size, size
 
     @property
     def augments(self) -> bool:
         """Whether training sees other images than evaluation would."""
-        return augments(self.recipe)
+        return augments(self.recipe, self.dataset.size)
 
     @property
     def precision(self) -> str:
@@ -72,12 +69,7 @@ class Plan:
     @property
     def about_the_model(self) -> dict[str, Any]:
         """What a file of weights says of itself: how to feed the model, and what it answers."""
-        return {
-            "recipe": self.settings["recipe"],
-            "model": self.recipe.model,
-            "classes": list(self.dataset.classes),
-            "normalisation": {"mean": list(self.recipe.mean), "std": list(self.recipe.std)},
-        }
+        return about_model(self.recipe, self.dataset.classes, self.dataset.channels, self.dataset.size)
 
 
 def precision_of(config: dict[str, Any]) -> str:
@@ -117,8 +109,6 @@ def _settle(recipe: Recipe, options: Options, world_size: int) -> tuple[dict[str
         changes.append("fp16 on a CPU can take 400 times as long as fp32; --precision bf16 or --precision fp32 avoids that")
     if recipe.lr_reference_batch:
         changes.append(f"learning rate: the JSON's x global batch {batch.global_images} / {recipe.lr_reference_batch}")
-    if DATASETS[recipe.dataset].note:
-        changes.append(DATASETS[recipe.dataset].note)
     return config, batch, [*notes, *changes]
 
 
@@ -127,14 +117,18 @@ def make_plan(argv: list[str], world_size: int, program: str, description: str |
 
     Raises UsageError (one line). `--help` prints and exits with 0.
     """
-    recipe, options = parse(argv, program, description)
+    names = f"models: {', '.join(model_names())}\n\ndata sets: {', '.join(registry.DATASETS)}"
+    recipe, options = parse(argv, program, f"{description}\n\n{names}" if description else names)
     refuse_unknown_model(recipe.model)
+    dataset = registry.find(recipe.dataset)
+    facts = dataset.describe(options.data_dir)
     config, batch, notes = _settle(recipe, options, world_size)
     log_every = options.log_every_steps or config.get("steps_per_print") or 100
     level = levels.settle(options.engine_level, config, world_size, sync_bn=recipe.sync_bn)
-    plan = Plan(recipe, dataclasses.replace(options, log_every_steps=log_every, engine_level=level), config, batch, notes)
-    _check_sizes(recipe, options, batch, plan.dataset)
-    _check_images(recipe, plan.dataset)
+    options = dataclasses.replace(options, log_every_steps=log_every, engine_level=level)
+    plan = Plan(recipe, options, config, batch, [*notes, *([facts.note] if facts.note else [])], facts)
+    _check_sizes(recipe, options, batch, facts)
+    _check_images(recipe, facts)
     if recipe.sync_bn and not device.count_gpus():
         raise UsageError("--sync-bn needs GPUs: PyTorch shares statistics between ranks on GPUs only; leave it out")
     if options.resume not in ("auto", "never"):
@@ -144,13 +138,12 @@ def make_plan(argv: list[str], world_size: int, program: str, description: str |
         run_folder.refuse_if_never(options.output_dir, options.resume)
         run_folder.refuse_other_settings(options.output_dir, plan.settings, RECIPE_DEFAULTS)
         run_folder.refuse_damaged_summary(options.output_dir)
-    if plan.dataset.ensure:
-        plan.dataset.ensure(options.data_dir, need_test=options.test_images != 0)
+    dataset.ensure(options.data_dir, need_test=options.test_images != 0)
     weights.ensure(recipe.weights, recipe.model)
     return plan
 
 
-def _check_sizes(recipe: Recipe, options: Options, batch: ds_config.Batch, dataset: DataSet) -> None:
+def _check_sizes(recipe: Recipe, options: Options, batch: ds_config.Batch, dataset: Description) -> None:
     """Refuse a split or a batch that the data set is too small for."""
     if recipe.val_images >= dataset.train_images:
         raise UsageError(f"--val-images {recipe.val_images} leaves no training images; type 0 to {dataset.train_images - 1}")
@@ -170,8 +163,8 @@ def _flag(name: str, numbers: tuple[float, ...]) -> str:
     return f"--{name} {' '.join(f'{number:g}' for number in numbers)}"
 
 
-def _check_images(recipe: Recipe, dataset: DataSet) -> None:
-    """Refuse a normalisation for other channels than the data set's, and crops that reach over the image."""
+def _check_images(recipe: Recipe, dataset: Description) -> None:
+    """Refuse a normalization for other channels than the data set's, and crops that reach over the image."""
     if len(recipe.mean) != dataset.channels or len(recipe.std) != dataset.channels:
         kind = "grey: 1 channel" if dataset.channels == 1 else f"in colour: {dataset.channels} channels"
         raise UsageError(

@@ -6,7 +6,6 @@ else in COVERED with the test (or the file, and words in it) that does. An entry
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shlex
@@ -18,8 +17,7 @@ import pytest
 
 from cifar10.__main__ import main
 from cifar10.data import cifar
-from cifar10.data.registry import DATASETS
-from tests.helpers import WORKERS, launch
+from tests.helpers import WORKERS, cut_down, launch
 from tests.launching import PROJECT
 
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("**/*.md"))]
@@ -193,8 +191,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def there(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """In that folder, with the few images that its runs were made of."""
     monkeypatch.chdir(place)
-    small = dataclasses.replace(DATASETS["synthetic"], train_images=600, test_images=200)
-    monkeypatch.setitem(DATASETS, "synthetic", small)
+    cut_down(monkeypatch)
     return place
 
 
@@ -217,4 +214,4 @@ def test_a_block_of_python_runs(block, there):
     exec("\n".join(block.lines), names)  # our own page
     if "model" in names:
         assert set(names["saved"]["module"]) == set(names["model"].state_dict())
-        assert names["saved"]["classes"] == list(cifar.CLASSES)
+        assert names["saved"]["classes"] == list(cifar.CIFAR10.description.classes)

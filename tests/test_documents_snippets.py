@@ -92,7 +92,7 @@ def carried_out(snippet: str, folder: Any, monkeypatch: pytest.MonkeyPatch, **gi
 
 def normalised(run: Any) -> torch.Tensor:
     """The synthetic test images as the run's model takes them: float32 [200, 3, 32, 32]."""
-    facts = torch.load(run / "checkpoints" / "final" / "mp_rank_00_model_states.pt")["normalisation"]
+    facts = torch.load(run / "checkpoints" / "final" / "mp_rank_00_model_states.pt")["normalization"]
     images = torch.from_numpy(synthetic.synthetic("test", 200, 0).pixels.copy()).permute(0, 3, 1, 2)
     return Normalise(facts["mean"], facts["std"], torch.device("cpu"))(images)
 

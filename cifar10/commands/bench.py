@@ -74,7 +74,7 @@ def tutorial_loader(plan: Plan, round_steps: int) -> Iterable[MicroBatch]:
     from torchvision.datasets import CIFAR10
 
     recipe, batch = plan.recipe, plan.batch.global_images
-    augment = [transforms.RandomCrop(32, padding=recipe.crop_padding), transforms.RandomHorizontalFlip()]
+    augment = [transforms.RandomCrop(plan.dataset.size, padding=recipe.crop_padding), transforms.RandomHorizontalFlip()]
     transform = transforms.Compose([*augment, transforms.ToTensor(), transforms.Normalize(recipe.mean, recipe.std)])
     if recipe.dataset == "cifar10":
         dataset = CIFAR10(plan.options.data_dir, train=True, transform=transform)
@@ -98,7 +98,7 @@ class DocumentCNN(CIFAR10CNNEnhanced):
 def document_model(plan: Plan, here: World) -> nn.Module:
     """The document's network, from the weights that ours starts from."""
     model = DocumentCNN()
-    model.load_state_dict(build_model(plan.recipe.model, plan.recipe.seed).state_dict())
+    model.load_state_dict(build_model(plan.recipe.model, plan.recipe.seed, len(plan.dataset.classes)).state_dict())
     return model.to(here.device)
 
 
@@ -166,7 +166,7 @@ class OurLoop:
         self._recipe, self._here, self._round_steps = plan.recipe, here, round_steps
         loader, _ = get_cifar10_dataloaders(plan, here)
         self._global_images, self._stream = loader.global_images, (step for epoch in count() for step in loader.epoch(epoch))
-        model = build_model(plan.recipe.model, plan.recipe.seed).to(here.device)
+        model = build_model(plan.recipe.model, plan.recipe.seed, len(plan.dataset.classes)).to(here.device)
         given = {"model_parameters": model.parameters(), "optimizer": own_optimizer(model, plan.ds_config)}
         self._engine = Engine(prepare().initialize(model=model, config=plan.ds_config, **given)[0], here)
         self._tape, self._state = Tape(plan.options.log_every_steps, here.device), RunState()

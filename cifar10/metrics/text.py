@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar10.config.recipe import Recipe
-from cifar10.data.registry import DATASETS
 from cifar10.metrics.sink import Section
 from cifar10.plan import Plan
 from cifar10.run.evaluation import VIEWS
@@ -103,15 +102,14 @@ def model_section(model: nn.Module, image_shape: tuple[int, int, int]) -> Sectio
     return Section("model", [(*row[:-1], row[-1].rjust(digits)) for row in rows], ("layer", "kind", "output", "parameters"))
 
 
-def augmentation(recipe: Recipe) -> str:
+def augmentation(recipe: Recipe, dataset_size: int) -> str:
     """What training cuts out of an image before the network sees it, in words; "" if it stays as evaluation has it."""
-    dataset = DATASETS[recipe.dataset]
-    whole, words, epoch = recipe.resize or dataset.size, [], 1
+    whole, words, epoch = recipe.resize or dataset_size, [], 1
     for size, epochs in zip(recipe.first_sizes, recipe.first_epochs, strict=True):
         when = f"epoch {epoch}" if epochs == 1 else f"epochs {epoch}-{epoch + epochs - 1}"
         words.append(f"{size}x{size} in {when}")
         epoch += epochs
-    if recipe.resize and recipe.resize != dataset.size:
+    if recipe.resize and recipe.resize != dataset_size:
         words.append(f"resized to {whole}x{whole}{' after them' if words else ''}")
     cut = recipe.image_size or whole
     if recipe.crop_padding or cut < whole:
@@ -141,7 +139,7 @@ def data_section(plan: Plan) -> Section:
     rows = [
         ("images", f"{dataset.size}x{dataset.size}, {kind}, {len(dataset.classes)} classes; {test}"),
         ("classes", ", ".join(dataset.classes)),
-        ("augmentation", augmentation(recipe) or "none"),
+        ("augmentation", augmentation(recipe, dataset.size) or "none"),
         *([("colours", colours(recipe))] if colours(recipe) else []),
     ]
     return Section("data set", rows)

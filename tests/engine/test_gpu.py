@@ -40,7 +40,7 @@ def at_level(level: str, model: nn.Module, **config: Any) -> Engine:
 
 
 def smooth_net(dropout: float) -> nn.Module:
-    model = build_model("smooth_cnn", 0)
+    model = build_model("smooth_cnn", 0, 10)
     return nn.Sequential(model, nn.Dropout(dropout)) if dropout else model
 
 
@@ -76,7 +76,7 @@ def no_waiting() -> Iterator[Any]:
 @pytest.mark.parametrize("level", ["eager", "graph", "captured"])
 def test_a_step_waits_for_nothing(level: str, no_waiting: Any) -> None:
     engine, tape, batches = (
-        at_level(level, build_model("bn_cnn", 0)),
+        at_level(level, build_model("bn_cnn", 0, 10)),
         Tape(20, one_rank().device),
         [data(32, s) for s in range(10)],
     )
@@ -95,7 +95,7 @@ def test_a_step_waits_for_nothing(level: str, no_waiting: Any) -> None:
 def test_every_precision_trains_at_every_stage(precision: str, stage: int) -> None:
     """With BatchNorm, on one batch again and again: the loss falls, and what is kept is finite and fp32."""
     sections = {precision: {"enabled": True}} if precision != "fp32" else {}
-    engine = make_engine(one_rank(), build_model("bn_cnn", 0), zero_optimization={"stage": stage}, **sections)
+    engine = make_engine(one_rank(), build_model("bn_cnn", 0, 10), zero_optimization={"stage": stage}, **sections)
     losses = [one_step(engine, [data(32)], 0.1).item() for _ in range(30)]
     assert losses[-1] < 0.8 * losses[0]
     assert engine.skipped.item() == 0
@@ -105,8 +105,8 @@ def test_every_precision_trains_at_every_stage(precision: str, stage: int) -> No
 
 
 def test_sync_bn_of_one_rank_is_batch_norm() -> None:
-    plain = make_engine(one_rank(), build_model("bn_cnn", 0))
-    synced = make_engine(one_rank(), nn.SyncBatchNorm.convert_sync_batchnorm(build_model("bn_cnn", 0)))
+    plain = make_engine(one_rank(), build_model("bn_cnn", 0, 10))
+    synced = make_engine(one_rank(), nn.SyncBatchNorm.convert_sync_batchnorm(build_model("bn_cnn", 0, 10)))
     for step in range(5):
         for engine in (plain, synced):
             one_step(engine, [data(32, seed=step)], 0.1)
