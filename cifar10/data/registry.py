@@ -6,11 +6,12 @@ import os
 from pathlib import Path
 
 from cifar10 import UsageError, nearest
-from cifar10.data import cifar, mnist, synthetic
+from cifar10.data import cifar, cifar100, mnist, synthetic
 from cifar10.data.dataset import DataSet, Images, Split
 
 DATASETS: dict[str, DataSet] = {
     "cifar10": cifar.CIFAR10,
+    "cifar100": cifar100.CIFAR100,
     "synthetic": synthetic.SYNTHETIC,
     "mnist": mnist.MNIST,
     "synthetic_mnist": synthetic.SYNTHETIC_MNIST,
