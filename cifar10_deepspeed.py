@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +42,7 @@ from cifar10.models.bn_cnn import CIFAR10CNNEnhanced
 from cifar10.models.lenet import Net
 from cifar10.models.mnist_cnn import CNNModelEnhanced
 from cifar10.models.registry import build_model
-from cifar10.models.weights import load, refuse_not_finite, refuse_other_images
+from cifar10.models.weights import check_initial_weights, check_shapes, load
 from cifar10.plan import Plan, make_plan
 from cifar10.run import checkpoint, patience
 from cifar10.run import folder as run_folder
@@ -64,9 +64,9 @@ def initial_model(plan: Plan) -> tuple[nn.Module, list[str]]:
     recipe = plan.recipe
     model = build_model(recipe.model, recipe.seed, len(plan.dataset.classes))
     notes = load(model, recipe.model, recipe.weights)
-    refuse_not_finite(model, recipe.model)
+    check_initial_weights(model, recipe.model)
     for shape in (plan.image_shape, *((plan.dataset.channels, size, size) for size in recipe.first_sizes)):
-        refuse_other_images(model, recipe.model, shape, len(plan.dataset.classes))
+        check_shapes(model, recipe.model, shape, len(plan.dataset.classes))
     return model, notes
 
 
@@ -313,7 +313,7 @@ def finish(run: Run, state: RunState, ended_by: EndedBy) -> None:
     known = {**run.world.peak_memory, "weights_sha256": weights_sha256(weights), "ended_by": ended_by}
     summary = write_summary(run, state, "finished", tested, **known)
     run.metrics.say([*text.closing_lines(summary, len(run.val), run.plan), f"written to {run.folder}"])
-    run.metrics.finished(summary.as_dict())
+    run.metrics.finished(asdict(summary))
 
 
 # --- starting and ending --------------------------------------------------------------------------------------------------
@@ -325,7 +325,7 @@ def start_run(plan: Plan, world: World, folder: Path, model: nn.Module) -> tuple
     recipe, options = plan.recipe, plan.options
     train_loader, val_loader = get_cifar10_dataloaders(plan, world)
     if recipe.weights == "none" and hasattr(model, "start_from_images"):
-        model.start_from_images(train_loader.first_images(min(5_000, len(train_loader.labels))).cpu())
+        model.start_from_images(train_loader.first_images(min(model.patch_images, len(train_loader.labels))).cpu())
     model, plain = model.to(world.device), deepcopy(model).to(world.device)
     if recipe.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -386,7 +386,7 @@ def run(argv: list[str]) -> None:
         if world.is_main:
             print(f"{folder} holds a finished run; its results are in its summary.json")
         return
-    settings, command = as_json(plan.recipe, options.recipe), [sys.argv[0], *argv]
+    settings, command = as_json(plan.recipe, options.recipe, asdict(plan.dataset)), [sys.argv[0], *argv]
     world.from_main(lambda: run_folder.open_run(folder, settings, plan.ds_config, options.resume, command, **world.facts))
     start = f"{world.start_command} {shlex.quote(sys.argv[0])}"
     resume_command = run_folder.command_to_continue(start, without_launcher_flags(argv), folder)

@@ -18,3 +18,9 @@ def nearest(word: str, known: list[str]) -> str:
     """`; did you mean X?` for a misspelt word, or the list of what there is."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(sorted(known))}"
+
+
+def reason(error: Exception) -> str:
+    """The type of an error and the first line of its message, for a message of one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -15,12 +15,11 @@ from cifar10.config import ds_config
 from cifar10.config.cli import Options, parse, take_old_flags
 from cifar10.config.recipe import RECIPE_DEFAULTS, Precisions, Recipe, load
 from cifar10.data import augment, registry
-from cifar10.data.dataset import DataSet, Images, Split
-from cifar10.data.registry import DATASETS, image_shape
+from cifar10.data.dataset import Description, Images, Split, about_model
 from cifar10.distributed import device
 from cifar10.engine import levels
 from cifar10.models import weights
-from cifar10.models.registry import refuse_unknown_model
+from cifar10.models.registry import model_names, refuse_unknown_model
 from cifar10.run import folder as run_folder
 from cifar10.run.summary import read_summary
 
@@ -35,15 +34,13 @@ class Plan:
     ds_config: dict[str, Any]  # the same as DeepSpeed gets it: resolved for this world size
     batch: ds_config.Batch
     notes: list[str]  # what was changed in the JSON, and what to know of the data set, a line each
-
-    @property
-    def dataset(self) -> DataSet:
-        return DATASETS[self.recipe.dataset]
+    dataset: Description
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """What the network sees of an image: [C, S, S]."""
-        return image_shape(self.recipe)
+        size = self.recipe.network_size(self.dataset.size)
+        return self.dataset.channels, size, size
 
     @property
     def precision(self) -> str:
@@ -62,12 +59,7 @@ class Plan:
     @property
     def about_the_model(self) -> dict[str, Any]:
         """What a file of weights says of itself: how to feed the model, and what it answers."""
-        return {
-            "recipe": self.settings["recipe"],
-            "model": self.recipe.model,
-            "classes": list(self.dataset.classes),
-            "normalisation": {"mean": list(self.recipe.mean), "std": list(self.recipe.std)},
-        }
+        return about_model(self.recipe, self.dataset.classes, self.dataset.channels, self.dataset.size)
 
 
 def precision_of(config: dict[str, Any]) -> str:
@@ -113,7 +105,7 @@ def _resolve_config(
     return config, batch, [*notes, *changes]
 
 
-def _resolve_augment(recipe: Recipe, old: dict[str, Any], dataset: DataSet) -> tuple[Recipe, list[str]]:
+def _resolve_augment(recipe: Recipe, old: dict[str, Any], dataset: Description) -> tuple[Recipe, list[str]]:
     """The recipe with its augmentation checked and in one spelling; a note if flags of 0.1 were used."""
     operations, whole = augment.parse(recipe.augment), recipe.resize or dataset.size
     if old:
@@ -133,22 +125,24 @@ def make_plan(
     Raises UsageError (one line). `--help` prints and exits with 0.
     """
     argv, old_flags = take_old_flags(argv)
-    recipe, options = parse(argv, program, description, extra)
+    names = f"models: {', '.join(model_names())}\n\ndata sets: {', '.join(registry.DATASETS)}"
+    recipe, options = parse(argv, program, f"{description}\n\n{names}" if description else names, extra)
     refuse_unknown_model(recipe.model)
-    dataset = DATASETS[recipe.dataset]
+    dataset = registry.find(recipe.dataset)
+    facts = dataset.describe(options.data_dir)
     given = _given_config(options)
     config, batch, notes = _resolve_config(given, options.precision, world_size)
-    recipe, augment_notes = _resolve_augment(recipe, old_flags, dataset)
+    recipe, augment_notes = _resolve_augment(recipe, old_flags, facts)
     log_every = options.log_every_steps or config.get("steps_per_print") or 100
     level = levels.resolve_level(options.engine_level, config, world_size, sync_bn=recipe.sync_bn)
     options = dataclasses.replace(options, log_every_steps=log_every, engine_level=level)
     _check_schedule(recipe, config)
-    _check_sizes(recipe, options, batch, dataset)
-    _check_images(recipe, dataset)
+    _check_sizes(recipe, options, batch, facts)
+    _check_images(recipe, facts)
     if recipe.lr_reference_batch:
         notes.append(f"learning rate: the config's x global batch {batch.global_images} / {recipe.lr_reference_batch}")
-    notes += [*augment_notes, *([dataset.note] if dataset.note else [])]
-    plan = Plan(recipe, options, given, config, batch, notes)
+    notes += [*augment_notes, *([facts.note] if facts.note else [])]
+    plan = Plan(recipe, options, given, config, batch, notes, facts)
     if recipe.sync_bn and not device.count_gpus():
         raise UsageError("--sync-bn needs GPUs: PyTorch shares statistics between ranks on GPUs only; leave it out")
     if options.resume not in ("auto", "never"):
@@ -158,8 +152,7 @@ def make_plan(
         run_folder.refuse_if_never(options.output_dir, options.resume)
         run_folder.refuse_other_settings(options.output_dir, plan.settings, RECIPE_DEFAULTS)
         read_summary(options.output_dir)  # refuses a damaged one
-    if dataset.ensure:
-        dataset.ensure(options.data_dir, need_test=options.test_images != 0)
+    dataset.ensure(options.data_dir, need_test=options.test_images != 0)
     weights.ensure(recipe.weights, recipe.model)
     return plan
 
@@ -174,7 +167,7 @@ def _check_schedule(recipe: Recipe, config: dict[str, Any]) -> None:
             )
 
 
-def _check_sizes(recipe: Recipe, options: Options, batch: ds_config.Batch, dataset: DataSet) -> None:
+def _check_sizes(recipe: Recipe, options: Options, batch: ds_config.Batch, dataset: Description) -> None:
     """Refuse a split or a batch that the data set is too small for."""
     if recipe.val_images >= dataset.train_images:
         raise UsageError(f"--val-images {recipe.val_images} leaves no training images; type 0 to {dataset.train_images - 1}")
@@ -194,8 +187,8 @@ def _flag(name: str, numbers: tuple[float, ...]) -> str:
     return f"--{name} {' '.join(f'{number:g}' for number in numbers)}"
 
 
-def _check_images(recipe: Recipe, dataset: DataSet) -> None:
-    """Refuse a normalisation for other channels than the data set's, and crops that reach over the image."""
+def _check_images(recipe: Recipe, dataset: Description) -> None:
+    """Refuse a normalization for other channels than the data set's, and crops that reach over the image."""
     if len(recipe.mean) != dataset.channels or len(recipe.std) != dataset.channels:
         kind = "grey: 1 channel" if dataset.channels == 1 else f"in colour: {dataset.channels} channels"
         raise UsageError(

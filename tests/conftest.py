@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import small_trained
+from tests import helpers, small_trained
 from tests.launching import COMMANDS, SHORT, run, summary
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -43,5 +43,5 @@ def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def trained(trained_once: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same, where the data sets are as small as they were for these runs. Tests leave the folders as they are."""
-    small_trained.cut_down(monkeypatch)
+    helpers.cut_down(monkeypatch)
     return trained_once

@@ -10,9 +10,11 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cifar10.config import ds_config
 from cifar10.data import augment, pixels, synthetic
 from cifar10.data.loader import MicroBatch, TrainLoader
+from cifar10.data.registry import DATASETS
 from cifar10.distributed import world
 from cifar10.distributed.world import World
 from cifar10.engine.engine import Engine, own_optimizer, prepare
@@ -66,6 +69,17 @@ def measured(script: str, num_ranks: int) -> list[dict[str, Any]]:
 def two_ranks() -> list[dict[str, Any]]:
     """What each rank of tests/workers/two_ranks.py has measured."""
     return measured("two_ranks.py", 2)
+
+
+# --- data sets --------------------------------------------------------------------------------------------------------
+
+
+def cut_down(monkeypatch: pytest.MonkeyPatch, train_images: int = 600, test_images: int = 200, **facts: Any) -> None:
+    """Let generated data sets have so few images; by default as in tests/workers/small_runs.py."""
+    facts |= {"train_images": train_images, "test_images": test_images}
+    for name, dataset in DATASETS.items():
+        if isinstance(dataset, synthetic.Generated):
+            monkeypatch.setitem(DATASETS, name, replace(dataset, description=replace(dataset.description, **facts)))
 
 
 # --- engines ----------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ BATCH, SAVES = 64, 20
 
 def seconds_of_saves(here: World, folder: Path, stage: int) -> list[float]:
     """Each of some saves by an engine that has an optimizer state, as a run makes them: two tags are kept."""
-    engine, seconds = make_engine(here, build_model("bn_cnn", 0), zero_optimization={"stage": stage}), []
+    engine, seconds = make_engine(here, build_model("bn_cnn", 0, 10), zero_optimization={"stage": stage}), []
     for step in range(1, SAVES + 1):
         one_step(engine, [batch(32 // here.size, seed=step)])
         here.barrier()
@@ -60,7 +60,7 @@ def rounds_of_training(here: World, folder: Path, plan: Plan, rounds: int, steps
     """Seconds without a save and with one, of each round."""
     loader, _ = get_cifar10_dataloaders(plan, here)
     steps = steps or loader.steps_per_epoch
-    model = build_model("bn_cnn", 0)
+    model = build_model("bn_cnn", 0, 10)
     engine = Engine(prepare().initialize(model=model, model_parameters=model.parameters(), config=plan.ds_config)[0], here)
     batches = (step for epoch in count() for step in loader.epoch(epoch))
     trained(plan, here, engine, batches, 20)  # caches and allocator

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
-import pytest
 import torch
 
 from cifar10.__main__ import main
-from cifar10.data.registry import DATASETS
 from tests.helpers import WORKERS, launch
 
 SMALL = "--val-images 100 --threads 1 --save-every-epochs 0"
@@ -31,13 +28,6 @@ def train_all(base: Path) -> Path:
     (base / "starts.json").write_text(json.dumps(starts))
     launch(1, WORKERS / "small_runs.py", str(base / "starts.json"))
     return base
-
-
-def cut_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let data sets that are drawn have the sizes that they have in tests/workers/small_runs.py."""
-    for name, dataset in DATASETS.items():
-        if dataset.draw:
-            monkeypatch.setitem(DATASETS, name, dataclasses.replace(dataset, train_images=600, test_images=200))
 
 
 def command(*words: object) -> int:

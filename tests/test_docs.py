@@ -176,6 +176,6 @@ def test_python_runs(code):
     exec(code, names)  # our own page
     if "saved" in names:
         assert set(names["saved"]["module"]) == set(names["model"].state_dict())
-        assert names["saved"]["classes"] == list(cifar.CLASSES)
+        assert names["saved"]["classes"] == list(cifar.CIFAR10.description.classes)
     else:
         assert names["tiny_cnn"](num_classes=7)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)

@@ -116,7 +116,7 @@ def test_grey_images_are_learned(runs):
     assert summary["train_accuracy"] > 0.3  # 0.1 by chance; 500 images are too few for more than that
     assert summary["quality"] in ("Excellent", "Good", "Fair", "Poor")
     assert file["classes"] == list("0123456789")
-    assert file["normalisation"] == {"mean": [0.1307], "std": [0.3081]}
+    assert file["normalization"] == {"mean": [0.1307], "std": [0.3081]}
 
 
 def test_random_labels_have_no_tier_and_are_said_to_be_random_at_the_start_and_at_the_end(runs):

@@ -91,7 +91,7 @@ def execute(snippet: str, folder: Any, monkeypatch: pytest.MonkeyPatch, **given:
 
 def normalized(run: Any) -> torch.Tensor:
     """The synthetic test images as the run's model takes them: float32 [200, 3, 32, 32]."""
-    facts = torch.load(run / "checkpoints" / "final" / "mp_rank_00_model_states.pt")["normalisation"]
+    facts = torch.load(run / "checkpoints" / "final" / "mp_rank_00_model_states.pt")["normalization"]
     mean, std = (torch.tensor(facts[name]).view(-1, 1, 1) for name in ("mean", "std"))
     images = torch.from_numpy(synthetic.synthetic("test", 200, 0).pixels.copy()).permute(0, 3, 1, 2)
     return (images / 255 - mean) / std

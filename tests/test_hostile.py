@@ -25,7 +25,8 @@ import numpy as np
 import pytest
 import torch
 
-from cifar10.data import cifar
+from cifar10.config.recipe import FORMAT
+from cifar10.data.cifar import CIFAR10
 from cifar10.run.checkpoint import PORTABLE_FILE
 from tests.launching import PROJECT, environment
 
@@ -371,7 +372,9 @@ WEIGHTS: dict[str, Callable[[Path, Path], Any]] = {
     "empty": lambda file, marker: cut(file, 0),
     "text": lambda file, marker: file.write_text("weights\nand more"),
     "a folder": lambda file, marker: folder_for(file),
-    "of other shapes": lambda file, marker: torch.save({"module": {"fc2.bias": torch.zeros(3)}, "step": 10}, file),
+    "of other shapes": lambda file, marker: torch.save(
+        {"format": FORMAT, "module": {"fc2.bias": torch.zeros(3)}, "step": 10}, file
+    ),
     "no dict": lambda file, marker: torch.save([torch.zeros(3)], file),
 }
 
@@ -420,12 +423,13 @@ def test_another_runs_best_model_that_is_none_is_not_taken_along(
 
 # --- the files of a run's folder, and those that a command names ------------------------------------------------------------
 
+SETTINGS = f'{{"format": "{FORMAT}", "settings": '
 NESTED = '{"a": ' * 700 + "1" + "}" * 700
 JSONS = {
     "recipe.json nested without end": ("recipe.json", DEEP),
-    "recipe.json nested deep": ("recipe.json", '{"recipe": "bn_cnn", "settings": ' + NESTED + "}"),
-    "recipe.json of lines": ("recipe.json", '{"settings": {"model": "a\\nerror: b\\u001b[2J"}}'),
-    "recipe.json of a huge number": ("recipe.json", '{"settings": {"seed": 1' + "0" * 4_000 + "}}"),
+    "recipe.json nested deep": ("recipe.json", SETTINGS + NESTED + "}"),
+    "recipe.json of lines": ("recipe.json", SETTINGS + '{"model": "a\\nerror: b\\u001b[2J"}}'),
+    "recipe.json of a huge number": ("recipe.json", SETTINGS + '{"seed": 1' + "0" * 4_000 + "}}"),
     "ds_config.json nested without end": ("ds_config.json", DEEP),
     "ds_config.json of NaN": ("ds_config.json", '{"train_batch_size": NaN}'),
     "summary.json nested without end": ("summary.json", DEEP),
@@ -460,10 +464,10 @@ def test_a_lock_that_is_a_folder(program: Program, sound: Sound, tmp_path: Path)
 RECIPES = {
     "code.py": "import os; os.mkdir('exploded')",
     "deep.json": DEEP,
-    "nested.json": '{"settings": ' + NESTED + "}",
-    "huge.json": '{"settings": {"epochs": 1' + "0" * 400 + ', "warmup_epochs": 5, "val_images": 5}}',
-    "lines.json": '{"settings": {"a\\nerror: b": 1}}',
-    "nan.json": '{"settings": {"epochs": NaN, "warmup_epochs": 5, "val_images": 5}}',
+    "nested.json": SETTINGS + NESTED + "}",
+    "huge.json": SETTINGS + '{"epochs": 1' + "0" * 400 + ', "warmup_epochs": 5, "val_images": 5}}',
+    "lines.json": SETTINGS + '{"a\\nerror: b": 1}}',
+    "nan.json": SETTINGS + '{"epochs": NaN, "warmup_epochs": 5, "val_images": 5}}',
 }
 
 
@@ -530,17 +534,17 @@ def batches() -> dict[str, bytes]:
     rng = np.random.default_rng(0)
     return {
         name: pickle.dumps({"data": rng.integers(0, 256, (4, 3072), dtype=np.uint8), "labels": [0, 1, 2, 3]})
-        for name in cifar.FILES
+        for name in CIFAR10.files
     }
 
 
 def known(batches: dict[str, bytes], archive: bytes) -> dict[str, Any]:
     """What the program is told to believe in."""
-    files = {name: (hashlib.md5(content).hexdigest(), len(content)) for name, content in batches.items()}
+    files = {name: hashlib.md5(content).hexdigest() for name, content in batches.items()}
     return {"files": files, "archive_md5": hashlib.md5(archive).hexdigest()}
 
 
-MEMBER = f"{cifar.FOLDER}/data_batch_2"
+MEMBER = f"{CIFAR10.folder}/data_batch_2"
 MEMBERS = {
     "a device": special(MEMBER, tarfile.CHRTYPE),
     "a pipe": special(MEMBER, tarfile.FIFOTYPE),
@@ -554,21 +558,21 @@ MEMBERS = {
 def test_an_archive_with_something_else_in_place_of_a_file(
     program: Program, batches: dict[str, bytes], tmp_path: Path, name: str
 ) -> None:
-    files = {f"{cifar.FOLDER}/{one}": content for one, content in batches.items() if one != "data_batch_2"}
-    evil = {f"{cifar.FOLDER}/../../escaped": b"1", str(tmp_path / "absolute"): b"2"}
+    files = {f"{CIFAR10.folder}/{one}": content for one, content in batches.items() if one != "data_batch_2"}
+    evil = {f"{CIFAR10.folder}/../../escaped": b"1", str(tmp_path / "absolute"): b"2"}
     archive = packed({**evil, **files}, MEMBERS[name])
     folder = tmp_path / "data"
     folder.mkdir()
-    (folder / cifar.ARCHIVE).write_bytes(archive)
-    written = ("run", cifar.FOLDER, ".cifar10.lock", *batches)
+    (folder / CIFAR10.archive).write_bytes(archive)
+    written = ("run", CIFAR10.folder, ".cifar10.lock", *batches)
     flags = ["--data-dir", str(folder), "--output-dir", "run"]
     line = refusal(program, tmp_path, *flags, but=written, cifar10=known(batches, archive))
     assert "lacks a sound data_batch_2" in line
-    assert not os.path.lexists(folder / cifar.FOLDER / "data_batch_2")
+    assert not os.path.lexists(folder / CIFAR10.folder / "data_batch_2")
 
 
 def placed(batches: dict[str, bytes], base: Path) -> Path:
-    folder = base / "data" / cifar.FOLDER
+    folder = base / "data" / CIFAR10.folder
     folder.mkdir(parents=True)
     for name, content in batches.items():
         (folder / name).write_bytes(content)
@@ -583,7 +587,7 @@ PLACES: dict[str, Callable[[Path, Path], Any]] = {
     "a link to nothing": lambda folder, marker: link_for(folder / "data_batch_2", "nowhere"),
     "a file for the folder": lambda folder, marker: file_for(folder),
     "a folder for the archive": lambda folder, marker: (
-        (folder.parent / cifar.ARCHIVE).mkdir(),
+        (folder.parent / CIFAR10.archive).mkdir(),
         (folder / "data_batch_2").unlink(),
     ),
 }

@@ -222,7 +222,7 @@ def test_sync_bn_on_gpus_is_allowed(monkeypatch):
 
 def test_a_model_with_sync_bn_has_the_names_and_values_of_the_one_without():
     """So a checkpoint of the one is read by the other."""
-    plain, converted = build_model("bn_cnn", 0), nn.SyncBatchNorm.convert_sync_batchnorm(build_model("bn_cnn", 0))
+    plain, converted = build_model("bn_cnn", 0, 10), nn.SyncBatchNorm.convert_sync_batchnorm(build_model("bn_cnn", 0, 10))
     assert sum(isinstance(module, nn.SyncBatchNorm) for module in converted.modules()) == 2
     assert list(converted.state_dict()) == list(plain.state_dict())
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in converted.state_dict().items())

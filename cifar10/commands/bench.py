@@ -73,7 +73,7 @@ def tutorial_loader(plan: Plan, round_steps: int) -> Iterable[MicroBatch]:
     from torchvision.datasets import CIFAR10
 
     recipe, batch = plan.recipe, plan.batch.global_images
-    augment = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]  # the document's
+    augment = [transforms.RandomCrop(plan.dataset.size, padding=4), transforms.RandomHorizontalFlip()]  # the document's
     transform = transforms.Compose([*augment, transforms.ToTensor(), transforms.Normalize(recipe.mean, recipe.std)])
     if recipe.dataset == "cifar10":
         dataset = CIFAR10(plan.options.data_dir, train=True, transform=transform)
@@ -97,7 +97,7 @@ class DocumentCNN(CIFAR10CNNEnhanced):
 def document_model(plan: Plan, world: World) -> nn.Module:
     """The document's network, from the weights that ours starts from."""
     model = DocumentCNN()
-    model.load_state_dict(build_model(plan.recipe.model, plan.recipe.seed).state_dict())
+    model.load_state_dict(build_model(plan.recipe.model, plan.recipe.seed, len(plan.dataset.classes)).state_dict())
     return model.to(world.device)
 
 
@@ -165,7 +165,7 @@ class OurLoop:
         self._recipe, self._world, self._round_steps = plan.recipe, world, round_steps
         loader, _ = get_cifar10_dataloaders(plan, world)
         self._global_images, self._stream = loader.global_images, (step for epoch in count() for step in loader.epoch(epoch))
-        model = build_model(plan.recipe.model, plan.recipe.seed).to(world.device)
+        model = build_model(plan.recipe.model, plan.recipe.seed, len(plan.dataset.classes)).to(world.device)
         given = {"model_parameters": model.parameters(), "optimizer": own_optimizer(model, plan.ds_config)}
         self._engine = Engine(prepare().initialize(model=model, config=plan.ds_config, **given)[0], world)
         self._buffer, self._state = MetricBuffer(plan.options.log_every_steps, world.device), RunState()

@@ -78,7 +78,7 @@ class Loop:
 def plain_step(plan: Plan, world: World) -> Step:
     """PyTorch alone, with the JSON's optimizer, clipping and precision."""
     model, autocast = (
-        build_model(plan.recipe.model, plan.recipe.seed).to(world.device).train(),
+        build_model(plan.recipe.model, plan.recipe.seed, len(plan.dataset.classes)).to(world.device).train(),
         plan.ds_config.get("torch_autocast", {}),
     )
     params, limit = plan.ds_config["optimizer"]["params"], plan.ds_config["gradient_clipping"]
@@ -109,7 +109,7 @@ class _OneRow(MetricBuffer):
 
 def engine_step(plan: Plan, world: World) -> Step:
     """What `train_one_epoch` does for a step: the engine at the plan's level, its guard, and the metric buffer."""
-    model, config = build_model(plan.recipe.model, plan.recipe.seed).to(world.device), plan.ds_config
+    model, config = build_model(plan.recipe.model, plan.recipe.seed, len(plan.dataset.classes)).to(world.device), plan.ds_config
     optimizer = own_optimizer(model, config)
     started, _, _, _ = prepare().initialize(
         model=model, model_parameters=model.parameters(), optimizer=optimizer, config=config

@@ -410,27 +410,26 @@ def _reaches(host: str, port: int) -> str:
 
 def check_data(patient: Patient) -> Iterator[Finding]:
     try:
-        from cifar10.data import cifar
+        from cifar10.data.cifar import CIFAR10
     except ImportError as error:
         yield Finding("data", FAIL, f"cannot be read: {error}", "uv sync")
         return
-    names = [name for split in cifar.SPLIT_FILES.values() for name in split]
-    faults, folder = cifar.faulty_files(patient.data_dir, names), patient.data_dir / cifar.FOLDER
+    names = [name for split in CIFAR10.split_files.values() for name in split]
+    faults, folder = CIFAR10.faulty_files(patient.data_dir, names), patient.data_dir / CIFAR10.folder
     if not faults:
         yield Finding("data", OK, f"CIFAR-10 in {folder}: {len(names)} files, every md5 is right")
         return
     missing = set(faults.values()) == {"missing"} and len(faults) == len(names)
     listed = ", ".join(f"{name} ({fault})" for name, fault in faults.items())
     said = f"no CIFAR-10 in {patient.data_dir}" if missing else f"CIFAR-10 in {folder} is damaged: {listed}"
-    if (patient.data_dir / cifar.ARCHIVE).is_file():
-        yield Finding("data", WARN, said, f"any run restores it from {cifar.ARCHIVE} there; or --dataset synthetic")
+    if (patient.data_dir / CIFAR10.archive).is_file():
+        yield Finding("data", WARN, said, f"any run restores it from {CIFAR10.archive} there; or --dataset synthetic")
         return
-    url = os.environ.get("CIFAR10_URL") or cifar.URL
-    parts = urlsplit(url)
+    parts = urlsplit(CIFAR10.source)
     fault = _reaches(parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443))
     if fault:
         said = f"{said}, and {parts.hostname} cannot be reached: {fault}"
-        cure = f"put {cifar.ARCHIVE} into {patient.data_dir}, point --data-dir / CIFAR10_DIR at it, set CIFAR10_URL to a mirror"
+        cure = f"put {CIFAR10.archive} into {patient.data_dir}, point --data-dir / CIFAR10_DIR at it, set CIFAR10_URL"
         yield Finding("data", FAIL, said, f"{cure}; or --dataset synthetic")
     else:
         yield Finding("data", WARN, said, f"any run fetches it (170 MB) from {parts.hostname}; or --dataset synthetic")

@@ -47,9 +47,12 @@ def split_images(found: Trained, split: Split, data_dir: Path | None) -> Images:
     recipe, folder = found.recipe, registry.folder(data_dir)
     if split == "val" and not recipe.val_images:
         raise UsageError(f"--split val: recipe {recipe.model} held no images out (val_images is 0); type --split train or test")
-    if found.dataset.ensure:
-        found.dataset.ensure(folder, need_test=split == "test")
-    images = registry.load(recipe.dataset, "test" if split == "test" else "train", folder, recipe.split_seed)
+    dataset = registry.find(recipe.dataset)
+    facts = dataset.describe(folder)
+    if (facts.classes, facts.channels, facts.size) != (found.classes, found.channels, found.dataset_size):
+        raise UsageError(f"{found.file} was trained on other images or classes than those of {recipe.dataset} in {folder}")
+    dataset.ensure(folder, need_test=split == "test")
+    images = dataset.load("test" if split == "test" else "train", folder, recipe.split_seed)
     if split == "test":
         return images
     train, val = stratified_split(images.labels, recipe.val_images, recipe.split_seed)
@@ -79,6 +82,7 @@ class Evaluation:
     with_views: SplitResult | None
     predictions: Predictions  # with the views, if there are any
     written: Path | None
+    note: str | None = None  # the data set's
 
     @property
     def best(self) -> SplitResult:
@@ -86,7 +90,7 @@ class Evaluation:
         return self.with_views or self.plain
 
     def per_class(self) -> list[dict[str, Any]]:
-        """Of each class: how many images, the share that was answered right, and the share of its answers that was right."""
+        """Of each class: how many images, recall (as accuracy), and precision."""
         counts = confusion(self.predictions)
         right, there, answered = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
         return [
@@ -153,7 +157,8 @@ def measure(found: Trained, here: World, split: Split, tta: Tta, data_dir: Path 
     if found.run is not None and len(images) == len(whole):
         file = found.run / predictions_file(split, found.which, tta)
         written = file if save_predictions(file, [predictions.logits], images.labels) else None
-    return Evaluation(found, split, len(images), plain, tta, with_views, predictions, written)
+    note = registry.find(found.recipe.dataset).describe(registry.folder(data_dir)).note
+    return Evaluation(found, split, len(images), plain, tta, with_views, predictions, written, note)
 
 
 # --- saying it ----------------------------------------------------------------------------------------------------------
@@ -198,7 +203,7 @@ def show(done: Evaluation, console: Console) -> None:
     for line in beside_the_runs_own(done):
         console.print(line)
     console.print(f"calibration error {calibration(done.predictions).error:.2%}  (ECE, {BINS} bins)")
-    table = Table("class", "images", "answered right", "answers that are right")
+    table = Table("class", "images", "recall", "precision")
     for column in table.columns[1:]:
         column.justify = "right"
     for row in done.per_class():
@@ -208,8 +213,8 @@ def show(done: Evaluation, console: Console) -> None:
         console.print(f"{pair['class']} taken for {pair['answer']}: {pair['images']:,}")
     if done.written:
         console.print(f"logits written to {done.written}")
-    if found.dataset.note:
-        console.print(f"note: {found.dataset.note}")
+    if done.note:
+        console.print(f"note: {done.note}")
 
 
 def run(

@@ -3,7 +3,7 @@
 model.safetensors   the bare network's weights and buffers; its header says how to use them
 state_dict.pt       the same as a plain state dict: torch.load reads it in its safe default
 network.py          the network's own source file, plain PyTorch: goes with the two above
-model.pt2           torch.export's program: weights, network and normalisation in one; takes images in 0..1
+model.pt2           torch.export's program: weights, network and normalization in one; takes images in 0..1
 model.onnx          the same for ONNX runtimes; the batch may have any size
 model_int8.onnx     the same with 8-bit weights and activations, calibrated on training images
 export.json         how each is fed, what it answers, and what the checks measured
@@ -43,9 +43,10 @@ from cifar10.data.dataset import Images
 from cifar10.data.loader import EvaluationLoader, at_once
 from cifar10.distributed.world import World
 from cifar10.models.registry import build_model, source_file
+from cifar10.models.weights import METADATA_KEY, read_weights
 from cifar10.run import folder as run_folder
 from cifar10.run import trained
-from cifar10.run.trained import METADATA_KEY, SAFETENSORS_FILE, Trained, Which
+from cifar10.run.trained import SAFETENSORS_FILE, Trained, Which
 
 Format = Literal["safetensors", "state_dict", "torch_export", "onnx", "onnx_int8"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -65,8 +66,8 @@ ROUNDS, BATCHES, BATCH_IMAGES = 9, 10, 100  # of the timing; the images of 32x32
 Answering = Callable[[Tensor], Tensor]  # float32 [B, C, S, S] in 0..1 -> logits [B, classes]
 
 
-class WithNormalisation(nn.Module):
-    """The network behind its normalisation: takes images as everyone has them, in 0..1."""
+class WithNormalization(nn.Module):
+    """The network behind its normalization: takes images as everyone has them, in 0..1."""
 
     def __init__(self, found: Trained) -> None:
         super().__init__()
@@ -98,16 +99,16 @@ def _quietly() -> Iterator[None]:
 def how_to_feed(found: Trained) -> dict[str, str]:
     """In words, for export.json and the console."""
     channels, size, _ = found.image_shape
-    resize, kind = found.recipe.resize, "RGB" if channels == 3 else "grey"
+    resize, kind = found.recipe.resize, "RGB" if channels == 3 else "grayscale"
     fitted = f"resized to {resize}x{resize} (bilinear, antialiased)" if resize else ""
-    cut = f"cut to its middle {size}x{size}" if size != (resize or found.dataset.size) else ""
+    cut = f"cut to its middle {size}x{size}" if size != (resize or found.dataset_size) else ""
     made = ", then ".join(word for word in (fitted, cut) if word) or "taken as it is"
-    whole = f"{found.dataset.size}x{found.dataset.size}"
+    whole = f"{found.dataset_size}x{found.dataset_size}"
     shape = f"float32 [N, {channels}, {size}, {size}], {kind}, 0..1"
     return {
         "images": f"{shape} (a byte divided by 255); an image of {whole} is {made}",
-        "model.pt2, model.onnx, model_int8.onnx": "take such images: the normalisation is inside",
-        "model.safetensors, state_dict.pt": "are the bare network's: normalise first, (images - mean) / std for each channel",
+        "model.pt2, model.onnx, model_int8.onnx": "take such images: the normalization is inside",
+        "model.safetensors, state_dict.pt": "are the bare network's: normalize first, (images - mean) / std for each channel",
         "network.py": f"builds that network: network.{found.recipe.model}(num_classes={len(found.classes)}).eval()",
         "logits": f"float32 [N, {len(found.classes)}], in the order of classes; softmax makes probabilities of them",
     }
@@ -150,7 +151,7 @@ def write_state_dict(job: Job) -> None:
 
 def write_torch_export(job: Job) -> None:
     program = torch.export.export(
-        WithNormalisation(job.found).eval(), (job.example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
+        WithNormalization(job.found).eval(), (job.example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
     )
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths on this machine
@@ -173,7 +174,7 @@ def _describe_onnx(path: Path, job: Job) -> None:
 
 def write_onnx(job: Job) -> None:
     torch.onnx.export(
-        WithNormalisation(job.found).eval(),
+        WithNormalization(job.found).eval(),
         (job.example,),
         job.path("onnx"),
         dynamo=True,
@@ -217,20 +218,10 @@ def write_onnx_int8(job: Job) -> None:
     _describe_onnx(job.path("onnx_int8"), job)
 
 
-def _network_with(weights: dict[str, Tensor], found: Trained) -> Answering:
-    model = build_model(found.recipe.model, found.recipe.seed, len(found.classes))
-    model.load_state_dict(weights)
-    return WithNormalisation(replace(found, model=model)).eval()
-
-
-def read_safetensors(path: Path, job: Job) -> Answering:
-    from safetensors.torch import load_file
-
-    return _network_with(load_file(path), job.found)
-
-
 def read_state_dict(path: Path, job: Job) -> Answering:
-    return _network_with(torch.load(path), job.found)
+    model = build_model(job.found.recipe.model, job.found.recipe.seed, len(job.found.classes))
+    model.load_state_dict(read_weights(path, str(path), "export again")[0])
+    return WithNormalization(replace(job.found, model=model)).eval()
 
 
 def read_torch_export(path: Path, job: Job) -> Answering:
@@ -254,7 +245,7 @@ WRITERS: dict[str, Callable[[Job], None]] = {
     "onnx_int8": write_onnx_int8,
 }
 READERS: dict[str, Callable[[Path, Job], Answering]] = {
-    "safetensors": read_safetensors,
+    "safetensors": read_state_dict,
     "state_dict": read_state_dict,
     "torch_export": read_torch_export,
     "onnx": read_onnx,
@@ -402,7 +393,7 @@ def check_all(job: Job, formats: tuple[Format, ...], images: Images, here: World
         models: dict[str, Answering] = {name: READERS[name](job.path(name), job) for name in FORMATS if name in formats}
         checks = [check(name, job, logits_of(model, loader), images.labels, wanted) for name, model in models.items()]
         some = replace(loader, batch_images=at_once(BATCH_IMAGES, found.image_shape[1]))
-        batch, itself = next(iter(some))[0], WithNormalisation(found).eval()
+        batch, itself = next(iter(some))[0], WithNormalization(found).eval()
         in_turns = {name: model for name, model in models.items() if name not in ("safetensors", "state_dict")}
         fast = speeds({"model": lambda x: itself(x.to(memory_format=torch.channels_last)), **in_turns}, batch)
     facts = {"accuracy": predictions.accuracy, "images_per_second": fast["model"], "batch_images": len(batch)}
@@ -445,7 +436,7 @@ def run(
 
     Ends with 1 if a file answers anything else than the model; of INT8, which rounds, the differences are counted.
 
-    ONNX, INT8 ONNX and torch.export take images in 0..1, the normalisation is inside; safetensors and the state dict are the
+    ONNX, INT8 ONNX and torch.export take images in 0..1, the normalization is inside; safetensors and the state dict are the
     bare network's. TorchScript is not offered: PyTorch has deprecated it in favour of torch.export.
 
     Args:

@@ -157,7 +157,7 @@ class Predictor:
     def __init__(self, found: Trained, here: World, top: int, background: tuple[int, int, int]) -> None:
         self.failed = self.answered = self.fitted = 0
         self._found, self._here, self._top, self._background = found, here, top, background
-        self.size, self.channels = found.dataset.size, found.dataset.channels
+        self.size, self.channels = found.dataset_size, found.channels
 
     def complain(self, path: Path, reason: object) -> None:
         self.failed += 1

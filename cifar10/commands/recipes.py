@@ -7,6 +7,7 @@ import json
 from statistics import mean, stdev
 
 from cifar10.config.recipe import PROJECT, load, recipe_names
+from cifar10.data import registry
 
 
 def _measured(name: str) -> str:
@@ -36,7 +37,9 @@ def table() -> str:
     rows = ["| flag | what it is | parameters | measured on two CPU cores |", "|---|---|---:|---|"]
     for name in recipe_names():
         what = importlib.import_module(f"recipes.{name}").__doc__.splitlines()[0].rstrip(".")
-        model = build_model(load(name).recipe.model, seed=0)
+        recipe = load(name).recipe
+        classes = registry.find(recipe.dataset).describe(registry.folder(None)).classes
+        model = build_model(recipe.model, 0, len(classes))
         parameters = sum(parameter.numel() for parameter in model.parameters())
         rows.append(f"| `--recipe {name}` | {what} | {parameters:,} | {_measured(name)} |")
     return "\n".join(rows)

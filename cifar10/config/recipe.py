@@ -47,8 +47,8 @@ class Recipe:
     weights: str = "none"
     """Where training starts: none (the model's own random initialisation), imagenet (torchvision's weights for the model, which
     are downloaded), or a file: a plain state dict, or a best_model or final file of an earlier run."""
-    dataset: Literal["cifar10", "synthetic", "mnist", "synthetic_mnist", "random_mnist"] = "cifar10"
-    """The images: real ones, learnable synthetic ones in their shape that need no download, or noise with random labels."""
+    dataset: str = "cifar10"
+    """Name of the data set, one of those listed above."""
     mean: _Channels = (0.4914, 0.4822, 0.4465)
     """Mean of each channel that normalisation subtracts, on the scale 0..1: three numbers, or one for grey images."""
     std: _Channels = (0.2023, 0.1994, 0.2010)
@@ -93,6 +93,10 @@ class Recipe:
     def is_augmented(self) -> bool:
         """Whether training sees other images than evaluation does."""
         return self.augment != "none" or bool(self.first_sizes)
+
+    def network_size(self, size: int) -> int:
+        """Pixels a side that the network sees of the data set's images of `size`."""
+        return self.image_size or self.resize or size
 
     def lr_scale(self, global_images: int) -> float:
         """What the linear scaling rule multiplies the learning rate by."""
@@ -211,9 +215,21 @@ def from_settings(values: dict[str, Any]) -> Recipe:
     return recipe
 
 
+FORMAT = "cifar10-deepspeed/2"  # of recipe.json, checkpoints and files of weights
+
+
+def refuse_other_format(content: dict[str, Any], file: Path) -> None:
+    """Raise UsageError unless a file's content says that it has this program's format."""
+    if content.get("format") != FORMAT:
+        found = f"format {str(content['format'])[:60]!r}" if "format" in content else "no format"
+        raise UsageError(f"{file} has {found}, expected {FORMAT!r}; use the version of the program that wrote it")
+
+
 def _load_json(path: Path) -> Experiment:
     try:
-        recipe = from_settings(json.loads(path.read_text(encoding="utf-8"))["settings"])
+        content = json.loads(path.read_text(encoding="utf-8"))
+        refuse_other_format(content, path)
+        recipe = from_settings(content["settings"])
     except UsageError:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
@@ -222,6 +238,7 @@ def _load_json(path: Path) -> Experiment:
     return Experiment(recipe, path.absolute().parent / "ds_config.json")
 
 
-def as_json(recipe: Recipe, name: str) -> str:
-    """The text of recipe.json, which `--recipe` reads again."""
-    return json.dumps({"recipe": name, "settings": dataclasses.asdict(recipe)}, indent=2) + "\n"
+def as_json(recipe: Recipe, name: str, dataset: dict[str, Any]) -> str:
+    """The text of recipe.json, which `--recipe` reads again; `dataset` is the data set's description, for reports."""
+    content = {"format": FORMAT, "recipe": name, "settings": dataclasses.asdict(recipe), "dataset": dataset}
+    return json.dumps(content, indent=2) + "\n"

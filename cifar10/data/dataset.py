@@ -1,15 +1,20 @@
-"""What a data set is: a few facts, and two splits of images as uint8 arrays; and how validation images are held out."""
+"""What a data set is: a description, and two splits of images as uint8 arrays; and how validation images are held out.
+
+A new data set is a file with a `DataSet` in it, and a line in registry.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from cifar10 import UsageError
+from cifar10.config.recipe import Recipe
 
 Split = Literal["train", "test"]
 
@@ -18,32 +23,69 @@ Split = Literal["train", "test"]
 class Images:
     """One split, in its fixed order."""
 
-    pixels: np.ndarray  # uint8 [N, S, S, C]: [N, 32, 32, 3] RGB for CIFAR-10, [N, 28, 28, 1] grey for MNIST
-    labels: np.ndarray  # int64 [N], 0..9, indices into the data set's classes
+    pixels: np.ndarray  # uint8 [N, S, S, C]
+    labels: np.ndarray  # int64 [N], indices into the data set's classes
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
 @dataclass(frozen=True)
-class DataSet:
-    """One data set; either `read` takes a split from the disk, or `draw` makes (split, num_images, seed) in memory."""
+class Description:
+    """The facts of a data set that the rest of the program works with."""
 
     train_images: int
     test_images: int
     size: int  # height and width of an image
     channels: int
     classes: tuple[str, ...]
-    mean: tuple[float, ...]  # what normalisation is to be told where a recipe was made for other images
+    mean: tuple[float, ...]  # suggested where a recipe was made for other images
     std: tuple[float, ...]
-    tiers: tuple[float, float, float] | None  # test accuracies from which a network is Excellent, Good, Fair; None: of no use
-    read: Callable[[Path, Split], Images] | None = None
-    draw: Callable[[Split, int, int], Images] | None = None
-    ensure: Callable[..., None] | None = None  # (data_dir, need_test=...): fetch and check what `read` reads
-    note: str | None = None  # what everyone should know who reads an accuracy on it
+    tiers: tuple[float, float, float] | None = None  # least test accuracies of Excellent, Good and Fair; None: no tiers
+    note: str | None = None  # what everyone who reads an accuracy on it should know
 
     def num_images(self, split: Split) -> int:
         return self.train_images if split == "train" else self.test_images
+
+
+def description_from(values: dict[str, Any]) -> Description:
+    """A description as it comes back from JSON. Raises TypeError or ValueError for anything else."""
+    found = Description(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    counts = found.train_images, found.test_images, found.size, found.channels
+    if not all(type(count) is int and count > 0 for count in counts):
+        raise ValueError(f"{counts} are not numbers of images, pixels and channels")
+    if not found.classes or not all(isinstance(name, str) for name in found.classes):
+        raise ValueError("its classes are not names")
+    return found
+
+
+class DataSet:
+    """One data set. `describe` may look at `data_dir`, so nothing else knows a data set's facts by its name."""
+
+    def describe(self, data_dir: Path) -> Description:
+        raise NotImplementedError
+
+    def load(self, split: Split, data_dir: Path, seed: int) -> Images:
+        """A whole split in its fixed order, after `ensure`; `seed` is for images that are generated."""
+        raise NotImplementedError
+
+    def ensure(self, data_dir: Path, *, need_test: bool) -> None:
+        """Return once `data_dir` holds sound files, fetched if need be. Raises UsageError (one line) if it cannot be done."""
+
+
+def about_model(recipe: Recipe, classes: Sequence[str], channels: int, size: int) -> dict[str, Any]:
+    """What a file of weights says of itself, in plain values: how to feed the model, and what its outputs mean.
+
+    `channels` and `size` are those of the data set's images.
+    """
+    seen = {"channels": channels, "size": recipe.network_size(size), "resize": recipe.resize, "dataset_size": size}
+    return {
+        "model": recipe.model,
+        "classes": list(classes),
+        "normalization": {"mean": list(recipe.mean), "std": list(recipe.std)},
+        "image": seen,
+        "recipe": json.loads(json.dumps(asdict(recipe))),
+    }
 
 
 def philox(key: int, stream: int) -> np.random.Philox:

@@ -6,12 +6,11 @@ torchvision is imported only where it is needed: files that are there and of the
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from cifar10 import UsageError
-from cifar10.data.dataset import Images
+from cifar10.data.dataset import DataSet, Description, Images, Split
 from cifar10.files import one_process_at_a_time, talking_to_stderr_and_not_for_ever
 
 FOLDER = Path("MNIST") / "raw"
@@ -21,7 +20,16 @@ FILES = {  # name -> bytes: a header, and one byte a pixel or label
     "t10k-images-idx3-ubyte": 16 + 10_000 * 28 * 28,
     "t10k-labels-idx1-ubyte": 8 + 10_000,
 }
-NUM_IMAGES = {"train": 60_000, "test": 10_000}
+DESCRIPTION = Description(
+    train_images=60_000,
+    test_images=10_000,
+    size=28,
+    channels=1,
+    classes=tuple("0123456789"),
+    mean=(0.1307,),
+    std=(0.3081,),
+    tiers=(0.90, 0.70, 0.50),
+)
 INSTEAD = "point --data-dir at a folder that holds MNIST/raw, or use --dataset synthetic_mnist"
 
 
@@ -43,37 +51,42 @@ def _fetch(data_dir: Path) -> None:
         MNIST(data_dir, download=True)
 
 
-def ensure_mnist(data_dir: Path, *, need_test: bool) -> None:
-    """Return once `data_dir` holds all four files of MNIST, each of the right size (torchvision reads none without the others).
+class Mnist(DataSet):
+    """All four files are checked, since torchvision reads none without the others."""
 
-    Raises UsageError, one line, if one is damaged, or missing and cannot be fetched. Files that are sound are not touched.
-    """
-    folder = data_dir / FOLDER
-    if _missing(folder) and not _damaged(folder):
+    def describe(self, data_dir: Path) -> Description:
+        return DESCRIPTION
+
+    def ensure(self, data_dir: Path, *, need_test: bool) -> None:
+        """Files of the right size are not touched; missing ones are fetched."""
+        folder = data_dir / FOLDER
+        if _missing(folder) and not _damaged(folder):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with one_process_at_a_time(data_dir / ".mnist.lock", f"fetching MNIST to {data_dir}"):
+                    if _missing(folder):  # else another process was faster
+                        _fetch(data_dir)
+            except (OSError, RuntimeError, EOFError) as error:  # the network, the disk; a wrong md5; an archive cut short
+                reason = " ".join(str(error).split())
+                raise UsageError(f"no MNIST in {data_dir}, and it cannot be fetched: {reason}; {INSTEAD}") from None
+        if faults := _damaged(folder):
+            raise UsageError(
+                f"MNIST in {folder} is damaged: {', '.join(faults)}; delete that file to have it restored, or {INSTEAD}"
+            )
+
+    def load(self, split: Split, data_dir: Path, seed: int) -> Images:
+        from torchvision.datasets import MNIST
+
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with one_process_at_a_time(data_dir / ".mnist.lock", f"fetching MNIST to {data_dir}"):
-                if _missing(folder):  # else another process was faster
-                    _fetch(data_dir)
-        except (OSError, RuntimeError, EOFError) as error:  # the network, the disk; a wrong md5; an archive cut short
-            reason = " ".join(str(error).split())
-            raise UsageError(f"no MNIST in {data_dir}, and it cannot be fetched: {reason}; {INSTEAD}") from None
-    if faults := _damaged(folder):
-        raise UsageError(
-            f"MNIST in {folder} is damaged: {', '.join(faults)}; delete that file to have it restored, or {INSTEAD}"
-        )
+            files = MNIST(data_dir, train=split == "train")
+            pixels, labels = files.data.numpy(), files.targets.numpy()
+            expected = (DESCRIPTION.num_images(split), DESCRIPTION.size, DESCRIPTION.size)
+            if pixels.shape != expected or labels.shape != expected[:1] or labels.max() >= len(DESCRIPTION.classes):
+                raise ValueError(f"{pixels.shape} images and {labels.shape} labels up to {labels.max()}")
+        except (OSError, RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UsageError(f"MNIST in {data_dir / FOLDER} is damaged: {reason}; delete that folder, or {INSTEAD}") from None
+        return Images(pixels[..., None], labels.astype(np.int64))
 
 
-def load_mnist(data_dir: Path, split: Literal["train", "test"]) -> Images:
-    """The whole split in the order of its files. Call `ensure_mnist` first; what is no MNIST inside is a UsageError."""
-    from torchvision.datasets import MNIST
-
-    try:
-        files = MNIST(data_dir, train=split == "train")
-        pixels, labels = files.data.numpy(), files.targets.numpy()
-        if pixels.shape != (NUM_IMAGES[split], 28, 28) or labels.shape != pixels.shape[:1] or labels.max() > 9:
-            raise ValueError(f"{pixels.shape} images and {labels.shape} labels up to {labels.max()}")
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UsageError(f"MNIST in {data_dir / FOLDER} is damaged: {reason}; delete that folder, or {INSTEAD}") from None
-    return Images(pixels[..., None], labels.astype(np.int64))
+MNIST = Mnist()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
 import numpy as np
 
-from cifar10.data.dataset import Images, Split, philox
+from cifar10.data import cifar, mnist
+from cifar10.data.dataset import DataSet, Description, Images, Split, philox
 
 SYNTHETIC_STREAMS = {"train": 0, "test": 1, "patterns": 2}
 NOISE_STREAMS = {"train": 3, "test": 4}
@@ -63,3 +68,30 @@ def noise(split: Split, num_images: int, seed: int) -> Images:
     words = philox(seed, NOISE_STREAMS[split]).random_raw((num_images, pixels // 8 + 1)).astype("<u8")
     labels = (words[:, -1] % np.uint64(10)).astype(np.int64)
     return Images(words.view(np.uint8)[:, :pixels].reshape(num_images, 28, 28, 1).copy(), labels)
+
+
+# --- the data sets ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Generated(DataSet):
+    """A data set without files."""
+
+    description: Description
+    generate: Callable[[Split, int, int], Images]  # split, number of images, seed
+
+    def describe(self, data_dir: Path) -> Description:
+        return self.description
+
+    def load(self, split: Split, data_dir: Path, seed: int) -> Images:
+        return self.generate(split, self.description.num_images(split), seed)
+
+
+_GRAY = replace(mnist.DESCRIPTION, train_images=10_000, test_images=2_000)
+_NOTE = (
+    "the labels of random_mnist are random: train accuracy measures memorizing, and test accuracy is expected to be chance, 10%"
+)
+
+SYNTHETIC = Generated(cifar.CIFAR10.description, synthetic)
+SYNTHETIC_MNIST = Generated(_GRAY, synthetic_grey)
+RANDOM_MNIST = Generated(replace(_GRAY, tiers=None, note=_NOTE), noise)

@@ -40,11 +40,11 @@ class CIFAR10CNNEnhanced(nn.Module):
         return self.fc2(x)  # [B, classes]
 
 
-def bn_cnn(num_classes: int = 10) -> CIFAR10CNNEnhanced:
+def bn_cnn(num_classes: int) -> CIFAR10CNNEnhanced:
     """The default: 16 and 32 channels, 268,746 parameters at 10 classes."""
     return CIFAR10CNNEnhanced((16, 32), num_classes)
 
 
-def bn_cnn_wide(num_classes: int = 10) -> CIFAR10CNNEnhanced:
+def bn_cnn_wide(num_classes: int) -> CIFAR10CNNEnhanced:
     """The SLURM document's: 32 and 64 channels, 545,290 parameters at 10 classes."""
     return CIFAR10CNNEnhanced((32, 64), num_classes)

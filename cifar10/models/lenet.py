@@ -26,6 +26,6 @@ class Net(nn.Module):
         return self.fc3(x)  # [B, classes]
 
 
-def lenet(num_classes: int = 10) -> Net:
+def lenet(num_classes: int) -> Net:
     """LeNet for 32x32 images in color."""
     return Net(num_classes)

@@ -32,6 +32,6 @@ class CNNModelEnhanced(nn.Module):
         return self.fc2(x)  # [B, classes]
 
 
-def mnist_cnn(num_classes: int = 10) -> CNNModelEnhanced:
+def mnist_cnn(num_classes: int) -> CNNModelEnhanced:
     """The document's network for 28x28 grayscale images."""
     return CNNModelEnhanced(num_classes)

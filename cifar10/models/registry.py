@@ -47,7 +47,7 @@ def source_file(name: str) -> Path:
     return Path(__file__).with_name(f"{_files()[name]}.py")
 
 
-def build_model(name: str, seed: int, num_classes: int = 10) -> nn.Module:
+def build_model(name: str, seed: int, num_classes: int) -> nn.Module:
     """The network called `name` with a head for `num_classes`, its initial weights drawn from `seed`. Raises UsageError."""
     import torch
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class SmoothCNN(nn.Module):
     """conv 3>8, conv 8>16, linear 1024>10; 11,642 parameters."""
 
-    def __init__(self, num_classes: int = 10) -> None:
+    def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 8, kernel_size=3, padding=1)
         self.conv2 = nn.Conv2d(8, 16, kernel_size=3, padding=1)
@@ -25,6 +25,6 @@ class SmoothCNN(nn.Module):
         return self.fc(torch.flatten(x, 1))  # [B, classes]
 
 
-def smooth_cnn(num_classes: int = 10) -> SmoothCNN:
+def smooth_cnn(num_classes: int) -> SmoothCNN:
     """The smooth network for 32x32 images in color."""
     return SmoothCNN(num_classes)

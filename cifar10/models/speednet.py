@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PATCH_IMAGES = 5_000  # whose patches are whitened
 PATCH = 2  # pixels a side
 
 
@@ -70,7 +69,9 @@ class DeepGroup(nn.Module):
 class SpeedNet(nn.Module):
     """Whitening, three groups of `widths` channels, a linear head on each channel's maximum."""
 
-    def __init__(self, widths: tuple[int, int, int], group: type[nn.Module] = Group, num_classes: int = 10) -> None:
+    patch_images = 5_000  # whose patches are whitened
+
+    def __init__(self, widths: tuple[int, int, int], group: type[nn.Module], num_classes: int) -> None:
         super().__init__()
         whitened = 2 * 3 * PATCH**2
         self.register_buffer("whitening", torch.randn(whitened, 3, PATCH, PATCH))
@@ -81,11 +82,11 @@ class SpeedNet(nn.Module):
 
     @torch.no_grad()
     def start_from_images(self, images: Tensor) -> None:
-        """Make the first layer whiten: normalised training images float32 [N, 3, S, S], of which the first 5,000 are used.
+        """Make the first layer whiten: normalized training images float32 [N, 3, S, S], of which the first 5,000 are used.
 
         The filters are the eigenvectors of the patches' covariance over the root of their eigenvalues, and the negatives.
         """
-        images = images[:PATCH_IMAGES].float()
+        images = images[: self.patch_images].float()
         patches = F.unfold(images, PATCH).transpose(1, 2).reshape(-1, 3 * PATCH**2)
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
         filters = (vectors / torch.sqrt(values + 5e-4)).T.reshape(-1, 3, PATCH, PATCH)
@@ -98,16 +99,16 @@ class SpeedNet(nn.Module):
         return self.head(x) / x.shape[1]
 
 
-def speednet(num_classes: int = 10) -> SpeedNet:
+def speednet(num_classes: int) -> SpeedNet:
     """The size for 94%: 64, 256 and 256 channels, 1,971,328 parameters at 10 classes."""
-    return SpeedNet((64, 256, 256), num_classes=num_classes)
+    return SpeedNet((64, 256, 256), Group, num_classes)
 
 
-def speednet_small(num_classes: int = 10) -> SpeedNet:
+def speednet_small(num_classes: int) -> SpeedNet:
     """A size for two CPU cores: 32, 64 and 128 channels, 294,336 parameters at 10 classes."""
-    return SpeedNet((32, 64, 128), num_classes=num_classes)
+    return SpeedNet((32, 64, 128), Group, num_classes)
 
 
-def speednet_large(num_classes: int = 10) -> SpeedNet:
+def speednet_large(num_classes: int) -> SpeedNet:
     """The size for 96%: twice as wide, with a third convolution beside a shortcut in each group; 9,915,392 parameters."""
     return SpeedNet((128, 384, 512), DeepGroup, num_classes)

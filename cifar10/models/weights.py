@@ -1,4 +1,4 @@
-"""What training starts from: a network that takes the images, and its initial weights if they are not to be random.
+"""Files of weights: the one reader and comparer of state dicts, and the weights that training starts from.
 
 Weights that are asked for are the weights that are used, or the run does not start. Files are read as data: nothing in them
 is executed. torch is imported only where a file is opened, so that the launcher can check without it that there is one.
@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import json
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cifar10 import UsageError
+from cifar10 import UsageError, reason
 from cifar10.files import one_process_at_a_time, talking_to_stderr_and_not_for_ever
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CHUNK_BYTES = 1 << 20
+METADATA_KEY = "about"  # of a safetensors file's header: JSON of what else the file says
 
 
 # --- ImageNet ---------------------------------------------------------------------------------------------------------
@@ -34,7 +37,7 @@ def _imagenet_url(model_name: str) -> str:
         return get_model_weights(model_name).DEFAULT.url
     except ValueError:
         raise UsageError(
-            f"--weights imagenet: torchvision has none for --model {model_name}; type --weights none or the path of a file"
+            f"--weights imagenet: torchvision has none for --model {model_name}; choose --weights none or a file"
         ) from None
 
 
@@ -81,7 +84,7 @@ def _ensure_imagenet(model_name: str) -> None:
         reason = " ".join(str(getattr(error, "reason", error)).split())
         raise UsageError(
             f"--weights imagenet: {url} cannot be fetched to {file}: {reason}; put that file there by hand,"
-            " or type --weights none or the path of a file"
+            " or choose --weights none or a file"
         ) from None
 
 
@@ -90,25 +93,53 @@ def ensure(weights: str, model_name: str) -> None:
     if weights == "imagenet":
         _ensure_imagenet(model_name)
     elif weights != "none" and not os.path.isfile(weights):
-        raise UsageError(f"--weights {weights} is no file; type the path of a file of weights, imagenet, or none")
+        raise UsageError(f"--weights {weights} is not a file; choose a file of weights, imagenet, or none")
 
 
 # --- reading, comparing, loading ----------------------------------------------------------------------------------------
 
 
-def _read(path: Path, weights: str) -> dict[str, Tensor]:
-    """The state dict in a file: plain, or under "module" as this program and DeepSpeed write it. Raises UsageError."""
+def read_weights(path: Path, what: str, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state dict in a .pt or .safetensors file, and what else the file says. Nothing in the file is executed.
+
+    A .pt file holds it plain, or under "module" as this program and DeepSpeed write it. A corrupt or foreign file is a
+    UsageError, `<what> ...; <remedy>`.
+    """
     import torch
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever bytes that are no such file make of a reader
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no more is known'}"
-        raise UsageError(f"--weights {weights} cannot be read as weights ({reason}); type the path of another file") from None
-    state = content.get("module", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UsageError(f"--weights {weights} holds no state dict, neither plain nor under 'module'; type another file")
-    return state
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(path, framework="pt") as file:
+                content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                about = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about a file that is refused below
+                content, about = torch.load(path, map_location="cpu", weights_only=True), {}
+    except MemoryError:
+        raise UsageError(f"{what} does not fit into this machine's memory; use a larger one") from None
+    except Exception as error:  # a corrupt or foreign file
+        raise UsageError(f"{what} cannot be read as weights ({reason(error)}); {remedy}") from None
+    if isinstance(content, dict) and "module" in content:
+        content, about = content["module"], {name: value for name, value in content.items() if name != "module"}
+    if not isinstance(content, dict) or not content or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise UsageError(f"{what} holds no state dict, neither plain nor under 'module'; {remedy}")
+    return dict(content), about
+
+
+def first_difference(ours: dict[str, Tensor], saved: dict[str, Tensor], *, finite: bool = True) -> str | None:
+    """The first thing that keeps `saved` from being (finite) weights of our shapes; None if nothing does."""
+    for name, tensor in ours.items():
+        if name not in saved:
+            return f"it has no {name}"
+        if saved[name].shape != tensor.shape:
+            return f"{name} is {list(saved[name].shape)} there, {list(tensor.shape)} here"
+        if finite and not saved[name].isfinite().all():
+            return f"{name} holds values that are not finite"
+    extra = next((name for name in saved if name not in ours), None)
+    return f"it holds {extra}, which the model does not have" if extra else None
 
 
 def _head(model: nn.Module) -> list[str]:
@@ -127,19 +158,6 @@ def _is_for_other_classes(ours: dict[str, Tensor], saved: dict[str, Tensor], hea
     )
 
 
-def _difference(ours: dict[str, Tensor], saved: dict[str, Tensor]) -> str | None:
-    """The first thing that keeps `saved` from being our weights, in words; None if nothing does."""
-    for name, tensor in ours.items():
-        if name not in saved:
-            return f"it has no {name}"
-        if saved[name].shape != tensor.shape:
-            return f"{name} is {list(saved[name].shape)} there, {list(tensor.shape)} here"
-        if not saved[name].isfinite().all():
-            return f"{name} holds values that are not finite"
-    extra = next((name for name in saved if name not in ours), None)
-    return f"it holds {extra}, which the model has not" if extra else None
-
-
 def load(model: nn.Module, model_name: str, weights: str) -> list[str]:
     """Put the weights that --weights names into `model`; returns what to know of that, a line each.
 
@@ -148,16 +166,17 @@ def load(model: nn.Module, model_name: str, weights: str) -> list[str]:
     """
     if weights == "none":
         return []
-    saved = _read(_cached(_imagenet_url(model_name)) if weights == "imagenet" else Path(weights), weights)
+    file = _cached(_imagenet_url(model_name)) if weights == "imagenet" else Path(weights)
+    saved, _ = read_weights(file, f"--weights {weights}", "choose another file")
     ours, head, notes = model.state_dict(), _head(model), [f"initial weights: {weights}"]
     if _is_for_other_classes(ours, saved, head):
         there, here = len(saved[head[0]]), len(ours[head[0]])
         notes = [f"initial weights: {weights}, but for its head of {there} classes: {head[0]} is new, with {here}"]
         saved = {**saved, **{name: ours[name] for name in head}}
-    if difference := _difference(ours, saved):
+    if difference := first_difference(ours, saved):
         raise UsageError(
-            f"--weights {weights} does not fit --model {model_name}: {difference}; type the path of a file of that model,"
-            " or --weights none"
+            f"--weights {weights} does not fit --model {model_name}: {difference}; choose a file of that model, or"
+            " --weights none"
         )
     model.load_state_dict(saved)
     return notes
@@ -166,28 +185,28 @@ def load(model: nn.Module, model_name: str, weights: str) -> list[str]:
 # --- the network and the images ------------------------------------------------------------------------------------------
 
 
-def refuse_not_finite(model: nn.Module, model_name: str) -> None:
+def check_initial_weights(model: nn.Module, model_name: str) -> None:
     """Raise UsageError if training would start from a weight that is not finite. (What a file holds, `load` has checked.)"""
     if bad := next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None):
-        raise UsageError(f"--model {model_name} starts with values in {bad} that are not finite; mend its initialisation")
+        raise UsageError(f"--model {model_name} starts with values in {bad} that are not finite; correct its initialization")
 
 
-def refuse_other_images(model: nn.Module, model_name: str, shape: tuple[int, int, int], num_classes: int) -> None:
-    """Raise UsageError if `model` cannot sort images of `shape` [C, S, S] into `num_classes`: it is tried on a black one."""
+def check_shapes(model: nn.Module, model_name: str, shape: tuple[int, int, int], num_classes: int) -> None:
+    """Raise UsageError unless `model` maps a (black) image of `shape` [C, S, S] to `num_classes` logits."""
     import torch
 
     was_training = model.training
     try:
         with torch.no_grad():
-            answers: Any = model.eval()(torch.zeros(1, *shape)).shape[-1]
-        reason = "" if answers == num_classes else f"it answers {answers} classes, not {num_classes}"
+            outputs: Any = model.eval()(torch.zeros(1, *shape)).shape[-1]
+        fault = "" if outputs == num_classes else f"its output has {outputs} classes, expected {num_classes}"
     except RuntimeError as error:  # of a convolution or a linear layer
-        reason = str(error).strip().splitlines()[0].split("; ")[0]
+        fault = str(error).strip().splitlines()[0].split("; ")[0]
     model.train(was_training)
-    if reason:
+    if fault:
         channels, size, _ = shape
-        kind = "grey" if channels == 1 else "colour"
+        kind = "grayscale" if channels == 1 else "color"
         raise UsageError(
-            f"--model {model_name} does not take {kind} images of {size}x{size} pixels ({reason});"
-            " type another --model, --dataset, --resize or --image-size"
+            f"--model {model_name} does not accept {kind} images of {size}x{size} pixels ({fault});"
+            " choose another --model, --dataset, --resize or --image-size"
         )

@@ -99,11 +99,10 @@ def _sheets(record: Record, data_dir: Path) -> Sheets:
         recipe = load(str(record.folder / "recipe.json")).recipe
         if record.predictions is not None:
             test = samples.read_images(recipe, "test", data_dir)
-            mistakes = samples.mistakes(record.predictions, test, record.classes(record.predictions.logits.shape[1]))
+            mistakes = samples.mistakes(record.predictions, test, list(record.dataset.classes))
         images = samples.read_images(recipe, "train", data_dir)
         pixels, labels = samples.first_augmented(recipe, images)
-        names = record.classes(len(record.dataset.classes) if record.dataset else int(labels.max()) + 1)
-        augmented = [(image, names[label]) for image, label in zip(pixels, labels, strict=True)]
+        augmented = [(image, record.dataset.classes[label]) for image, label in zip(pixels, labels, strict=True)]
         words = augment.describe(augment.parse(recipe.augment))
     except UsageError as error:
         left_out.append(f"the sheets of images: {error}")
@@ -190,7 +189,7 @@ def _answers(record: Record, draw: Any) -> tuple[dict[str, Any], list[str]]:
     found = record.predictions
     if found is None:
         return {"tested": 0}, ["all that needs the answers to single test images: the run has no test_predictions.npz (yet)"]
-    classes, counts = record.classes(found.logits.shape[1]), stats.confusion(found)
+    classes, counts = record.dataset.classes, stats.confusion(found)
     draw("confusion", plots.confusion_matrix, counts, classes)
     draw("classes", plots.class_accuracy, counts, classes)
     wrong = counts - np.diag(np.diag(counts))

@@ -30,6 +30,7 @@ INK, PALE, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 COLOURS = {"train": "#0072b2", "val": "#d55e00", "test": "#009e73"}
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 WIDTH, DPI = 6.4, 150  # inches, and pixels of each
+MANY = 20  # classes: more are drawn closer together, and without their counts
 FEWEST = 10  # images of a bin whose accuracy is shown: that of fewer says nothing
 STYLE = {
     "font.size": 11.5,
@@ -147,20 +148,22 @@ def _short(name: str, letters: int = 14) -> str:
 def confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     """True classes down, answers across. Right answers are blue; the stronger the orange, the more frequent the mistake."""
     size = len(classes)
-    figure = Figure(figsize=(WIDTH, WIDTH * 0.95), layout="constrained")
+    width = max(WIDTH, 0.18 * size)  # room for a line of text per class
+    figure = Figure(figsize=(width, width * 0.95), layout="constrained")
     axes = figure.subplots()
     right, wrong = np.eye(size, dtype=bool), np.where(np.eye(size, dtype=bool), 0, counts)
     axes.imshow(np.ma.masked_where(~right, counts), cmap="Blues", vmin=0, vmax=2 * max(1, counts.max()))
     axes.imshow(np.ma.masked_where(right, counts), cmap="Oranges", vmin=0, vmax=2 * max(1, wrong.max()))
-    if size <= 20:
+    if size <= MANY:
         for row, column in np.ndindex(counts.shape):
             if counts[row, column]:
                 weight = "bold" if row == column else "normal"
                 axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=9.5, weight=weight)
     names = [_short(name) for name in classes]
     turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 3 else {}
-    axes.set_xticks(range(size), names, **turned)
-    axes.set_yticks(range(size), names)
+    font = {} if size <= MANY else {"fontsize": 9}
+    axes.set_xticks(range(size), names, **turned, **font)
+    axes.set_yticks(range(size), names, **font)
     axes.grid(False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -174,7 +177,7 @@ def class_accuracy(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     right, total = np.diag(counts), counts.sum(axis=1)
     order = np.argsort(right / np.maximum(total, 1), kind="stable")
     share, (low, high) = right / np.maximum(total, 1), wilson(right, total)
-    figure = Figure(figsize=(WIDTH, 1.2 + 0.44 * len(classes)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.2 + (0.44 if len(classes) <= MANY else 0.26) * len(classes)), layout="constrained")
     axes, places = figure.subplots(), np.arange(len(classes))
     bars = np.abs(np.stack([share - low, high - share])[:, order])
     axes.errorbar(share[order], places, xerr=bars, fmt="o", color=SERIES[0], markersize=7, elinewidth=2, capsize=4)

@@ -3,7 +3,7 @@
 checkpoints/step_00001406/    state.pt: all that training goes on from; manifest.json: its size and sha256
 checkpoints/latest            names the newest tag: what a resume reads first
 checkpoints/best  epoch_005   name other tags that are kept: that of best_model, and those of --save-frequency
-checkpoints/best_model/       mp_rank_00_model_states.pt: fp32 weights under "module", normalisation, classes, recipe
+checkpoints/best_model/       mp_rank_00_model_states.pt: fp32 weights under "module", format, normalization, classes, recipe
 checkpoints/final/            the same, of the last state
 
 A tag appears whole or not at all: written under another name, with its manifest, brought to the disk, renamed; only then do
@@ -30,11 +30,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cifar10 import UsageError
+from cifar10 import UsageError, reason
+from cifar10.config.recipe import FORMAT, refuse_other_format
 from cifar10.config.settings import differences
 from cifar10.distributed.world import World
 from cifar10.engine.engine import Engine
 from cifar10.files import sync_folder, written_whole
+from cifar10.models.weights import first_difference, read_weights
 from cifar10.run.state import RunState
 
 PORTABLE_FILE, STATE_FILE, MANIFEST_FILE = "mp_rank_00_model_states.pt", "state.pt", "manifest.json"
@@ -155,7 +157,8 @@ def save(
 
     Returns "" if it is saved, else why not, in a line.
     """
-    content = {"run_state": state.as_dict(), "settings": settings, "engine": engine.full_state(), "pointers": list(pointers)}
+    content = {"format": FORMAT, "run_state": state.as_dict(), "settings": settings}
+    content |= {"engine": engine.full_state(), "pointers": list(pointers)}
     return world.from_main(lambda: _commit(folder, content, keep, pointers))
 
 
@@ -213,24 +216,21 @@ def load(tag: Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what it is about to refuse
             content = torch.load(tag / STATE_FILE, map_location="cpu", weights_only=True)
+        refuse_other_format(content, tag / STATE_FILE)
         state = RunState.from_dict(content["run_state"])
         if not isinstance(content["settings"], dict) or not isinstance(content["engine"], dict):
             raise TypeError("no settings, or no state of an engine")
         pointers = [name for name in content.get("pointers", ()) if re.fullmatch(NAMES, name)]
-    except Exception as error:  # whatever bytes that are no such file make of a reader
+    except UsageError:
+        raise
+    except Exception as error:  # a corrupt or foreign file
         raise _no_checkpoint(tag, error) from None
     return {**content, "run_state": state, "pointers": pointers}
 
 
-def _reason(error: Exception) -> str:
-    """What an error says, in a line."""
-    said = str(error).strip()
-    return f"{type(error).__name__}: {said.splitlines()[0][:200] if said else 'no more is known'}"
-
-
 def _no_checkpoint(tag: Path, error: Exception) -> UsageError:
     return UsageError(
-        f"{tag / STATE_FILE} is not a checkpoint of this program ({_reason(error)}); restore it, or name another --output-dir"
+        f"{tag / STATE_FILE} is not a checkpoint of this program ({reason(error)}); restore it, or name another --output-dir"
     )
 
 
@@ -309,29 +309,28 @@ def save_portable(folder: Path, module: dict[str, Tensor], facts: dict[str, Any]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with written_whole(folder / PORTABLE_FILE) as file:
-            torch.save({"module": module, **facts}, file)
+            torch.save({"format": FORMAT, "module": module, **facts}, file)
     except (OSError, RuntimeError) as error:
         return f"{folder} is not written: {_why_not(error)}"
     return ""
 
 
 def load_portable(folder: Path) -> dict[str, Any]:
-    """What `save_portable` wrote; nothing in the file is executed. Raises UsageError if it is something else."""
+    """What `save_portable` wrote. Raises UsageError if it is something else."""
+    file, remedy = folder / PORTABLE_FILE, "restore it, or choose another --output-dir"
+    module, about = read_weights(file, str(file), remedy)
+    refuse_other_format(about, file)
     try:
-        content = torch.load(folder / PORTABLE_FILE, map_location="cpu", weights_only=True)
-        facts = {"module": dict(content["module"]), "step": int(content["step"])}
-    except Exception as error:  # whatever bytes that are no such file make of a reader
-        raise UsageError(
-            f"{folder / PORTABLE_FILE} is not a model of this program ({_reason(error)}); restore it,"
-            " or name another --output-dir"
-        ) from None
-    return {**content, **facts}
+        return {**about, "module": module, "step": int(about["step"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{file} is not a model of this program ({reason(error)}); {remedy}") from None
 
 
 def portable_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     """The weights that `save_portable` wrote. Raises UsageError if they are not those of such a model."""
     weights = load_portable(folder)["module"]
-    shapes = [{name: getattr(value, "shape", None) for name, value in state.items()} for state in (weights, model.state_dict())]
-    if shapes[0] != shapes[1]:
-        raise UsageError(f"{folder / PORTABLE_FILE} holds another model's weights; restore it, or name another --output-dir")
+    if difference := first_difference(model.state_dict(), weights, finite=False):
+        raise UsageError(
+            f"{folder / PORTABLE_FILE} holds another model's weights: {difference}; restore it, or choose another --output-dir"
+        )
     return weights

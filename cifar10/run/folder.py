@@ -26,6 +26,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cifar10 import UsageError
+from cifar10.config.recipe import refuse_other_format
 from cifar10.config.settings import differences, is_deep
 from cifar10.files import written_whole
 
@@ -103,6 +104,7 @@ def refuse_other_settings(folder: Path, settings: dict[str, Any], defaults: dict
     saved_recipe, saved_config = read_json(folder / "recipe.json"), read_json(folder / "ds_config.json")
     if saved_recipe is None or saved_config is None:
         return
+    refuse_other_format(saved_recipe, folder / "recipe.json")
     if not isinstance(saved_recipe.get("settings"), dict):
         raise damaged(folder / "recipe.json", "no settings")
     saved = {"recipe": {**defaults, **saved_recipe["settings"]}, "deepspeed": saved_config}

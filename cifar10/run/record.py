@@ -12,11 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cifar10 import UsageError
-from cifar10.config.recipe import RECIPE_DEFAULTS
+from cifar10 import UsageError, reason
+from cifar10.config.recipe import RECIPE_DEFAULTS, refuse_other_format
 from cifar10.config.settings import FREE, flattened
-from cifar10.data.dataset import DataSet
-from cifar10.data.registry import DATASETS
+from cifar10.data.dataset import Description, description_from
 from cifar10.run.folder import read_json, title
 from cifar10.run.predictions import TEST_FILE, Predictions, read
 
@@ -30,6 +29,7 @@ class Record:
     folder: Path
     recipe: str  # the name it was started by
     settings: dict[str, Any]  # the recipe's fields
+    dataset: Description  # as it was when the run began
     ds_config: dict[str, Any]
     summary: dict[str, Any]
     starts: list[dict[str, Any]]  # of environment.json
@@ -40,8 +40,9 @@ class Record:
     def predictions(self) -> Predictions | None:
         """What best_model answered on the test images. Raises UsageError for a damaged file."""
         found = read(self.folder / TEST_FILE)
-        if found is not None and not (found.labels.min() >= 0 and found.labels.max() < found.logits.shape[1]):
-            raise UsageError(f"{self.folder / TEST_FILE} is damaged (labels of no class)")
+        count = len(self.dataset.classes)
+        if found is not None and (found.logits.shape[1] != count or found.labels.min() < 0 or found.labels.max() >= count):
+            raise UsageError(f"{self.folder / TEST_FILE} is damaged (not of {count} classes)")
         return found
 
     @property
@@ -55,11 +56,6 @@ class Record:
     @property
     def is_finished(self) -> bool:
         return self.status == "finished"
-
-    @property
-    def dataset(self) -> DataSet | None:
-        """None for one that this program does not know."""
-        return DATASETS.get(str(self.settings.get("dataset", "cifar10")))
 
     def number(self, key: str) -> float | None:
         """A number of the summary; None if it has none. Raises UsageError for something else in its place."""
@@ -75,11 +71,6 @@ class Record:
         steps, epochs = self.number("steps"), self.number("epochs")
         return steps / epochs if steps and epochs else None
 
-    def classes(self, count: int) -> list[str]:
-        """The names of `count` classes."""
-        known = self.dataset.classes if self.dataset else ()
-        return list(known) if len(known) == count else [f"class {number}" for number in range(count)]
-
     @property
     def experiment(self) -> dict[str, Any]:
         """All that two runs must have in common to be the same but for the seed; --max-steps shortens one, so it counts."""
@@ -89,7 +80,7 @@ class Record:
         told = {"recipe": self.recipe, "ranks": self.summary.get("world_size"), **chosen, **config}
         if self.summary.get("ended_by") == "max_steps":
             told["max_steps"] = self.summary.get("steps")
-        if (tested := self.number("test_images")) and self.dataset and tested != self.dataset.test_images:
+        if (tested := self.number("test_images")) and tested != self.dataset.test_images:
             told["test_images"] = tested
         return {key: int(value) if isinstance(value, float) and value.is_integer() else value for key, value in told.items()}
 
@@ -135,6 +126,7 @@ def open_record(folder: Path) -> Record:
     recipe, summary = read_json(folder / "recipe.json"), read_json(folder / "summary.json")
     if recipe is None:
         raise UsageError(f"{folder} is not a run's folder: it has no recipe.json; type the folder that a run was written to")
+    refuse_other_format(recipe, folder / "recipe.json")
     settings, starts = recipe.get("settings"), (read_json(folder / "environment.json") or {}).get("starts", [])
     if not isinstance(settings, dict):
         raise UsageError(f"{folder / 'recipe.json'} is damaged (no settings)")
@@ -142,7 +134,11 @@ def open_record(folder: Path) -> Record:
         raise UsageError(f"{folder / 'environment.json'} is damaged (no list of starts)")
     config = read_json(folder / "ds_config.json") or {}
     epochs, steps = _epochs(folder / "metrics.csv"), _steps(folder / "steps.csv")
-    record = Record(folder, str(recipe.get("recipe", "?")), settings, config, summary or {}, starts, epochs, steps)
+    try:
+        dataset = description_from(recipe["dataset"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"{folder / 'recipe.json'} is damaged (dataset: {reason(error)})") from None
+    record = Record(folder, str(recipe.get("recipe", "?")), settings, dataset, config, summary or {}, starts, epochs, steps)
     accuracies = ("train_accuracy", "val_accuracy", "test_accuracy", "test_accuracy_tta")
     for key in (*accuracies, "steps", "epochs", "train_seconds", "seed", "test_images"):
         record.number(key)

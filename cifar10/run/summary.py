@@ -87,20 +87,12 @@ class Summary:
             return False
         return self.ended_by != "max_steps" or (max_steps is not None and max_steps <= self.steps)
 
-    def as_dict(self) -> dict[str, Any]:
-        """What the file holds, but for what was not measured."""
-        return {name: value for name, value in asdict(self).items() if value is not None or name in _ALWAYS}
-
     def write(self, folder: Path) -> None:
         """Write summary.json. A full disk does not end the run: it is reported, and the earlier file stays."""
         try:
-            write_json(folder / FILE, self.as_dict())
+            write_json(folder / FILE, asdict(self))
         except OSError as error:
             print(f"{folder / FILE} could not be written: {error.strerror}", file=sys.stderr)
-
-
-# Written as null while they are not measured: readers may count on them.
-_ALWAYS = {f.name for f in fields(Summary)[: [f.name for f in fields(Summary)].index("test_accuracy")]}
 
 
 def read_summary(folder: Path) -> Summary | None:

@@ -6,39 +6,38 @@ the only ones to use it; like them it sees the whole program.
 
 from __future__ import annotations
 
-import json
-import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cifar10 import UsageError
-from cifar10.config.recipe import Recipe, from_settings
-from cifar10.data.dataset import DataSet
-from cifar10.data.registry import DATASETS, image_shape
+from cifar10 import UsageError, reason
+from cifar10.config.recipe import FORMAT, Recipe, from_settings, refuse_other_format
+from cifar10.data.dataset import about_model
 from cifar10.distributed import world
 from cifar10.distributed.device import count_gpus, keep_freed_memory
 from cifar10.distributed.world import World
 from cifar10.models.registry import build_model
-from cifar10.models.weights import refuse_other_images
+from cifar10.models.weights import check_shapes, first_difference, read_weights
 from cifar10.run.checkpoint import PORTABLE_FILE
 
 Which = Literal["best_model", "final"]
 SAFETENSORS_FILE = "model.safetensors"
-METADATA_KEY = "about"  # of a safetensors file's header: JSON of `Trained.about`
+LARGEST = 8192  # pixels a side of an image that a file may name
 HOW = "type the folder of a run, its checkpoints/best_model or checkpoints/final, a file in them, or the folder of an export"
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A network in evaluation mode, fp32, on the CPU or the GPU, and how it was made to see."""
+    """A network in evaluation mode, fp32, on the CPU or the GPU, with what its file says of its inputs and outputs."""
 
     model: nn.Module
     recipe: Recipe
     classes: tuple[str, ...]
+    channels: int
+    dataset_size: int  # pixels a side of the data set's images
     step: int  # of the optimizer, at which these weights were taken
     val_accuracy: float | None  # a fraction; None where it was not measured for these weights
     file: Path  # where the weights were read
@@ -46,27 +45,16 @@ class Trained:
     which: str  # best_model, final, or the file's name elsewhere
 
     @property
-    def dataset(self) -> DataSet:
-        return DATASETS[self.recipe.dataset]
-
-    @property
     def image_shape(self) -> tuple[int, int, int]:
         """What the network sees of an image: [C, S, S]."""
-        return image_shape(self.recipe)
+        size = self.recipe.network_size(self.dataset_size)
+        return self.channels, size, size
 
     @property
     def about(self) -> dict[str, Any]:
-        """How to feed the model, and what it answers: plain values, which `load` reads again."""
-        channels, size, _ = self.image_shape
-        return {
-            "model": self.recipe.model,
-            "classes": list(self.classes),
-            "normalisation": {"mean": list(self.recipe.mean), "std": list(self.recipe.std)},
-            "image": {"channels": channels, "size": size, "resize": self.recipe.resize, "dataset_size": self.dataset.size},
-            "step": self.step,
-            "val_accuracy": self.val_accuracy,
-            "recipe": json.loads(json.dumps(asdict(self.recipe))),
-        }
+        """How to feed the model, and what its outputs mean: plain values, which `load` reads again."""
+        described = about_model(self.recipe, self.classes, self.channels, self.dataset_size)
+        return {"format": FORMAT, **described, "step": self.step, "val_accuracy": self.val_accuracy}
 
 
 def alone(threads: int | None = None) -> World:
@@ -119,58 +107,18 @@ def _run_of(file: Path) -> Path | None:
 # --- reading it -------------------------------------------------------------------------------------------------------
 
 
-def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as content:
-        weights = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-        return weights, json.loads((content.metadata() or {})[METADATA_KEY])
-
-
-def _read_portable(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what it is about to refuse
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    return dict(content["module"]), {name: value for name, value in content.items() if name != "module"}
-
-
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any], Recipe]:
-    """Weights, what the file says of them, and the recipe in that. Raises UsageError for anything else."""
-    try:
-        weights, about = (_read_safetensors if file.suffix == ".safetensors" else _read_portable)(file)
-        recipe, step, classes = from_settings(about["recipe"]), int(about["step"]), list(about["classes"])
-        if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
-            raise TypeError("its weights are no tensors")
-        val_accuracy = about.get("val_accuracy")
-        if val_accuracy is not None and not isinstance(val_accuracy, (int, float)):
-            raise TypeError("its val_accuracy is no number")
-        if not all(isinstance(name, str) for name in classes) or len(classes) != len(DATASETS[recipe.dataset].classes):
-            raise ValueError(f"its classes are not those of {recipe.dataset}")
-    except MemoryError:
-        raise UsageError(f"{file} does not fit into this machine's memory; use a larger one") from None
-    except Exception as error:  # whatever bytes that are no such file make of a reader
-        said = str(error).strip().splitlines()
-        reason = f"{type(error).__name__}: {said[0][:160] if said else 'no more is known'}"
-        hint = "; a plain state dict says nothing of how to use it: type the folder it lies in" if file.suffix == ".pt" else ""
-        raise UsageError(f"{file} is not a trained model of this program ({reason}){hint or f'; {HOW}'}") from None
-    facts = {"step": step, "val_accuracy": val_accuracy, "classes": tuple(classes)}
-    return weights, facts, recipe
-
-
-def _put(weights: dict[str, Tensor], model: nn.Module, file: Path, name: str) -> None:
-    """Load the weights. Raises UsageError, which names the first difference, unless they are those of such a model."""
-    ours = model.state_dict()
-    for key in (*ours, *weights):
-        if key not in weights or key not in ours:
-            fault = f"it has no {key}" if key not in weights else f"it holds {key}, which the model has not"
-        elif weights[key].shape != ours[key].shape:
-            fault = f"{key} is {list(weights[key].shape)} there, {list(ours[key].shape)} here"
-        elif not weights[key].isfinite().all():
-            fault = f"{key} holds values that are not finite"
-        else:
-            continue
-        raise UsageError(f"{file} does not hold weights of {name}: {fault}; restore it, or name another run")
-    model.load_state_dict(weights)
+def _facts(about: dict[str, Any]) -> dict[str, Any]:
+    """What a file says of its model, as fields of Trained. Raises whatever foreign values lead to."""
+    classes, image, val_accuracy = tuple(about["classes"]), about["image"], about.get("val_accuracy")
+    if not classes or not all(isinstance(name, str) for name in classes):
+        raise TypeError("its classes are not names")
+    if val_accuracy is not None and not isinstance(val_accuracy, (int, float)):
+        raise TypeError("its val_accuracy is not a number")
+    channels, size = image["channels"], image["dataset_size"]
+    if not all(isinstance(value, int) and 1 <= value <= LARGEST for value in (channels, size)):
+        raise ValueError(f"its images have {channels} channels and {size} pixels a side")
+    facts = {"classes": classes, "channels": channels, "dataset_size": size}
+    return {**facts, "recipe": from_settings(about["recipe"]), "step": int(about["step"]), "val_accuracy": val_accuracy}
 
 
 def load(where: Path, which: Which = "best_model", here: World | None = None) -> Trained:
@@ -179,10 +127,23 @@ def load(where: Path, which: Which = "best_model", here: World | None = None) ->
     Raises UsageError, one line with the remedy, for whatever is not one.
     """
     file = find(where, which)
-    weights, facts, recipe = _read(file)
-    model = build_model(recipe.model, recipe.seed, len(facts["classes"]))
-    _put(weights, model, file, recipe.model)
-    refuse_other_images(model, recipe.model, image_shape(recipe), len(facts["classes"]))
+    weights, about = read_weights(file, str(file), HOW)
+    try:
+        if not about:
+            raise ValueError("a plain state dict says nothing of how to use it: choose the folder that holds it")
+        refuse_other_format(about, file)
+        facts = _facts(about)
+    except UsageError:
+        raise
+    except Exception as error:  # a corrupt or foreign file
+        raise UsageError(f"{file} is not a trained model of this program ({reason(error)}); {HOW}") from None
+    recipe, num_classes = facts["recipe"], len(facts["classes"])
+    model = build_model(recipe.model, recipe.seed, num_classes)
+    if difference := first_difference(model.state_dict(), weights):
+        raise UsageError(f"{file} does not hold weights of {recipe.model}: {difference}; restore it, or choose another run")
+    model.load_state_dict(weights)
+    size = recipe.network_size(facts["dataset_size"])
+    check_shapes(model, recipe.model, (facts["channels"], size, size), num_classes)
     model = model.eval().to(here.device if here else "cpu").requires_grad_(False)
     run = _run_of(file)
-    return Trained(model, recipe, file=file, run=run, which=file.parent.name if run else file.name, **facts)
+    return Trained(model, file=file, run=run, which=file.parent.name if run else file.name, **facts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import sys
 from collections import namedtuple
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from cifar10.commands.doctor import ADVICE, CHECKS, FAIL, OK, WARN, Finding, Pat
 from cifar10.config.cli import Options
 from cifar10.config.recipe import Recipe
 from cifar10.data import cifar
+from cifar10.data.cifar import CIFAR10
 from cifar10.launch.command import LaunchOptions
 from tests.launching import PROJECT, environment, free_port
 
@@ -322,24 +324,22 @@ def test_the_limits_of_a_container(monkeypatch, tmp_path):
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder with a whole data set of six small files, whose md5 are taken to be the known ones."""
-    folder = tmp_path / "data" / cifar.FOLDER
+    folder = tmp_path / "data" / CIFAR10.folder
     folder.mkdir(parents=True)
     known = {}
-    for name in (*cifar.SPLIT_FILES["train"], *cifar.SPLIT_FILES["test"]):
+    for name in (*CIFAR10.split_files["train"], *CIFAR10.split_files["test"]):
         (folder / name).write_bytes(name.encode() * 9)
-        known[name] = (cifar.hashlib.md5(name.encode() * 9).hexdigest(), len(name) * 9)
-    monkeypatch.setattr(cifar, "FILES", known)
+        known[name] = hashlib.md5(name.encode() * 9).hexdigest()
+    monkeypatch.setattr(cifar, "CIFAR10", replace(CIFAR10, files=known))
     return tmp_path / "data"
 
 
 def test_data(tiny, monkeypatch):
     one("data", OK, "6 files, every md5 is right", data_dir=tiny)
     monkeypatch.setenv("CIFAR10_URL", f"http://127.0.0.1:{free_port()}/x.tar.gz")
-    (tiny / cifar.FOLDER / "data_batch_3").write_bytes(b"short")
-    one("data", FAIL, "data_batch_3 (truncated: 5 of 108 bytes)", "cannot be reached", cifar.ARCHIVE, data_dir=tiny)
-    (tiny / cifar.FOLDER / "data_batch_3").write_bytes(b"x" * 108)
-    one("data", FAIL, "data_batch_3 (altered)", data_dir=tiny)
-    (tiny / cifar.ARCHIVE).touch()
+    (tiny / CIFAR10.folder / "data_batch_3").write_bytes(b"short")
+    one("data", FAIL, "data_batch_3 (corrupt: 5 bytes", "cannot be reached", CIFAR10.archive, data_dir=tiny)
+    (tiny / CIFAR10.archive).touch()
     one("data", WARN, "any run restores it", data_dir=tiny)
 
 

@@ -23,8 +23,8 @@ from cifar10.data.pixels import center
 from cifar10.models.registry import build_model, model_names, source_file
 from cifar10.run.predictions import TEST_FILE
 from cifar10.run.trained import load
-from tests.helpers import WORKERS, one_rank, same_bits
-from tests.small_trained import command, cut_down
+from tests.helpers import WORKERS, cut_down, one_rank, same_bits
+from tests.small_trained import command
 
 PLAIN = WORKERS / "plain_environment.py"
 # What is not there: no module of these names can be imported.
@@ -130,7 +130,7 @@ def test_onnx_takes_any_batch_and_says_what_it_is(trained, exports):
     assert json.loads(facts["classes"]) == list("0123456789")
     assert json.loads(facts["about"]) == load(trained / "grey").about
     assert "0..1" in facts["images"]
-    assert "normalisation is inside" in facts["model.pt2, model.onnx, model_int8.onnx"]
+    assert "normalization is inside" in facts["model.pt2, model.onnx, model_int8.onnx"]
 
 
 def test_int8_holds_weights_of_8_bits(exports):

@@ -15,7 +15,7 @@ import pytest
 from cifar10 import UsageError
 from cifar10.config import ds_config
 from cifar10.config.cli import Options, parse, without_launcher_flags
-from cifar10.config.recipe import PROJECT, Recipe, as_json, load, recipe_names
+from cifar10.config.recipe import FORMAT, PROJECT, Recipe, as_json, load, recipe_names
 
 STABLE_FLAGS = """--recipe --dataset --data-dir --output-dir --epochs --max-steps --global-batch-size --lr --seed --val-images
     --test-images --resume --threads --log-every-steps --deepspeed-config""".split()
@@ -195,7 +195,6 @@ def test_every_number_that_a_flag_takes_is_tried_above():
         ("--epochs", ["--epochs"]),
         ("--seed 1.5", ["--seed", "1.5"]),
         ("--mean 0.5 0.5", ["--mean", "3"]),
-        ("--dataset cifar100", ["--dataset", "cifar100", "cifar10", "synthetic"]),
         ("--lr-moves weekly", ["--lr-moves", "per-step", "per-epoch"]),
         ("--recipe", ["--recipe"]),
         ("words", ["words"]),
@@ -290,9 +289,8 @@ def test_bn_cnn_is_the_same_network_judged_on_held_out_images_in_no_more_epochs(
 def write_run(folder: Path, **changes: object) -> Path:
     """A run folder's two files of settings -> its recipe.json; `changes` overwrite settings."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = json.loads(
-        as_json(dataclasses.replace(load("bn_cnn_document").recipe, epochs=3, augment="none"), "bn_cnn_document")
-    )
+    recipe = dataclasses.replace(load("bn_cnn_document").recipe, epochs=3, augment="none")
+    content = json.loads(as_json(recipe, "bn_cnn_document", {}))
     content["settings"].update(changes)
     (folder / "recipe.json").write_text(json.dumps(content), encoding="utf-8")
     (folder / "ds_config.json").write_text((PROJECT / "ds_config.json").read_text(encoding="utf-8"), encoding="utf-8")
@@ -323,9 +321,9 @@ def test_a_relative_recipe_json_means_the_json_beside_it_in_any_working_folder(t
         "{}",
         "null",
         "5",
-        '{"settings": 5}',
-        '{"settings": {}}',
-        '{"settings": {"epocs": 1}}',
+        f'{{"format": "{FORMAT}", "settings": 5}}',
+        f'{{"format": "{FORMAT}", "settings": {{}}}}',
+        f'{{"format": "{FORMAT}", "settings": {{"epocs": 1}}}}',
         "\xff",
         "[" * 5_000,
     ],
@@ -334,6 +332,14 @@ def test_a_file_that_is_no_recipe_json_is_refused(tmp_path, text):
     path = tmp_path / "recipe.json"
     path.write_text(text, encoding="latin1")
     assert str(path) in refusal("--recipe", str(path))
+
+
+@pytest.mark.parametrize("formatted", [{}, {"format": 1}, {"format": "another/3"}])
+def test_a_recipe_json_of_another_format_is_refused(tmp_path, formatted):
+    path = write_run(tmp_path / "run")
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**{key: value for key, value in content.items() if key != "format"}, **formatted}))
+    assert f"expected '{FORMAT}'" in refusal("--recipe", str(path))
 
 
 def test_a_recipe_json_that_is_not_there_or_is_a_folder_is_refused(tmp_path):
@@ -353,7 +359,7 @@ def test_a_recipe_json_that_is_not_there_or_is_a_folder_is_refused(tmp_path):
         ("seed", "1"),
         ("sync_bn", "no"),
         ("lr_moves", "weekly"),
-        ("dataset", "cifar100"),
+        ("dataset", 10),
         ("model", ["bn_cnn"]),
         ("mean", [0.5, 0.5]),
         ("mean", "abc"),

@@ -15,16 +15,20 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torchvision
 
 from cifar10 import UsageError
-from cifar10.data import cifar, download, synthetic
-from cifar10.data.dataset import stratified_split
+from cifar10.data import download, synthetic
+from cifar10.data.cifar import CIFAR10, Cifar
+from cifar10.data.dataset import Images, Split, stratified_split
+from cifar10.data.registry import DATASETS
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES_PER_FILE = 4
@@ -41,8 +45,8 @@ def md5(content: bytes) -> str:
 def make_files() -> dict[str, bytes]:
     """Name -> content of a data set in CIFAR-10's format with a few random images per file."""
     rng = np.random.default_rng(0)
-    files = {"batches.meta": pickle.dumps({"label_names": list(cifar.CLASSES)})}
-    for name in (*cifar.SPLIT_FILES["train"], *cifar.SPLIT_FILES["test"]):
+    files = {"batches.meta": pickle.dumps({"label_names": list(CIFAR10.description.classes)})}
+    for name in (*CIFAR10.split_files["train"], *CIFAR10.split_files["test"]):
         pixels = rng.integers(0, 256, (IMAGES_PER_FILE, 3072), dtype=np.uint8)
         labels = rng.integers(0, 10, IMAGES_PER_FILE).tolist()
         files[name] = pickle.dumps({"data": pixels, "labels": labels})
@@ -65,19 +69,19 @@ def make_archive(members: dict[str, bytes], links: dict[str, str] | None = None)
 
 
 def in_folder(files: dict[str, bytes]) -> dict[str, bytes]:
-    return {f"{cifar.FOLDER}/{name}": content for name, content in files.items()}
+    return {f"{CIFAR10.folder}/{name}": content for name, content in files.items()}
 
 
 @dataclass
 class Tiny:
-    """The tiny data set that data.py is made to believe in."""
+    """The tiny data set that is taken for CIFAR-10."""
 
     files: dict[str, bytes]
     archive: bytes
 
     def write(self, data_dir: Path, *, leave_out: tuple[str, ...] = ()) -> Path:
         """Put the files into `data_dir` -> their folder."""
-        folder = data_dir / cifar.FOLDER
+        folder = data_dir / CIFAR10.folder
         folder.mkdir(parents=True)
         for name in self.files.keys() - {*leave_out}:
             (folder / name).write_bytes(self.files[name])
@@ -85,19 +89,31 @@ class Tiny:
 
     def assert_whole(self, data_dir: Path) -> None:
         """Every file is there with the right bytes, and no temporary file is left."""
-        found = {path.name: path.read_bytes() for path in (data_dir / cifar.FOLDER).iterdir()}
+        found = {path.name: path.read_bytes() for path in (data_dir / CIFAR10.folder).iterdir()}
         assert found == self.files
+
+
+def believe(monkeypatch: pytest.MonkeyPatch, **facts: Any) -> None:
+    """Let these be the facts of CIFAR-10."""
+    monkeypatch.setitem(DATASETS, "cifar10", replace(DATASETS["cifar10"], **facts))
+
+
+def ensure(data_dir: Path, *, need_test: bool) -> None:
+    DATASETS["cifar10"].ensure(data_dir, need_test=need_test)
+
+
+def load(data_dir: Path, split: Split) -> Images:
+    return DATASETS["cifar10"].load(split, data_dir, 0)
 
 
 @pytest.fixture
 def tiny(monkeypatch) -> Tiny:
     files = make_files()
     archive = make_archive(in_folder(files))
-    monkeypatch.setattr(cifar, "FILES", {name: (md5(content), len(content)) for name, content in files.items()})
-    monkeypatch.setattr(cifar, "ARCHIVE_MD5", md5(archive))
+    believe(monkeypatch, files={name: md5(content) for name, content in files.items()}, archive_md5=md5(archive))
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.delenv("CIFAR10_URL", raising=False)
-    monkeypatch.setattr(cifar, "URL", "http://127.0.0.1:9/no-test-may-ask-the-real-server")
+    believe(monkeypatch, url="http://127.0.0.1:9/no-test-may-ask-the-real-server")
     return Tiny(files, archive)
 
 
@@ -148,7 +164,7 @@ def server(tiny, monkeypatch) -> Iterator[Server]:
     """A server of the tiny archive, at CIFAR10_URL."""
     listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     listener.daemon_threads = True
-    told = listener.told = Server(f"http://127.0.0.1:{listener.server_port}/{cifar.ARCHIVE}", [tiny.archive])
+    told = listener.told = Server(f"http://127.0.0.1:{listener.server_port}/{CIFAR10.archive}", [tiny.archive])
     monkeypatch.setenv("CIFAR10_URL", told.url)
     thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -164,7 +180,7 @@ def no_network(tiny, monkeypatch) -> Iterator[None]:
     """CIFAR10_URL is a port that nobody listens on."""
     with socket.socket() as bound:  # and that nobody else can take meanwhile
         bound.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("CIFAR10_URL", f"http://127.0.0.1:{bound.getsockname()[1]}/{cifar.ARCHIVE}")
+        monkeypatch.setenv("CIFAR10_URL", f"http://127.0.0.1:{bound.getsockname()[1]}/{CIFAR10.archive}")
         yield
 
 
@@ -195,15 +211,15 @@ def read_only(folder: Path, mode: int = 0o555) -> Iterator[None]:
 
 
 def refusal(data_dir: Path, need_test: bool = True) -> str:
-    """The one line with which ensure_cifar10 refuses."""
+    """The one line with which `ensure` refuses."""
     with pytest.raises(UsageError) as error:
-        cifar.ensure_cifar10(data_dir, need_test=need_test)
+        ensure(data_dir, need_test=need_test)
     assert len(str(error.value).splitlines()) == 1
     return str(error.value)
 
 
 def assert_three_ways_out(line: str, data_dir: Path) -> None:
-    for words in ("https://www.cs.toronto.edu/~kriz/cifar.html", cifar.ARCHIVE, f"into {data_dir}", "CIFAR10_DIR"):
+    for words in ("https://www.cs.toronto.edu/~kriz/cifar.html", CIFAR10.archive, f"into {data_dir}", "CIFAR10_DIR"):
         assert words in line
     for words in ("--data-dir", "CIFAR10_URL", "--dataset synthetic"):
         assert words in line
@@ -215,22 +231,23 @@ def leftovers(data_dir: Path) -> set[str]:
 
 
 CHILD = """
-import json, sys
+import dataclasses, json, sys
 from pathlib import Path
 from cifar10.data import cifar, download
 settings = json.loads(sys.argv[1])
-cifar.FILES, cifar.ARCHIVE_MD5, download.TIMEOUT_SECONDS = settings["files"], settings["archive_md5"], settings["timeout"]
+download.TIMEOUT_SECONDS = settings["timeout"]
 if settings["print_opened"]:
     sys.addaudithook(lambda event, args: print(args[0]) if event == "open" else None)
-cifar.ensure_cifar10(Path(settings["data_dir"]), need_test=settings["need_test"])
+tiny = dataclasses.replace(cifar.CIFAR10, files=settings["files"], archive_md5=settings["archive_md5"])
+tiny.ensure(Path(settings["data_dir"]), need_test=settings["need_test"])
 """
 
 
 def child(data_dir: Path, need_test: bool = True, print_opened: bool = False, **popen) -> subprocess.Popen:
-    """`ensure_cifar10` on the tiny data set in a process of its own."""
+    """`ensure` on the tiny data set in a process of its own."""
     settings = {
-        "files": cifar.FILES,
-        "archive_md5": cifar.ARCHIVE_MD5,
+        "files": DATASETS["cifar10"].files,
+        "archive_md5": DATASETS["cifar10"].archive_md5,
         "timeout": PATIENCE_SECONDS,
         "print_opened": print_opened,
         "data_dir": str(data_dir),
@@ -242,15 +259,18 @@ def child(data_dir: Path, need_test: bool = True, print_opened: bool = False, **
 # --- what the file promises about itself ------------------------------------------------------------------------------
 
 
-def test_the_table_is_torchvisions():
-    from torchvision.datasets import CIFAR10
+def assert_torchvisions_facts(ours: Cifar, theirs: Any) -> None:
+    """`theirs` is a class of torchvision.datasets."""
+    assert (theirs.base_folder, theirs.filename, theirs.url) == (ours.folder, ours.archive, ours.url)
+    assert theirs.tgz_md5 == ours.archive_md5
+    known = [list(pair) for pair in ours.files.items()]
+    assert known == [*theirs.train_list, *theirs.test_list, [theirs.meta["filename"], theirs.meta["md5"]]]
+    assert ours.split_files["train"] == tuple(name for name, _ in theirs.train_list)
+    assert ours.split_files["test"] == tuple(name for name, _ in theirs.test_list)
 
-    assert (CIFAR10.base_folder, CIFAR10.filename, CIFAR10.url) == (cifar.FOLDER, cifar.ARCHIVE, cifar.URL)
-    assert CIFAR10.tgz_md5 == cifar.ARCHIVE_MD5
-    known = [[name, md5] for name, (md5, _) in cifar.FILES.items()]
-    assert known == [*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]]
-    assert cifar.SPLIT_FILES["train"] == tuple(name for name, _ in CIFAR10.train_list)
-    assert cifar.SPLIT_FILES["test"] == tuple(name for name, _ in CIFAR10.test_list)
+
+def test_the_facts_are_torchvisions():
+    assert_torchvisions_facts(CIFAR10, torchvision.datasets.CIFAR10)
 
 
 def test_importing_it_is_light():
@@ -265,8 +285,8 @@ def test_importing_it_is_light():
 def test_loads_what_the_files_hold(tiny, tmp_path):
     tiny.write(tmp_path)
     for split, num_files in (("train", 5), ("test", 1)):
-        images = cifar.load_cifar10(tmp_path, split)
-        batches = [pickle.loads(tiny.files[name]) for name in cifar.SPLIT_FILES[split]]
+        images = load(tmp_path, split)
+        batches = [pickle.loads(tiny.files[name]) for name in CIFAR10.split_files[split]]
         assert len(images) == num_files * IMAGES_PER_FILE
         assert images.pixels.shape == (len(images), 32, 32, 3)
         assert images.pixels.dtype == np.uint8
@@ -280,8 +300,8 @@ def test_loads_what_the_files_hold(tiny, tmp_path):
 def test_good_files_in_a_read_only_folder(tiny, open_folder, no_network):
     tiny.write(open_folder)
     with read_only(open_folder):
-        cifar.ensure_cifar10(open_folder, need_test=True)
-        assert len(cifar.load_cifar10(open_folder, "train")) == 5 * IMAGES_PER_FILE
+        ensure(open_folder, need_test=True)
+        assert len(load(open_folder, "train")) == 5 * IMAGES_PER_FILE
     assert not (open_folder / ".cifar10.lock").exists()
 
 
@@ -294,15 +314,15 @@ def test_without_need_test_the_test_file_is_neither_required_nor_opened(tiny, tm
         assert "data_batch_5" in opened
         assert ("test_batch" in opened) == need_test
     (folder / "test_batch").unlink()
-    cifar.ensure_cifar10(tmp_path, need_test=False)
-    assert len(cifar.load_cifar10(tmp_path, "train")) == 5 * IMAGES_PER_FILE
+    ensure(tmp_path, need_test=False)
+    assert len(load(tmp_path, "train")) == 5 * IMAGES_PER_FILE
     assert "test_batch (missing)" in refusal(tmp_path)
 
 
 def test_repairing_train_does_not_touch_the_test_file(tiny, server, tmp_path):
     folder = tiny.write(tmp_path, leave_out=("data_batch_1",))
     (folder / "test_batch").write_bytes(b"not looked at")
-    cifar.ensure_cifar10(tmp_path, need_test=False)
+    ensure(tmp_path, need_test=False)
     assert (folder / "test_batch").read_bytes() == b"not looked at"
     assert (folder / "data_batch_1").read_bytes() == tiny.files["data_batch_1"]
 
@@ -320,14 +340,14 @@ class Bomb:
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_wrong_bytes_are_never_unpickled(tiny, tmp_path, split):
     folder = tiny.write(tmp_path)
-    name = cifar.SPLIT_FILES[split][-1]
+    name = CIFAR10.split_files[split][-1]
     (folder / name).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
-    with pytest.raises(UsageError, match=f"{name} is truncated"):
-        cifar.load_cifar10(tmp_path, split)
+    with pytest.raises(UsageError, match=f"{name} is corrupt"):
+        load(tmp_path, split)
     assert not (tmp_path / "exploded").exists()
     (folder / name).unlink()
     with pytest.raises(UsageError, match=f"{name} is missing"):
-        cifar.load_cifar10(tmp_path, split)
+        load(tmp_path, split)
 
 
 # --- repair -----------------------------------------------------------------------------------------------------------
@@ -342,8 +362,8 @@ def test_a_damaged_file_is_repaired_from_the_archive_without_a_request(tiny, ser
         path.unlink()
     else:
         path.write_bytes({"truncated": good[:100], "altered": good[:-1] + b"!", "empty": b""}[damage])
-    (tmp_path / cifar.ARCHIVE).write_bytes(tiny.archive)
-    cifar.ensure_cifar10(tmp_path, need_test=True)
+    (tmp_path / CIFAR10.archive).write_bytes(tiny.archive)
+    ensure(tmp_path, need_test=True)
     tiny.assert_whole(tmp_path)
     assert server.ranges == []
     if damage != "missing":
@@ -352,14 +372,14 @@ def test_a_damaged_file_is_repaired_from_the_archive_without_a_request(tiny, ser
 
 @pytest.mark.parametrize(
     ("content", "fault"),
-    [(None, "missing"), (b"x", "truncated: 1 of {size} bytes"), (b"x" * 99_999, "altered")],
+    [(None, "missing"), (b"x", "corrupt: 1 bytes with another md5")],
 )
 def test_what_cannot_be_repaired_is_named(tiny, tmp_path, no_network, content, fault):
     path = tiny.write(tmp_path) / "data_batch_2"
     path.unlink() if content is None else path.write_bytes(content)
     before = leftovers(tmp_path)
     line = refusal(tmp_path)
-    assert f"data_batch_2 ({fault.format(size=len(tiny.files['data_batch_2']))})" in line
+    assert f"data_batch_2 ({fault})" in line
     assert "data_batch_1" not in line
     assert_three_ways_out(line, tmp_path)
     assert leftovers(tmp_path) == before
@@ -367,22 +387,22 @@ def test_what_cannot_be_repaired_is_named(tiny, tmp_path, no_network, content, f
 
 def test_a_hostile_member_is_never_written(tiny, server, tmp_path, monkeypatch):
     data_dir = tmp_path / "a" / "data"
-    evil = {f"{cifar.FOLDER}/../../evil": b"1", "../evil": b"2", str(tmp_path / "evil"): b"3", "data_batch_1": b"4"}
-    links = {f"{cifar.FOLDER}/data_batch_2": "/etc/passwd", cifar.FOLDER: str(tmp_path)}
+    evil = {f"{CIFAR10.folder}/../../evil": b"1", "../evil": b"2", str(tmp_path / "evil"): b"3", "data_batch_1": b"4"}
+    links = {f"{CIFAR10.folder}/data_batch_2": "/etc/passwd", CIFAR10.folder: str(tmp_path)}
     archive = make_archive(evil | in_folder(tiny.files), links)
-    monkeypatch.setattr(cifar, "ARCHIVE_MD5", md5(archive))
+    believe(monkeypatch, archive_md5=md5(archive))
     server.bodies = [archive]
-    cifar.ensure_cifar10(data_dir, need_test=True)
+    ensure(data_dir, need_test=True)
     written = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if not p.is_dir()}
-    files = {f"a/data/{cifar.FOLDER}/{name}" for name in tiny.files}
-    assert written == files | {f"a/data/{cifar.ARCHIVE}", "a/data/.cifar10.lock"}
+    files = {f"a/data/{CIFAR10.folder}/{name}" for name in tiny.files}
+    assert written == files | {f"a/data/{CIFAR10.archive}", "a/data/.cifar10.lock"}
     assert not any(p.is_symlink() for p in tmp_path.rglob("*"))
     tiny.assert_whole(data_dir)
 
 
 def test_an_archive_with_a_wrong_member_is_refused(tiny, server, tmp_path, monkeypatch):
     archive = make_archive(in_folder(tiny.files | {"data_batch_4": b"wrong"}))
-    monkeypatch.setattr(cifar, "ARCHIVE_MD5", md5(archive))
+    believe(monkeypatch, archive_md5=md5(archive))
     server.bodies = [archive]
     assert "data_batch_4" in refusal(tmp_path)
     assert "data_batch_4" not in leftovers(tmp_path)
@@ -393,21 +413,21 @@ def test_an_archive_with_a_wrong_member_is_refused(tiny, server, tmp_path, monke
 
 def test_fresh_download(tiny, server, tmp_path, capfd):
     data_dir = tmp_path / "made" / "here"
-    cifar.ensure_cifar10(data_dir, need_test=True)
+    ensure(data_dir, need_test=True)
     tiny.assert_whole(data_dir)
-    assert (data_dir / cifar.ARCHIVE).read_bytes() == tiny.archive
+    assert (data_dir / CIFAR10.archive).read_bytes() == tiny.archive
     assert server.ranges == [None]
-    assert leftovers(data_dir) == {cifar.ARCHIVE, *tiny.files}
+    assert leftovers(data_dir) == {CIFAR10.archive, *tiny.files}
     lines = capfd.readouterr().err.splitlines()
-    assert lines[0] == f"fetching CIFAR-10 from {server.url} to {data_dir / cifar.ARCHIVE}"
+    assert lines[0] == f"fetching CIFAR-10 from {server.url} to {data_dir / CIFAR10.archive}"
     assert lines[1].startswith("fetched 0.1 MB in ")
-    cifar.ensure_cifar10(data_dir, need_test=True)  # the second time nothing happens and nothing is said
+    ensure(data_dir, need_test=True)  # the second time nothing happens and nothing is said
     assert server.ranges == [None]
     assert capfd.readouterr().err == ""
 
 
 def test_a_fresh_download_without_need_test_is_complete_too(tiny, server, tmp_path):
-    cifar.ensure_cifar10(tmp_path, need_test=False)
+    ensure(tmp_path, need_test=False)
     tiny.assert_whole(tmp_path)
 
 
@@ -419,46 +439,46 @@ def test_a_terminal_sees_a_progress_bar(tiny, server, tmp_path, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
-    cifar.ensure_cifar10(tmp_path, need_test=True)
+    ensure(tmp_path, need_test=True)
     tiny.assert_whole(tmp_path)
     assert "━" in terminal.getvalue()
 
 
 def test_resume_asks_only_for_the_rest(tiny, server, tmp_path):
-    (tmp_path / f"{cifar.ARCHIVE}.part").write_bytes(tiny.archive[:1000])
-    cifar.ensure_cifar10(tmp_path, need_test=True)
+    (tmp_path / f"{CIFAR10.archive}.part").write_bytes(tiny.archive[:1000])
+    ensure(tmp_path, need_test=True)
     tiny.assert_whole(tmp_path)
     assert server.ranges == ["bytes=1000-"]
     assert server.sent == [len(tiny.archive) - 1000]
-    assert leftovers(tmp_path) == {cifar.ARCHIVE, *tiny.files}
+    assert leftovers(tmp_path) == {CIFAR10.archive, *tiny.files}
 
 
 def test_a_whole_part_is_used_as_it_is(tiny, server, tmp_path):
-    (tmp_path / f"{cifar.ARCHIVE}.part").write_bytes(tiny.archive)
-    cifar.ensure_cifar10(tmp_path, need_test=True)
+    (tmp_path / f"{CIFAR10.archive}.part").write_bytes(tiny.archive)
+    ensure(tmp_path, need_test=True)
     tiny.assert_whole(tmp_path)
     assert server.sent == []
 
 
 def test_a_server_without_range_sends_all_again(tiny, server, tmp_path):
     server.honours_range = False
-    (tmp_path / f"{cifar.ARCHIVE}.part").write_bytes(tiny.archive[:1000])
-    cifar.ensure_cifar10(tmp_path, need_test=True)
+    (tmp_path / f"{CIFAR10.archive}.part").write_bytes(tiny.archive[:1000])
+    ensure(tmp_path, need_test=True)
     tiny.assert_whole(tmp_path)
     assert server.ranges == ["bytes=1000-"]
     assert server.sent == [len(tiny.archive)]
 
 
 def test_a_corrupt_part_is_thrown_away_and_fetched_from_zero(tiny, server, tmp_path):
-    (tmp_path / f"{cifar.ARCHIVE}.part").write_bytes(b"x" * 1000)
-    cifar.ensure_cifar10(tmp_path, need_test=True)
+    (tmp_path / f"{CIFAR10.archive}.part").write_bytes(b"x" * 1000)
+    ensure(tmp_path, need_test=True)
     tiny.assert_whole(tmp_path)
     assert server.ranges == ["bytes=1000-", None]
 
 
 def test_a_corrupt_answer_is_fetched_once_more(tiny, server, tmp_path):
     server.bodies = [b"<html>sign in to this network</html>", tiny.archive]
-    cifar.ensure_cifar10(tmp_path, need_test=True)
+    ensure(tmp_path, need_test=True)
     tiny.assert_whole(tmp_path)
     assert server.ranges == [None, None]
 
@@ -474,10 +494,10 @@ def test_a_server_that_always_sends_something_else_is_refused(tiny, server, tmp_
 
 
 def test_a_corrupt_archive_is_fetched_anew(tiny, server, tmp_path):
-    (tmp_path / cifar.ARCHIVE).write_bytes(tiny.archive[:-1] + b"x")
-    cifar.ensure_cifar10(tmp_path, need_test=True)
+    (tmp_path / CIFAR10.archive).write_bytes(tiny.archive[:-1] + b"x")
+    ensure(tmp_path, need_test=True)
     tiny.assert_whole(tmp_path)
-    assert (tmp_path / cifar.ARCHIVE).read_bytes() == tiny.archive
+    assert (tmp_path / CIFAR10.archive).read_bytes() == tiny.archive
     assert server.ranges == [None]
 
 
@@ -486,9 +506,9 @@ def test_a_closed_connection_is_resumed_once(tiny, server, tmp_path):
     line = refusal(tmp_path)
     assert f"closed after 2000 of {len(tiny.archive)} bytes" in line
     assert server.ranges == [None, "bytes=1000-"]
-    assert (tmp_path / f"{cifar.ARCHIVE}.part").read_bytes() == tiny.archive[:2000]
+    assert (tmp_path / f"{CIFAR10.archive}.part").read_bytes() == tiny.archive[:2000]
     server.close_after = None
-    cifar.ensure_cifar10(tmp_path, need_test=True)
+    ensure(tmp_path, need_test=True)
     tiny.assert_whole(tmp_path)
     assert server.ranges[2:] == ["bytes=2000-"]
 
@@ -499,13 +519,13 @@ def test_a_stalled_transfer_ends_and_can_be_resumed(tiny, server, tmp_path, monk
     line = refusal(tmp_path)
     assert "no answer for 2 seconds" in line
     assert_three_ways_out(line, tmp_path)
-    part = (tmp_path / f"{cifar.ARCHIVE}.part").read_bytes()
+    part = (tmp_path / f"{CIFAR10.archive}.part").read_bytes()
     assert part == tiny.archive[: len(part)]
     assert len(part) == 1000
-    assert leftovers(tmp_path) == {f"{cifar.ARCHIVE}.part"}
+    assert leftovers(tmp_path) == {f"{CIFAR10.archive}.part"}
     server.stall_after = None
     monkeypatch.setattr(download, "TIMEOUT_SECONDS", PATIENCE_SECONDS)
-    cifar.ensure_cifar10(tmp_path, need_test=True)
+    ensure(tmp_path, need_test=True)
     tiny.assert_whole(tmp_path)
 
 
@@ -582,7 +602,7 @@ def test_an_unreachable_folder(tiny, no_network, open_folder):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk(tiny, server, tmp_path):
-    part = tmp_path / f"{cifar.ARCHIVE}.part"
+    part = tmp_path / f"{CIFAR10.archive}.part"
     part.symlink_to("/dev/full")
     line = refusal(tmp_path)
     assert "No space left" in line
@@ -666,15 +686,11 @@ def test_synthetic_images_can_be_learned_but_not_by_a_ruler():
 
 
 def test_the_real_data_set_is_torchvisions(real_data_dir):
-    from torchvision.datasets import CIFAR10
-
-    cifar.ensure_cifar10(real_data_dir, need_test=True)
+    ensure(real_data_dir, need_test=True)
     for split, num_images in (("train", 50_000), ("test", 10_000)):
-        images = cifar.load_cifar10(real_data_dir, split)
+        images = load(real_data_dir, split)
         assert len(images) == num_images
-        theirs = CIFAR10(real_data_dir, train=split == "train")
+        theirs = torchvision.datasets.CIFAR10(real_data_dir, train=split == "train")
         np.testing.assert_array_equal(images.pixels, theirs.data)
         np.testing.assert_array_equal(images.labels, theirs.targets)
-        assert tuple(theirs.classes) == cifar.CLASSES
-    for name, (_, num_bytes) in cifar.FILES.items():
-        assert (real_data_dir / cifar.FOLDER / name).stat().st_size == num_bytes
+        assert tuple(theirs.classes) == CIFAR10.description.classes

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import json
 import socket
 import struct
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 
 from cifar10 import UsageError
-from cifar10.config.recipe import Recipe
 from cifar10.data import cifar, mnist, registry, synthetic
-from cifar10.data.dataset import Images
+from cifar10.data.dataset import Images, description_from
 from cifar10.data.registry import DATASETS
 from cifar10.plan import Plan, make_plan
 from tests.launching import PROJECT, environment
 
-DRAWN = sorted(name for name, dataset in DATASETS.items() if dataset.draw)
+GENERATED = sorted(name for name, dataset in DATASETS.items() if isinstance(dataset, synthetic.Generated))
 
 
 def plan(*argv: str) -> Plan:
@@ -37,22 +37,37 @@ def refusal(*argv: str) -> str:
     return message
 
 
-def test_the_flag_names_every_data_set():
-    assert set(get_args(get_type_hints(Recipe)["dataset"])) == DATASETS.keys()
+@pytest.mark.parametrize(("name", "says"), [("cifar1", "did you mean cifar10?"), ("zzz", "there are: cifar10, ")])
+def test_an_unknown_data_set_is_refused_with_the_nearest_or_all_names(name, says):
+    assert refusal("--dataset", name).startswith(f"--dataset {name} is unknown; {says}")
 
 
-def test_every_data_set_says_where_its_images_come_from_and_how_to_normalise_them():
-    for dataset in DATASETS.values():
-        assert bool(dataset.read) != bool(dataset.draw)
-        assert bool(dataset.read) == bool(dataset.ensure)
-        assert len(dataset.mean) == len(dataset.std) == dataset.channels
-        assert len(dataset.classes) == 10
+def test_the_help_names_every_data_set(capsys):
+    with pytest.raises(SystemExit):
+        plan("--help")
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in DATASETS)
 
 
-@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("name", DATASETS)
+def test_every_data_set_has_a_mean_and_a_deviation_of_each_channel_and_a_description_that_survives_json(name):
+    found = DATASETS[name].describe(Path("nowhere"))
+    assert len(found.mean) == len(found.std) == found.channels
+    assert len(set(found.classes)) == len(found.classes)
+    assert description_from(json.loads(json.dumps(asdict(found)))) == found
+
+
+@pytest.mark.parametrize("change", [{"train_images": "many"}, {"size": 0}, {"classes": []}, {"classes": [1, 2]}, {"colour": 3}])
+def test_a_description_of_something_else_is_refused(change):
+    values = asdict(synthetic.SYNTHETIC.description) | change
+    with pytest.raises((TypeError, ValueError)):
+        description_from(values)
+
+
+@pytest.mark.parametrize("name", GENERATED)
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_drawn_images_have_the_sizes_and_shapes_that_are_stated(name, split, tmp_path):
-    images, facts = registry.load(name, split, tmp_path, seed=0), DATASETS[name]
+def test_generated_images_have_the_sizes_and_shapes_that_are_stated(name, split, tmp_path):
+    images, facts = registry.load(name, split, tmp_path, seed=0), DATASETS[name].describe(tmp_path)
     assert images.pixels.shape == (facts.num_images(split), facts.size, facts.size, facts.channels)
     assert (images.pixels.dtype, images.labels.dtype) == (np.uint8, np.int64)
     assert images.pixels.flags["C_CONTIGUOUS"]
@@ -138,16 +153,16 @@ def test_each_data_set_has_its_own_limits(argv, says):
 
 
 def test_a_file_of_weights_names_the_data_sets_own_classes():
-    assert plan("--dataset", "synthetic").about_the_model["classes"] == list(cifar.CLASSES)
+    assert plan("--dataset", "synthetic").about_the_model["classes"] == list(cifar.CIFAR10.description.classes)
     grey = plan("--dataset", "synthetic_mnist", *GREY, "--val-images", "0").about_the_model
     assert grey["classes"] == [str(digit) for digit in range(10)]
-    assert grey["normalisation"] == {"mean": [0.1307], "std": [0.3081]}
+    assert grey["normalization"] == {"mean": [0.1307], "std": [0.3081]}
 
 
 def test_random_labels_are_announced_and_others_are_not():
     argv = [*GREY, "--val-images", "0"]
-    assert any("memorising" in note for note in plan("--dataset", "random_mnist", *argv).notes)
-    assert not any("memorising" in note for note in plan("--dataset", "synthetic_mnist", *argv).notes)
+    assert any("memorizing" in note for note in plan("--dataset", "random_mnist", *argv).notes)
+    assert not any("memorizing" in note for note in plan("--dataset", "synthetic_mnist", *argv).notes)
 
 
 @pytest.mark.parametrize(

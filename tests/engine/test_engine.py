@@ -44,11 +44,11 @@ GUARD = ("_poison", "_flag_bad_step", "_remember_buffers", "_restore_buffers_if_
 
 
 def bn_engine(**config: Any) -> Engine:
-    return make_engine(one_rank(), build_model("bn_cnn", 0), **config)
+    return make_engine(one_rank(), build_model("bn_cnn", 0, 10), **config)
 
 
 def smooth_engine(**config: Any) -> Engine:
-    return make_engine(one_rank(), build_model("smooth_cnn", 0), **config)
+    return make_engine(one_rank(), build_model("smooth_cnn", 0, 10), **config)
 
 
 def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, limit: float) -> None:
@@ -67,7 +67,7 @@ def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tenso
 def test_a_step_costs_the_operations_of_plain_pytorch() -> None:
     """Forward, loss, backward, clipping, update: the same ATen operations; the guard and the sums are few, and apart."""
     world, data = one_rank(), batch(32)
-    model = build_model("bn_cnn", 0)
+    model = build_model("bn_cnn", 0, 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
     engine, buffer = bn_engine(), MetricBuffer(8, world.device)
     plain_step(model, optimizer, *data, limit=1.0)
@@ -164,7 +164,7 @@ def test_gradient_norm_is_autograds_own(limit: float, accumulation: int) -> None
 @pytest.mark.parametrize("limit", [0.0, 0.2])
 def test_thirty_steps_equal_plain_pytorch(limit: float) -> None:
     """Same weights as a loop without DeepSpeed, the learning rate moving at every step."""
-    engine, model = smooth_engine(gradient_clipping=limit), build_model("smooth_cnn", 0)
+    engine, model = smooth_engine(gradient_clipping=limit), build_model("smooth_cnn", 0, 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
     for step in range(30):
         data, multiplier = batch(32, seed=step), (step + 1) / 30
@@ -172,7 +172,7 @@ def test_thirty_steps_equal_plain_pytorch(limit: float) -> None:
         plain_step(model, optimizer, *data, limit=limit or INFINITE)
         one_step(engine, [data], multiplier)
         assert engine.lr == 0.1 * multiplier
-    start = build_model("smooth_cnn", 0).state_dict()
+    start = build_model("smooth_cnn", 0, 10).state_dict()
     assert largest_difference(model.state_dict(), start) > 1e-2, "there was something to learn"
     assert largest_difference(engine.portable_state(), model.state_dict()) <= 1e-6
 
@@ -347,7 +347,7 @@ def test_portable_state_is_a_copy_that_loads_into_a_plain_model() -> None:
 
 
 def test_weights_sha256_tells_any_difference() -> None:
-    state = build_model("bn_cnn", 0).state_dict()
+    state = build_model("bn_cnn", 0, 10).state_dict()
     same = {name: state[name].clone() for name in reversed(state)}
     assert weights_sha256(state) == weights_sha256(same)
     last_bit = {**state, "fc2.bias": state["fc2.bias"].clone()}
@@ -392,7 +392,7 @@ def test_two_ranks_train_as_one(ranks: list[dict[str, Any]], alone: dict[str, An
         assert rank[run]["norms"] == pytest.approx(alone["norms"], rel=1e-4)
         assert largest_difference(rank[run]["weights"], alone["weights"]) < 1e-5
     assert same_bits(ranks[0][run]["weights"], ranks[1][run]["weights"])
-    start = build_model("smooth_cnn", 0).state_dict()
+    start = build_model("smooth_cnn", 0, 10).state_dict()
     assert largest_difference(alone["weights"], start) > 1e-2, "there was something to learn"
 
 

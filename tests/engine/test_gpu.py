@@ -42,7 +42,7 @@ def at_level(level: Level, model: nn.Module, **config: Any) -> tuple[Engine, Cal
 
 
 def smooth_net(dropout: float) -> nn.Module:
-    model = build_model("smooth_cnn", 0)
+    model = build_model("smooth_cnn", 0, 10)
     return nn.Sequential(model, nn.Dropout(dropout)) if dropout else model
 
 
@@ -77,7 +77,7 @@ def no_synchronizing() -> Iterator[Any]:
 
 @pytest.mark.parametrize("level", ["eager", "graph", "captured"])
 def test_a_step_never_synchronizes(level: Level, no_synchronizing: Any) -> None:
-    engine, step = at_level(level, build_model("bn_cnn", 0))
+    engine, step = at_level(level, build_model("bn_cnn", 0, 10))
     buffer, batches = MetricBuffer(20, one_rank().device), [data(32, s) for s in range(10)]
     for one in batches[:5]:
         logged_step(step, engine, [one], buffer, 0.5, 0.1)
@@ -94,7 +94,7 @@ def test_a_step_never_synchronizes(level: Level, no_synchronizing: Any) -> None:
 def test_every_precision_trains_at_every_stage(precision: str, stage: int) -> None:
     """With BatchNorm, on one batch again and again: the loss falls, and what is kept is finite and fp32."""
     sections = {precision: {"enabled": True}} if precision != "fp32" else {}
-    engine = make_engine(one_rank(), build_model("bn_cnn", 0), zero_optimization={"stage": stage}, **sections)
+    engine = make_engine(one_rank(), build_model("bn_cnn", 0, 10), zero_optimization={"stage": stage}, **sections)
     losses = [one_step(engine, [data(32)], 0.1).item() for _ in range(30)]
     assert losses[-1] < 0.8 * losses[0]
     assert engine.skipped.item() == 0
@@ -104,8 +104,8 @@ def test_every_precision_trains_at_every_stage(precision: str, stage: int) -> No
 
 
 def test_sync_bn_of_one_rank_is_batch_norm() -> None:
-    plain = make_engine(one_rank(), build_model("bn_cnn", 0))
-    synced = make_engine(one_rank(), nn.SyncBatchNorm.convert_sync_batchnorm(build_model("bn_cnn", 0)))
+    plain = make_engine(one_rank(), build_model("bn_cnn", 0, 10))
+    synced = make_engine(one_rank(), nn.SyncBatchNorm.convert_sync_batchnorm(build_model("bn_cnn", 0, 10)))
     for step in range(5):
         for engine in (plain, synced):
             one_step(engine, [data(32, seed=step)], 0.1)

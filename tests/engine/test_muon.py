@@ -49,7 +49,7 @@ def names(model: nn.Module, group: dict) -> set[str]:
 
 
 def test_hidden_weights_are_muons_and_biases_and_the_head_are_sgds():
-    model = build_model("bn_cnn", 0)
+    model = build_model("bn_cnn", 0, 10)
     hidden, vectors, head = parameter_groups(model, PARAMS)
     assert (hidden["kind"], vectors["kind"], head["kind"]) == ("muon", "sgd", "sgd")
     assert names(model, hidden) == {"conv1.weight", "conv2.weight", "fc1.weight"}
@@ -60,7 +60,7 @@ def test_hidden_weights_are_muons_and_biases_and_the_head_are_sgds():
 
 
 def test_what_is_not_muons_moves_as_in_pytorchs_sgd():
-    model = build_model("bn_cnn", 0)
+    model = build_model("bn_cnn", 0, 10)
     twin = copy.deepcopy(model)
     ours = MuonWithSGD(parameter_groups(model, PARAMS))
     rest = parameter_groups(twin, PARAMS)[1:]
@@ -80,7 +80,7 @@ def test_what_is_not_muons_moves_as_in_pytorchs_sgd():
 
 
 def test_hidden_weights_keep_their_norm():
-    model = build_model("bn_cnn", 0)
+    model = build_model("bn_cnn", 0, 10)
     head = model.fc2.weight.detach().clone()
     optimizer = MuonWithSGD(parameter_groups(model, {**PARAMS, "lr": 1e-6, "head_lr": 1e-6, "decay": 0}))
     images, labels = batch(8)
@@ -103,7 +103,7 @@ def test_a_weight_of_zeros_grows_from_its_update():
 
 
 def test_muon_learns_what_it_is_shown():
-    model = build_model("speednet_small", 0)
+    model = build_model("speednet_small", 0, 10)
     optimizer = MuonWithSGD(parameter_groups(model, {"lr": 0.1, "bias_lr": 0.05, "head_lr": 20}))
     images, labels = batch(32)
     losses = []

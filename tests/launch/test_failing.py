@@ -113,7 +113,7 @@ def test_a_run_that_fails_each_time_is_started_so_often_and_no_oftener(tmp_path:
 
 def test_a_full_disk_loses_nothing_that_was_saved_and_does_not_stop_training(tmp_path: Path) -> None:
     """From the second save on, files of more than 1 MiB fail in write(), as they do on a full disk."""
-    engine, before = make_engine(one_rank(), build_model("bn_cnn", 0)), resource.getrlimit(resource.RLIMIT_FSIZE)
+    engine, before = make_engine(one_rank(), build_model("bn_cnn", 0, 10)), resource.getrlimit(resource.RLIMIT_FSIZE)
     assert checkpoint.save(tmp_path, engine, RunState(step=1), one_rank(), {}, keep=1) == ""
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
@@ -128,7 +128,7 @@ def test_a_full_disk_loses_nothing_that_was_saved_and_does_not_stop_training(tmp
     assert weights.startswith(f"{tmp_path / 'best_model'} is not written: ")
     assert checkpoint.find(tmp_path) == ("step_00000001", [])
     assert {path.name for path in tmp_path.iterdir()} == {"step_00000001", "latest", "best_model"}
-    other = make_engine(one_rank(), build_model("bn_cnn", 1))
+    other = make_engine(one_rank(), build_model("bn_cnn", 1, 10))
     assert checkpoint.resume(tmp_path, None, other, one_rank(), {}).step == 1
     assert weights_sha256(other.portable_state()) == weights_sha256(engine.portable_state())
 

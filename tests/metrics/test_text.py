@@ -28,7 +28,7 @@ def plan(*flags: str) -> Plan:
 
 @pytest.mark.parametrize("name", model_names())
 def test_every_parameter_is_in_one_layer_and_in_the_total(name) -> None:
-    model = build_model(name, 0)
+    model = build_model(name, 0, 10)
     total = sum(p.numel() for p in model.parameters())
     section = text.model_section(model, IMAGES.get(name, (3, 32, 32)))
     *layers, last = [int(row[-1].replace(",", "")) for row in section.rows]
@@ -37,7 +37,7 @@ def test_every_parameter_is_in_one_layer_and_in_the_total(name) -> None:
 
 
 def test_the_documents_network_in_its_true_numbers() -> None:
-    section = text.model_section(build_model("bn_cnn", 0), (3, 32, 32))
+    section = text.model_section(build_model("bn_cnn", 0, 10), (3, 32, 32))
     assert [(row[0], row[1], row[2], row[3].strip()) for row in section.rows] == [
         ("conv1", "Conv2d", "16x32x32", "448"),
         ("bn1", "BatchNorm2d", "16x32x32", "32"),
@@ -50,7 +50,7 @@ def test_the_documents_network_in_its_true_numbers() -> None:
 
 
 def test_looking_at_a_model_changes_nothing_and_draws_nothing() -> None:
-    model = build_model("smooth_cnn", 0)
+    model = build_model("smooth_cnn", 0, 10)
     model.train()
     next(model.children()).eval()  # modes of its own
     modes = [module.training for module in model.modules()]
@@ -90,7 +90,7 @@ def test_a_layer_counts_once_and_what_lies_outside_of_layers_too() -> None:
 
 
 def test_many_layers_are_told_as_their_blocks() -> None:
-    section = text.model_section(build_model("vgg19", 0), (3, 64, 64))
+    section = text.model_section(build_model("vgg19", 0, 10), (3, 64, 64))
     assert [row[:2] for row in section.rows] == [
         ("features", "16 Conv2d"),
         ("classifier", "3 Linear"),
@@ -103,7 +103,7 @@ def test_many_layers_are_told_as_their_blocks() -> None:
 @pytest.mark.parametrize("recipe", sorted(set(recipe_names()) - {"mnist_synthetic", "vgg19"}))
 def test_what_a_run_says_before_it_trains_fits_a_screen(recipe) -> None:
     made = plan("--recipe", recipe)
-    model = build_model(made.recipe.model, 0)
+    model = build_model(made.recipe.model, 0, 10)
     said = list(text.opening_lines(made, Path("runs/x"), "1 rank", model, (45_000, 5_000), (0, 10, 10)))
     lines = [line for one in said for line in (plain_lines(one) if isinstance(one, Section) else [one])]
     assert 12 <= len([line for line in lines if not line.startswith("note: ")]) <= 20
@@ -175,24 +175,19 @@ def test_a_section_in_a_terminal_is_a_table(capsys, monkeypatch) -> None:
 
 
 def test_weights_that_are_not_finite_are_refused_by_name() -> None:
-    model = build_model("bn_cnn", 0)
-    weights.refuse_not_finite(model, "bn_cnn")
+    model = build_model("bn_cnn", 0, 10)
+    weights.check_initial_weights(model, "bn_cnn")
     model.fc1.weight.data[3, 4] = float("nan")
     with pytest.raises(UsageError, match=r"fc1\.weight that are not finite"):
-        weights.refuse_not_finite(model, "bn_cnn")
+        weights.check_initial_weights(model, "bn_cnn")
 
 
 def test_first_sizes_that_the_network_does_not_take_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"--model bn_cnn does not take colour images of 24x24 pixels"):
+    with pytest.raises(UsageError, match=r"--model bn_cnn does not accept color images of 24x24 pixels"):
         script.initial_model(plan("--first-sizes", "24", "--first-epochs", "1"))
 
 
 def test_a_run_is_refused_whose_weights_are_not_finite(monkeypatch) -> None:
-    class Broken(bn_cnn.CIFAR10CNNEnhanced):
-        def _initialize(self) -> None:
-            super()._initialize()
-            self.conv2.bias.data.fill_(float("inf"))
-
-    monkeypatch.setattr(bn_cnn, "CIFAR10CNNEnhanced", Broken)
+    monkeypatch.setattr(bn_cnn.CIFAR10CNNEnhanced, "_initialize", lambda self: self.conv2.bias.data.fill_(float("inf")))
     with pytest.raises(UsageError, match=r"conv2\.bias"):
         script.initial_model(plan())

@@ -35,7 +35,7 @@ PARAMETERS = {
 def build(name: str) -> nn.Module:
     """The network by name; the large one without memory for its weights."""
     with torch.device("meta" if name == "vgg19" else "cpu"):
-        return build_model(name, seed=0)
+        return build_model(name, 0, 10)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -89,7 +89,7 @@ class DocumentsNet(nn.Module):
 
 
 def test_lenet_is_the_documents_network_in_pytorchs_own_initialisation():
-    ours = build_model("lenet", seed=5)
+    ours = build_model("lenet", 5, 10)
     torch.manual_seed(5)
     documents = DocumentsNet()
     assert ours.state_dict().keys() == documents.state_dict().keys()
@@ -99,7 +99,7 @@ def test_lenet_is_the_documents_network_in_pytorchs_own_initialisation():
 
 
 def test_the_grey_networks_initial_weights_are_kaiming_over_the_outputs():
-    models = [build_model("mnist_cnn", seed) for seed in range(30)]
+    models = [build_model("mnist_cnn", seed, 10) for seed in range(30)]
     for name, fan_out in (("conv1", 16 * 25), ("conv2", 32 * 25), ("fc1", 128), ("fc2", 10)):
         weights = torch.cat([getattr(model, name).weight.flatten() for model in models])
         assert weights.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.03)
@@ -126,7 +126,7 @@ def test_a_name_that_the_script_does_not_have_is_an_attribute_error():
 
 
 def test_speednet_whitens_patches_of_the_images_it_starts_from():
-    model = build_model("speednet_small", 0)
+    model = build_model("speednet_small", 0, 10)
     images = synthetic.synthetic("train", 500, seed=0).pixels
     images = torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - 0.5
     model.start_from_images(images)
@@ -139,18 +139,18 @@ def test_speednet_whitens_patches_of_the_images_it_starts_from():
 
 
 def test_speednet_passes_signals_through_at_the_start():
-    first = build_model("speednet_small", 0).groups[0].conv2
+    first = build_model("speednet_small", 0, 10).groups[0].conv2
     images = torch.randn(2, 32, 8, 8)
     assert torch.equal(first(images), images)
 
 
 def test_speednet_answers_for_images_of_any_size():
-    model = build_model("speednet_small", 0)
+    model = build_model("speednet_small", 0, 10)
     assert all(model(torch.randn(2, 3, size, size)).shape == (2, 10) for size in (16, 24, 28, 32))
 
 
 @pytest.mark.parametrize(("name", "near"), [("smoth_cnn", "smooth_cnn"), ("bn_cnm", "bn_cnn"), ("zzz", "speednet_small")])
 def test_an_unknown_model_is_refused_with_the_nearest_or_all_names(name, near):
-    for refuse in (lambda: build_model(name, 0), lambda: make_plan(["--model", name], 1, "main.py")):
+    for refuse in (lambda: build_model(name, 0, 10), lambda: make_plan(["--model", name], 1, "main.py")):
         with pytest.raises(UsageError, match=f"^--model {name} is unknown; .*{near}"):
             refuse()

@@ -27,7 +27,7 @@ def ensure_and_load(built: nn.Module, model: str, file: Path | str) -> list[str]
 
 def refusal(model: str, file: Path | str) -> str:
     """The one line with which weights are refused; the model is as it was."""
-    built = build_model(model, 0)
+    built = build_model(model, 0, 10)
     before = {name: value.clone() for name, value in built.state_dict().items()}
     with pytest.raises(UsageError) as caught:
         ensure_and_load(built, model, file)
@@ -35,14 +35,14 @@ def refusal(model: str, file: Path | str) -> str:
     message = str(caught.value)
     assert len(message.splitlines()) == 1
     assert message.startswith(f"--weights {file} ") or str(file) == "imagenet"
-    assert "type " in message
+    assert "choose " in message
     return message
 
 
 def other(model: str = "bn_cnn") -> dict[str, Tensor]:
     """Weights that the model does not have after its own initialisation."""
     generator = torch.Generator().manual_seed(9)
-    state = build_model(model, 7).state_dict()
+    state = build_model(model, 7, 10).state_dict()
     return {n: torch.randn(v.shape, generator=generator) if v.is_floating_point() else v + 5 for n, v in state.items()}
 
 
@@ -52,14 +52,14 @@ def save(path: Path, content: object) -> Path:
 
 
 def loaded(model: str, file: Path | str) -> tuple[nn.Module, list[str]]:
-    built = build_model(model, 0)
+    built = build_model(model, 0, 10)
     return built, ensure_and_load(built, model, file)
 
 
 def test_none_leaves_the_models_own_initialisation_and_says_nothing():
     model, notes = loaded("bn_cnn", "none")
     assert notes == []
-    fresh = build_model("bn_cnn", 0).state_dict()
+    fresh = build_model("bn_cnn", 0, 10).state_dict()
     assert all(torch.equal(value, fresh[name]) for name, value in model.state_dict().items())
 
 
@@ -80,7 +80,7 @@ def test_a_head_for_other_classes_is_replaced_by_the_fresh_one_and_that_is_said(
     state = other()
     file = save(tmp_path / "imagenet.pt", {**state, "fc2.weight": torch.randn(1000, 128), "fc2.bias": torch.randn(1000)})
     model, notes = loaded("bn_cnn", file)
-    fresh = build_model("bn_cnn", 0).state_dict()
+    fresh = build_model("bn_cnn", 0, 10).state_dict()
     for name, value in model.state_dict().items():
         assert torch.equal(value, fresh[name] if name.startswith("fc2.") else state[name]), name
     assert notes == [f"initial weights: {file}, but for its head of 1000 classes: fc2.weight is new, with 10"]
@@ -95,7 +95,7 @@ def without(name: str) -> dict[str, Tensor]:
     [
         (without("bn1.running_var"), "it has no bn1.running_var"),
         (without("fc2.bias"), "it has no fc2.bias"),
-        ({**other(), "fc3.bias": torch.zeros(10)}, "it holds fc3.bias, which the model has not"),
+        ({**other(), "fc3.bias": torch.zeros(10)}, "it holds fc3.bias, which the model does not have"),
         ({**other(), "conv2.weight": torch.zeros(64, 32, 3, 3)}, "conv2.weight is [64, 32, 3, 3] there, [32, 16, 3, 3] here"),
         ({**other(), "fc2.weight": torch.zeros(1000, 64)}, "fc2.weight is [1000, 64] there, [10, 128] here"),
         ({**other(), "fc2.weight": torch.zeros(1000, 128)}, "fc2.weight is [1000, 128] there"),  # with a bias for 10
@@ -141,7 +141,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path, damage):
 @pytest.mark.parametrize("name", ["absent.pt", "imagnet", "."])
 def test_a_file_that_is_not_there_is_refused_before_anything_starts(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=f"^--weights {name} is no file; type "):
+    with pytest.raises(UsageError, match=f"^--weights {name} is not a file; choose "):
         make_plan(["--dataset", "synthetic", "--weights", name, "--output-dir", "run"], 1, "test")
     assert list(tmp_path.iterdir()) == []
 
@@ -227,7 +227,7 @@ def test_an_address_that_cannot_be_reached_is_refused_before_anything_starts(cac
         with pytest.raises(UsageError) as caught:
             make_plan(["--recipe", "vgg19", "--dataset", "synthetic", "--output-dir", str(tmp_path / "run")], 1, "test")
     message = str(caught.value)
-    for words in ("--weights imagenet", "Connection refused", str(cache / "vgg19-dcbb9e9d.pth"), "type --weights none"):
+    for words in ("--weights imagenet", "Connection refused", str(cache / "vgg19-dcbb9e9d.pth"), "choose --weights none"):
         assert words in message
     assert len(message.splitlines()) == 1
     assert not (tmp_path / "run").exists()
@@ -244,7 +244,7 @@ def test_torchvisions_vgg19_becomes_ours_but_for_the_head(tmp_path):
     file = save(tmp_path / "vgg19-random.pth", state)
     del state
     with torch.device("meta"):
-        empty = build_model("vgg19", 0)
+        empty = build_model("vgg19", 0, 10)
     model = empty.to_empty(device="cpu")
     nn.init.constant_(model.classifier[6].weight, -1.0)
     nn.init.constant_(model.classifier[6].bias, -2.0)
@@ -262,29 +262,29 @@ def test_torchvisions_vgg19_becomes_ours_but_for_the_head(tmp_path):
 @pytest.mark.parametrize(
     ("model", "shape", "says"),
     [
-        ("bn_cnn", (1, 28, 28), "grey images of 28x28 pixels"),
-        ("bn_cnn", (3, 28, 28), "colour images of 28x28 pixels"),
-        ("mnist_cnn", (3, 32, 32), "colour images of 32x32 pixels"),
-        ("mnist_cnn", (1, 224, 224), "grey images of 224x224 pixels"),
-        ("lenet", (3, 4, 4), "colour images of 4x4 pixels"),
+        ("bn_cnn", (1, 28, 28), "grayscale images of 28x28 pixels"),
+        ("bn_cnn", (3, 28, 28), "color images of 28x28 pixels"),
+        ("mnist_cnn", (3, 32, 32), "color images of 32x32 pixels"),
+        ("mnist_cnn", (1, 224, 224), "grayscale images of 224x224 pixels"),
+        ("lenet", (3, 4, 4), "color images of 4x4 pixels"),
     ],
 )
 def test_a_network_for_other_images_is_refused(model, shape, says):
     with pytest.raises(UsageError) as caught:
-        weights.refuse_other_images(build_model(model, 0), model, shape, 10)
+        weights.check_shapes(build_model(model, 0, 10), model, shape, 10)
     message = str(caught.value)
-    assert message.startswith(f"--model {model} does not take {says} (")
-    assert "type another --model" in message
+    assert message.startswith(f"--model {model} does not accept {says} (")
+    assert "choose another --model" in message
     assert len(message.splitlines()) == 1
 
 
 def test_a_network_for_other_classes_is_refused():
-    with pytest.raises(UsageError, match="answers 10 classes, not 100"):
-        weights.refuse_other_images(build_model("lenet", 0), "lenet", (3, 32, 32), 100)
+    with pytest.raises(UsageError, match="has 10 classes, expected 100"):
+        weights.check_shapes(build_model("lenet", 0, 10), "lenet", (3, 32, 32), 100)
 
 
 def test_trying_a_network_out_changes_nothing_in_it():
-    model, fresh = build_model("bn_cnn", 0), build_model("bn_cnn", 0).state_dict()
-    weights.refuse_other_images(model, "bn_cnn", (3, 32, 32), 10)
+    model, fresh = build_model("bn_cnn", 0, 10), build_model("bn_cnn", 0, 10).state_dict()
+    weights.check_shapes(model, "bn_cnn", (3, 32, 32), 10)
     assert model.training
     assert all(torch.equal(value, fresh[name]) for name, value in model.state_dict().items())

@@ -26,7 +26,7 @@ from cifar10.config.cli import parse
 from cifar10.config.recipe import as_json, load
 from cifar10.data import pixels as pixels_of
 from cifar10.data import synthetic
-from cifar10.data.registry import DATASETS
+from cifar10.data.registry import find
 from cifar10.distributed.world import World
 from cifar10.metrics.report_sink import ReportSink
 from cifar10.metrics.sink import Metrics
@@ -35,6 +35,7 @@ from cifar10.report import html as html_page
 from cifar10.report import samples, stats
 from cifar10.run import record
 from cifar10.run.predictions import Predictions, save_predictions
+from tests.helpers import cut_down
 from tests.launching import SHORT, run
 
 RNG = np.random.default_rng(0)
@@ -109,9 +110,7 @@ def test_the_worst_mistakes_are_the_most_confident_wrong_answers():
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The data sets that are drawn, with 200 images in each split."""
-    for name, dataset in list(DATASETS.items()):
-        if dataset.draw:
-            monkeypatch.setitem(DATASETS, name, dataclasses.replace(dataset, train_images=200, test_images=200))
+    cut_down(monkeypatch, 200)
 
 
 RECIPES = [
@@ -180,8 +179,9 @@ def make_run(
 ):
     """A run's folder as a run of two epochs leaves it."""
     recipe = dataclasses.replace(load("bn_cnn").recipe, dataset="synthetic", epochs=2, seed=seed, **fields)
+    facts = dataclasses.asdict(find(recipe.dataset).describe(folder))
     folder.mkdir(parents=True)
-    (folder / "recipe.json").write_text(as_json(recipe, name))
+    (folder / "recipe.json").write_text(as_json(recipe, name, facts))
     (folder / "ds_config.json").write_text(json.dumps({"train_batch_size": 64, "gradient_clipping": 1.0}))
     start = {
         "command": f"cifar10_deepspeed.py --seed {seed}",
@@ -220,7 +220,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Predictions]:
     folder = make_run(tmp_path_factory.mktemp("whole") / "run")
     found = with_answers(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(DATASETS, "synthetic", dataclasses.replace(DATASETS["synthetic"], train_images=5_200, test_images=200))
+        cut_down(patch, 5_200)
         html_page.make_report(folder, Path("nowhere"))
     return folder, found
 
@@ -235,7 +235,7 @@ def test_the_pages_numbers_are_those_of_the_files(whole):
     assert f"is right in {found.accuracy:.1%}" in said
     assert f"calibration error is {stats.calibration(found).error:.2%}" in said
     for index in stats.worst_mistakes(found, 24):
-        true, answer = (DATASETS["synthetic"].classes[of[index]] for of in (found.labels, found.answers))
+        true, answer = (synthetic.SYNTHETIC.description.classes[of[index]] for of in (found.labels, found.answers))
         chances = found.probabilities[index]
         shown = f"{true} {chances[found.labels[index]]:.1%} {answer} {chances[found.answers[index]]:.1%} #{index}"
         assert shown in said
@@ -318,8 +318,7 @@ def test_without_the_data_set_the_sheets_are_left_out_and_it_is_said(tmp_path):
 
 def test_names_are_text_whatever_they_are(tmp_path, monkeypatch):
     classes = tuple(f"{HOSTILE}{number}" for number in range(10))
-    hostile = dataclasses.replace(DATASETS["synthetic"], train_images=5_200, test_images=200, classes=classes)
-    monkeypatch.setitem(DATASETS, "synthetic", hostile)
+    cut_down(monkeypatch, 5_200, classes=classes)
     folder = make_run(tmp_path / f"<b>{HOSTILE.replace('/', '')}", name=HOSTILE)
     with_answers(folder)
     summary = json.loads((folder / "summary.json").read_text())
@@ -353,10 +352,11 @@ def test_a_damaged_file_is_named_in_one_line(name, content, tmp_path):
     assert not (folder / "report.html").exists()
 
 
-def test_labels_of_no_class_are_damage(tmp_path):
+@pytest.mark.parametrize(("logits", "label"), [((2, 3), 0), ((2, 10), 10), ((2, 10), -1)])
+def test_answers_of_other_classes_are_damage(tmp_path, logits, label):
     folder = make_run(tmp_path / "run")
-    save_predictions(folder / "test_predictions.npz", [np.ones((2, 3), np.float32)], np.array([0, 3]))
-    with pytest.raises(UsageError, match="labels of no class"):
+    save_predictions(folder / "test_predictions.npz", [np.ones(logits, np.float32)], np.array([0, label]))
+    with pytest.raises(UsageError, match="not of 10 classes"):
         html_page.make_report(folder, tmp_path)
 
 

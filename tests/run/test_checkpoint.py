@@ -229,8 +229,8 @@ def test_portable_files_need_nothing_of_deepspeed(runs: dict[str, Run]) -> None:
         assert seen[name]["dtypes"] == ["torch.float32"]
         assert facts["step"] == step
         assert facts["recipe"] == recipe
-        assert facts["classes"] == list(cifar.CLASSES)
-        assert facts["normalisation"] == {"mean": recipe["mean"], "std": recipe["std"]}
+        assert facts["classes"] == list(cifar.CIFAR10.description.classes)
+        assert facts["normalization"] == {"mean": recipe["mean"], "std": recipe["std"]}
     assert seen["best_model"]["correct"] / 200 == whole.last["test_accuracy"]
 
 
@@ -253,7 +253,7 @@ def test_one_rank_goes_on_from_two_with_the_mean_of_their_buffers(runs: dict[str
 
 
 def bn_engine(**config: Any) -> Engine:
-    return make_engine(one_rank(), build_model("bn_cnn", 0), global_images=8, **config)
+    return make_engine(one_rank(), build_model("bn_cnn", 0, 10), global_images=8, **config)
 
 
 @pytest.mark.parametrize(("optimizer", "params"), [("SGD", {"momentum": 0.9}), ("AdamW", {}), ("RMSprop", {"momentum": 0.9})])

@@ -14,7 +14,7 @@ import pytest
 
 from cifar10 import UsageError
 from cifar10.config.cli import parse
-from cifar10.config.recipe import as_json, load
+from cifar10.config.recipe import FORMAT, as_json, load
 from cifar10.plan import Plan, make_plan
 from cifar10.run import folder as run_folder
 from cifar10.run.summary import Summary
@@ -38,7 +38,7 @@ def refusal(*argv: str, world_size: int = 1) -> str:
 def begin(folder: Path, *argv: str, world_size: int = 1, resume: str = "auto") -> Plan:
     """Open a run in `folder`, as the script does."""
     begun = plan(*argv, world_size=world_size)
-    settings = as_json(begun.recipe, begun.options.recipe)
+    settings = as_json(begun.recipe, begun.options.recipe, {})
     run_folder.open_run(folder, settings, begun.ds_config, resume, ["cifar10_deepspeed.py", *argv], world_size=world_size)
     return begun
 
@@ -140,7 +140,7 @@ def test_a_damaged_file_in_the_folder_is_refused_by_name(tmp_path, name, content
     assert name in refusal("--output-dir", str(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("content", [{}, {"settings": None}, {"settings": 5}, {"settings": []}])
+@pytest.mark.parametrize("content", [{}, {"format": FORMAT}, {"format": FORMAT, "settings": 5}, {"settings": {}}])
 def test_a_recipe_json_without_settings_is_refused_by_name(tmp_path, content):
     begin(tmp_path / "run")
     (tmp_path / "run" / "recipe.json").write_text(json.dumps(content), encoding="utf-8")
@@ -363,7 +363,7 @@ def test_a_run_goes_on_from_another_only_where_its_position_fits(tmp_path):
 
 def test_a_run_from_before_a_field_existed_goes_on_unless_the_field_is_used(tmp_path):
     settings = {"recipe": {"epochs": 5, "new": 0}, "deepspeed": {}}
-    (tmp_path / "recipe.json").write_text(json.dumps({"settings": {"epochs": 5}}))
+    (tmp_path / "recipe.json").write_text(json.dumps({"format": FORMAT, "settings": {"epochs": 5}}))
     (tmp_path / "ds_config.json").write_text("{}")
     run_folder.refuse_other_settings(tmp_path, settings, {"new": 0})
     with pytest.raises(UsageError, match="new 0 there, 1 here"):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cifar10 import UsageError
+from cifar10.config.recipe import FORMAT
 from cifar10.engine.engine import Engine
 from cifar10.models.registry import build_model
 from cifar10.plan import make_plan
@@ -30,7 +31,7 @@ TAGS = [f"step_{step:08d}" for step in (1, 2, 3)]
 
 
 def engine_of(model: str = "smooth_cnn", **config: Any) -> Engine:
-    return make_engine(one_rank(), build_model(model, 0), global_images=8, **config)
+    return make_engine(one_rank(), build_model(model, 0, 10), global_images=8, **config)
 
 
 @pytest.fixture(scope="module")
@@ -263,9 +264,16 @@ def test_a_state_that_would_run_code_is_refused_and_runs_none(folder: Path, tmp_
 
 @pytest.mark.parametrize("content", [None, [], {}, {"run_state": {}}, {"run_state": {"step": 1, "planet": 3}}, b"garbage"])
 def test_a_state_of_another_layout_is_refused(folder: Path, content: Any) -> None:
+    content = content | {"format": FORMAT} if isinstance(content, dict) else content
     write = (lambda path: path.write_bytes(content)) if isinstance(content, bytes) else (lambda path: torch.save(content, path))
     replace_state(folder / TAGS[2], write)
     assert "is not a checkpoint of this program" in refusal(folder)
+
+
+def test_a_state_of_another_format_is_refused(folder: Path) -> None:
+    content = torch.load(folder / TAGS[2] / "state.pt")
+    replace_state(folder / TAGS[2], lambda path: torch.save({**content, "format": "cifar10-deepspeed/1"}, path))
+    assert f"state.pt has format 'cifar10-deepspeed/1', expected '{FORMAT}'" in refusal(folder)
 
 
 @pytest.mark.parametrize("lacking", ["run_state", "settings", "engine"])

@@ -61,7 +61,7 @@ def test_it_knows_what_its_images_are(trained, name, shape, image):
     assert found.image_shape == shape
     assert found.about["image"] == image
     assert found.about["classes"] == content_of(trained / name)["classes"]
-    assert found.about["normalisation"] == content_of(trained / name)["normalisation"]
+    assert found.about["normalization"] == content_of(trained / name)["normalization"]
     assert found.model(torch.zeros(2, *shape)).shape == (2, 10)
 
 
@@ -87,8 +87,11 @@ def with_weight(run: Path, name: str, value: object) -> dict:
 
 
 REFUSED = {
-    "code": (lambda run: changed(run, extra=Evil()), "not a trained model"),
-    "nothing": (lambda run: {}, "not a trained model"),
+    "code": (lambda run: changed(run, extra=Evil()), "cannot be read as weights"),
+    "nothing": (lambda run: {}, "holds no state dict"),
+    "another format": (lambda run: changed(run, format="cifar10-deepspeed/1"), "has format 'cifar10-deepspeed/1', expected"),
+    "no image": (lambda run: changed(run, image=None), "not a trained model"),
+    "an image of no size": (lambda run: changed(run, image={"channels": 3, "dataset_size": 10**9}), "pixels a side"),
     "a plain state dict": (lambda run: content_of(run)["module"], "a plain state dict says nothing of how to use it"),
     "no recipe": (lambda run: changed(run, recipe=None), "not a trained model"),
     "an unknown field": (lambda run: changed(run, recipe={"surprise": 1}), "surprise"),
@@ -98,16 +101,16 @@ REFUSED = {
         lambda run: changed(run, recipe={**content_of(run)["recipe"], "model": "lenet"}),
         "does not hold weights of lenet",
     ),
-    "too few classes": (lambda run: changed(run, classes=["cat"]), "classes are not those of synthetic"),
-    "classes that are no names": (lambda run: changed(run, classes=list(range(10))), "classes are not those"),
+    "too few classes": (lambda run: changed(run, classes=["cat"]), r"fc2.weight is \[10, 128\] there, \[1, 128\] here"),
+    "classes that are no names": (lambda run: changed(run, classes=list(range(10))), "classes are not names"),
     "a weight of another shape": (lambda run: with_weight(run, "fc2.bias", torch.zeros(9)), r"fc2.bias is \[9\] there, \[10\]"),
     "a weight too many": (lambda run: with_weight(run, "fc3.bias", torch.zeros(9)), "it holds fc3.bias"),
-    "a weight that is none": (lambda run: with_weight(run, "fc2.bias", [0.0] * 10), "no tensors"),
+    "a weight that is none": (lambda run: with_weight(run, "fc2.bias", [0.0] * 10), "holds no state dict"),
     "NaN": (
         lambda run: with_weight(run, "fc2.bias", torch.full((10,), torch.nan)),
         "fc2.bias holds values that are not finite",
     ),
-    "an accuracy in words": (lambda run: changed(run, val_accuracy="good"), "val_accuracy is no number"),
+    "an accuracy in words": (lambda run: changed(run, val_accuracy="good"), "val_accuracy is not a number"),
 }
 
 
@@ -127,7 +130,7 @@ def test_damaged_bytes_are_refused(trained, tmp_path):
         for suffix in (".pt", ".safetensors"):
             file = tmp_path / f"{number}{suffix}"
             file.write_bytes(content)
-            with pytest.raises(UsageError, match="not a trained model of this program"):
+            with pytest.raises(UsageError, match="cannot be read as weights"):
                 load(file)
 
 

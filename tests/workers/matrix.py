@@ -34,7 +34,7 @@ SMOOTH_STEPS = 30
 def matrix_engine(here: World, model: str, precision: str, stage: int, accumulation: int = 1, **fp16: Any) -> Engine:
     """From a JSON with plain toggles, as a user writes them."""
     config = ds_config.with_precision({"zero_optimization": {"stage": stage}, "fp16": fp16}, precision)
-    return make_engine(here, build_model(model, 0), global_images=GLOBAL_IMAGES, accumulation=accumulation, **config)
+    return make_engine(here, build_model(model, 0, 10), global_images=GLOBAL_IMAGES, accumulation=accumulation, **config)
 
 
 # --- training -----------------------------------------------------------------------------------------------------------
@@ -42,7 +42,7 @@ def matrix_engine(here: World, model: str, precision: str, stage: int, accumulat
 
 def true_norm(here: World, engine: Engine, micro_batches: list[tuple[Tensor, Tensor]], dtype: torch.dtype | None) -> float:
     """The gradient norm of this step by autograd alone: a plain fp32 copy of the model, no DeepSpeed, no loss scale."""
-    copy = build_model("bn_cnn", 0)
+    copy = build_model("bn_cnn", 0, 10)
     copy.load_state_dict(engine.portable_state())
     copy.train()
     for images, labels in micro_batches:

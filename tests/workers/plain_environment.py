@@ -47,7 +47,7 @@ def imported(path: Path) -> Any:
 def readers(folder: Path) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     """File -> what answers float32 images in 0..1, for each file that is there."""
     network, about = imported(folder / "network.py"), json.loads((folder / "export.json").read_text())["about"]
-    mean, std = (torch.tensor(about["normalisation"][key])[:, None, None] for key in ("mean", "std"))
+    mean, std = (torch.tensor(about["normalization"][key])[:, None, None] for key in ("mean", "std"))
 
     def with_weights(weights: dict[str, torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
         model = getattr(network, about["model"])(num_classes=len(about["classes"])).eval()

@@ -22,7 +22,7 @@ def main() -> None:
         content = torch.load(Path(sys.argv[1]) / "checkpoints" / name / "mp_rank_00_model_states.pt")
         model = CIFAR10CNNEnhanced()
         model.load_state_dict(content["module"])
-        mean, std = (torch.tensor(content["normalisation"][key])[:, None, None] for key in ("mean", "std"))
+        mean, std = (torch.tensor(content["normalization"][key])[:, None, None] for key in ("mean", "std"))
         pixels = torch.from_numpy(images.pixels).permute(0, 3, 1, 2).float() / 255
         with torch.no_grad():
             predicted = model.eval()((pixels - mean) / std).argmax(dim=1)

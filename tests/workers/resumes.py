@@ -80,7 +80,7 @@ class Case:
         config = ds_config.with_precision(
             {"zero_optimization": {"stage": stage}, "optimizer": SGD, **self.config}, self.precision
         )
-        model = build_model("smooth_cnn", 0) if self.smooth else odd_cnn()
+        model = build_model("smooth_cnn", 0, 10) if self.smooth else odd_cnn()
         return make_engine(here, model, global_images=GLOBAL_IMAGES, accumulation=self.passes(here), **config)
 
     def passes(self, here: World) -> int:

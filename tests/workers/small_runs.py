@@ -26,6 +26,7 @@ import torch
 
 import cifar10_deepspeed as script
 from cifar10.data.registry import DATASETS
+from cifar10.data.synthetic import Generated
 from cifar10.engine.engine import prepare
 from cifar10.run import stop
 
@@ -35,8 +36,9 @@ ENDS = ("finished", "stopped")
 def shrink_the_data_sets() -> None:
     """Those that are drawn: for the whole process, so no test may import this and call it."""
     for name, dataset in DATASETS.items():
-        if dataset.draw:
-            DATASETS[name] = dataclasses.replace(dataset, train_images=600, test_images=200)
+        if isinstance(dataset, Generated):
+            small = dataclasses.replace(dataset.description, train_images=600, test_images=200)
+            DATASETS[name] = dataclasses.replace(dataset, description=small)
 
 
 def stop_after(steps: int) -> None:

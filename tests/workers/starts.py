@@ -1,7 +1,7 @@
 """The program itself, started as often as is asked for: a start costs about a second, since the slow imports are done once.
 
 Each line on stdin asks for a start: {"flags": [...], "folder": where it runs, "environment": {...}, "cifar10": {"files": the
-known md5 and size of each file, "archive_md5": ...}}; a line on stdout answers: {"code": ..., "stdout": ..., "stderr": ...}.
+known md5 of each file, "archive_md5": ...}}; a line on stdout answers: {"code": ..., "stdout": ..., "stderr": ...}.
 A start is one rank, forked; its images are those of small_runs.py.
 """
 
@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import small_runs
 
-from cifar10.data import cifar
+from cifar10.data.registry import DATASETS
 from cifar10.engine.engine import prepare
 
 DEADLINE_SECONDS = 120  # a start that takes longer hangs: SIGALRM ends it
@@ -35,8 +36,7 @@ def be_the_program(asked: dict[str, Any], out: Path, err: Path) -> int:
     os.chdir(asked["folder"])
     os.environ.update(asked.get("environment", {}))
     if "cifar10" in asked:
-        cifar.FILES = {name: tuple(facts) for name, facts in asked["cifar10"]["files"].items()}
-        cifar.ARCHIVE_MD5 = asked["cifar10"]["archive_md5"]
+        DATASETS["cifar10"] = replace(DATASETS["cifar10"], **asked["cifar10"])
     sys.argv = [str(Path(small_runs.script.__file__)), *asked["flags"]]
     try:
         return small_runs.script.main()

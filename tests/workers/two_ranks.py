@@ -68,7 +68,7 @@ def bad_steps(here: World, engine: Engine, look: Any) -> dict[str, Any]:
 
 def resumed(here: World, engine: Engine, **config: Any) -> dict[str, Any]:
     """The weights of an engine that goes on, and of a new one that goes on from what the first has saved."""
-    other = make_engine(here, build_model("smooth_cnn", 1), **config)
+    other = make_engine(here, build_model("smooth_cnn", 1, 10), **config)
     with tempfile.TemporaryDirectory() as scratch:
         folder = here.from_main(lambda: Path(scratch))
         checkpoint.save(folder, engine, RunState(step=5), here, {}, keep=1)
@@ -85,7 +85,7 @@ def smooth_runs(here: World) -> dict[str, Any]:
     runs = {}
     for name, stage, accumulation in [("2 passes", 0, 2), *((f"zero {stage}", stage, 1) for stage in (0, 1, 2, 3))]:
         config = {"zero_optimization": {"stage": stage}, "accumulation": accumulation}
-        engine = make_engine(here, build_model("smooth_cnn", 0), **config)
+        engine = make_engine(here, build_model("smooth_cnn", 0, 10), **config)
         runs[name] = run_steps(here, engine, 20, accumulation)
         if accumulation == 1:
             runs[name] |= bad_steps(here, engine, Engine.portable_state)
@@ -95,16 +95,16 @@ def smooth_runs(here: World) -> dict[str, Any]:
 
 def batch_norm_runs(here: World) -> dict[str, Any]:
     """BatchNorm: each rank's own statistics, what a bad step leaves of them, and what looking at them does."""
-    engine = make_engine(here, build_model("bn_cnn", 0))
+    engine = make_engine(here, build_model("bn_cnn", 0, 10))
     seen = bad_steps(here, engine, snapshot)  # the very first step is bad
     seen |= {"own before": snapshot(engine), "portable": engine.portable_state(), "own after": snapshot(engine)}
 
     for name in ("unwatched", "watched"):
-        engine = make_engine(here, build_model("bn_cnn", 0))
+        engine = make_engine(here, build_model("bn_cnn", 0, 10))
         for step in range(6):
             one_step(engine, [batch(16, seed=2 * step + here.rank)], 0.5)
             if name == "watched":
-                copy = build_model("bn_cnn", 0)
+                copy = build_model("bn_cnn", 0, 10)
                 copy.load_state_dict(engine.portable_state())
                 evaluate(copy, evaluation_loader(here.rank, here.size), here)
                 engine.full_state()
@@ -121,7 +121,7 @@ def evaluation_loader(rank: int, world_size: int) -> EvaluationLoader:
 
 def evaluations(here: World) -> dict[str, Any]:
     """One model, one split: over both ranks, and by each rank alone."""
-    model, seen = build_model("bn_cnn", 0), {}
+    model, seen = build_model("bn_cnn", 0, 10), {}
     for name, place in (("evaluation", here), ("evaluation on one", World(0, 0, 1, 1, here.device, "none"))):
         result = evaluate(model, evaluation_loader(place.rank, place.size), place)
         seen[name] = (result.loss, result.accuracy, result.images)
@@ -149,7 +149,7 @@ def lower_precision_runs(here: World) -> dict[str, Any]:
         "fp16": {"fp16": {"enabled": True}},
         "fp16, no clipping": {"fp16": {"enabled": True}, "gradient_clipping": 0.0},
     }.items():
-        engine = make_engine(here, build_model("smooth_cnn", 0), **config)
+        engine = make_engine(here, build_model("smooth_cnn", 0, 10), **config)
         runs[name] = {**run_steps(here, engine, 20), **bad_steps(here, engine, Engine.portable_state)}
         runs[name] |= resumed(here, engine, **config)
         runs[name]["notes"] = ds_config.resolve({"optimizer": SGD, "train_batch_size": 32, **config}, here.size)[2]
