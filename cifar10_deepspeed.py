@@ -3,9 +3,9 @@
     deepspeed --num_gpus=2 cifar10_deepspeed.py            the deepspeed launcher
     torchrun --nproc_per_node=2 cifar10_deepspeed.py       torch's
     python cifar10_deepspeed.py                            one process
-    python main.py                                         finds the GPUs, and minds the launcher
+    python main.py                                         finds the GPUs and supervises the launcher
 
-Read from top to bottom: the network, its images, the learning rate, the measures, one epoch, the whole run.
+Read it from top to bottom: the network and its images, the learning rate, one step, one epoch, the whole run.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ from cifar10.models.weights import check_initial_weights, check_shapes, load
 from cifar10.plan import Plan, make_plan
 from cifar10.run import checkpoint, patience
 from cifar10.run import folder as run_folder
-from cifar10.run.evaluation import Augmented, evaluate
+from cifar10.run.evaluation import Augmented, calculate_accuracy, evaluate
 from cifar10.run.metric_buffer import MetricBuffer, TooManySkippedSteps, count_steps
 from cifar10.run.predictions import TEST_FILE, save_predictions
 from cifar10.run.state import RunState, Sums
 from cifar10.run.stop import StopRequest
-from cifar10.run.summary import EndedBy, SplitResult, Status, Summary, read_summary, summarize
+from cifar10.run.summary import EndedBy, SplitResult, Status, Summary, read_summary, summarize, test_fields
 
 # The names that the reference documents import from this file.
 __all__ = ["CIFAR10CNNEnhanced", "CNNModelEnhanced", "Net", "calculate_accuracy", "get_lr_schedule", "run"]
@@ -116,14 +116,6 @@ def lr_multiplier(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     return 1 - progress if recipe.lr_shape == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# --- the measures -----------------------------------------------------------------------------------------------------
-
-
-def calculate_accuracy(outputs: Tensor, targets: Tensor) -> float:
-    """The percentage of rows of `outputs` [B, classes] whose largest value is at `targets` [B]."""
-    return (outputs.argmax(dim=1) == targets).float().mean().item() * 100.0
-
-
 # --- one step, one epoch ------------------------------------------------------------------------------------------------
 
 
@@ -142,20 +134,19 @@ def train_step(engine: Engine, micro_batches: list[MicroBatch], smoothing: float
 
 @dataclass(frozen=True)
 class Run:
-    """What a run in progress works with: nothing in it is replaced while the run lasts."""
+    """What a run in progress works with; nothing in it is replaced while the run lasts."""
 
     plan: Plan
     world: World
+    folder: Path
     engine: Engine
+    step: Callable[..., tuple[Tensor, Tensor]]  # train_step, accelerated as --engine-level says
     train: TrainLoader
     val: EvaluationLoader
     model: nn.Module  # a plain fp32 copy for evaluation, whatever ZeRO and precision do to the trained one
-    step: Callable[..., tuple[Tensor, Tensor]]  # train_step, accelerated as --engine-level says
     buffer: MetricBuffer
     metrics: Metrics
     stop: StopRequest
-    folder: Path
-    lr_scale: float  # of the base learning rate: what the linear scaling rule makes of the global batch
     total_steps: int  # of the schedule
     last_step: int  # where this run ends: the same, or --max-steps
 
@@ -174,15 +165,14 @@ def log_steps(run: Run, state: RunState) -> None:
 
 def train_one_epoch(run: Run, state: RunState) -> bool:
     """Train to the end of the epoch under way, or to the run's last step. True if the run was asked to stop on the way."""
-    smoothing, every = run.plan.recipe.label_smoothing, run.plan.options.log_every_steps
-    stopping, started = False, time.perf_counter()
+    recipe, every, stopping, started = run.plan.recipe, run.plan.options.log_every_steps, False, time.perf_counter()
+    lr_scale = recipe.lr_scale(run.plan.batch.global_images) * state.lr_factor
     run.engine.deepspeed.train()
     for micro_batches in run.train.epoch(state.epoch, first_step=state.epoch_step):
         if state.step == run.last_step or stopping:
             break
-        multiplier = lr_multiplier(run.plan.recipe, state.step, run.train.steps_per_epoch) * run.lr_scale * state.lr_factor
-        run.engine.set_lr(multiplier)
-        loss, correct = run.step(run.engine, micro_batches, smoothing)
+        run.engine.set_lr(lr_scale * lr_multiplier(recipe, state.step, run.train.steps_per_epoch))
+        loss, correct = run.step(run.engine, micro_batches, recipe.label_smoothing)
         run.buffer.write(loss, correct, run.engine.grad_norm, run.engine.skipped)
         state.step += 1
         state.epoch_step += 1
@@ -235,14 +225,10 @@ def finish_epoch(run: Run, state: RunState) -> None:
     run.metrics.say(lines)
 
 
-def write_summary(
-    run: Run, state: RunState, status: Status, tested: dict[str, SplitResult] | None = None, **known: Any
-) -> Summary:
+def write_summary(run: Run, state: RunState, status: Status, **known: Any) -> Summary:
     """Write summary.json on rank 0: how the run stands, and what it has measured so far."""
     known |= {"recipe": run.plan.options.recipe, "seed": run.plan.recipe.seed, "world_size": run.world.size}
     summary = summarize(state, run.train.steps_per_epoch, status, **known)
-    if tested is not None:
-        summary = summary.with_test(tested, run.plan.dataset)
     if run.world.is_main:
         summary.write(run.folder)
     return summary
@@ -306,45 +292,48 @@ def finish(run: Run, state: RunState, ended_by: EndedBy) -> None:
         state.best_step = state.step
         written = save_portable(run, "best_model", weights, {"step": state.step, "val_accuracy": None}) and written
     if not written or state.best_step < 0:
-        raise OSError(
-            "the trained weights could not be written; make room, and the same command goes on from its last checkpoint"
-        )
-    tested = measure_best_model(run, state)
+        raise OSError("the trained weights could not be written; make room on the disk and run the same command again")
+    tested = test_fields(measure_best_model(run, state), run.plan.dataset)
     known = {**run.world.peak_memory, "weights_sha256": weights_sha256(weights), "ended_by": ended_by}
-    summary = write_summary(run, state, "finished", tested, **known)
+    summary = write_summary(run, state, "finished", **tested, **known)
     run.metrics.say([*text.closing_lines(summary, len(run.val), run.plan), f"written to {run.folder}"])
     run.metrics.finished(asdict(summary))
 
 
-# --- starting and ending --------------------------------------------------------------------------------------------------
-
-
 def start_run(plan: Plan, world: World, folder: Path, model: nn.Module) -> tuple[Run, RunState]:
-    """Build everything a run works with, and take up its state where a checkpoint left it."""
+    """Build everything a run works with, and restore its state from the newest checkpoint, if there is one."""
     deepspeed = prepare()
-    recipe, options = plan.recipe, plan.options
-    train_loader, val_loader = get_cifar10_dataloaders(plan, world)
+    recipe, options, config = plan.recipe, plan.options, plan.ds_config
+    train, val = get_cifar10_dataloaders(plan, world)
     if recipe.weights == "none" and hasattr(model, "start_from_images"):
-        model.start_from_images(train_loader.first_images(min(model.patch_images, len(train_loader.labels))).cpu())
+        model.start_from_images(train.first_images(min(model.patch_images, len(train.labels))).cpu())
     model, plain = model.to(world.device), deepcopy(model).to(world.device)
     if recipe.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    own = own_optimizer(model, plan.ds_config)
-    deepspeed_engine, _, _, _ = deepspeed.initialize(
-        model=model, model_parameters=model.parameters(), optimizer=own, config=plan.ds_config
-    )
+    own = own_optimizer(model, config)
+    deepspeed_engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), optimizer=own, config=config)
     distributed.limit_waiting(options.timeout_minutes)
     engine = Engine(deepspeed_engine, world, recipe.seed)
-    step = accelerate(train_step, engine, options.engine_level)
     start_from = None if options.resume in ("auto", "never") else run_folder.find_checkpoint(options.resume)
     state = checkpoint.resume(folder / "checkpoints", start_from, engine, world, plan.settings)
-    num_steps = total_steps(recipe, train_loader.steps_per_epoch)
+    num_steps = total_steps(recipe, train.steps_per_epoch)
     last_step = min(num_steps, options.max_steps or num_steps)
-    metrics = open_sinks(plan, folder, state, last_step, train_loader.steps_per_epoch) if world.is_main else Metrics()
-    buffer = MetricBuffer(options.log_every_steps, world.device)
-    stop = StopRequest(world, folder, options.max_minutes, options.stop_at)
-    parts = engine, train_loader, val_loader, plain, step, buffer, metrics, stop, folder
-    return Run(plan, world, *parts, recipe.lr_scale(plan.batch.global_images), num_steps, last_step), state
+    run = Run(
+        plan=plan,
+        world=world,
+        folder=folder,
+        engine=engine,
+        step=accelerate(train_step, engine, options.engine_level),
+        train=train,
+        val=val,
+        model=plain,
+        buffer=MetricBuffer(options.log_every_steps, world.device),
+        metrics=open_sinks(plan, folder, state, last_step, train.steps_per_epoch) if world.is_main else Metrics(),
+        stop=StopRequest(world, folder, options.max_minutes, options.stop_at),
+        total_steps=num_steps,
+        last_step=last_step,
+    )
+    return run, state
 
 
 def train_and_finish(plan: Plan, world: World, folder: Path, model: nn.Module, resume_command: str) -> None:

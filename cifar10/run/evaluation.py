@@ -15,6 +15,11 @@ from cifar10.run.summary import SplitResult
 VIEWS = {"mirror": 2, "mirror+translate": 6}  # how many views of each image
 
 
+def calculate_accuracy(outputs: Tensor, targets: Tensor) -> float:
+    """The percentage of rows of `outputs` [B, classes] whose largest value is at `targets` [B]."""
+    return (outputs.argmax(dim=1) == targets).float().mean().item() * 100.0
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: EvaluationLoader, world: World, keep: list[Tensor] | None = None) -> SplitResult:
     """Mean loss and accuracy of a plain fp32 `model` over a split, the same on every rank; its own logits go into `keep`."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import psutil
 
 from cifar10.config.recipe import is_a
-from cifar10.data.dataset import DataSet
+from cifar10.data.dataset import Description
 from cifar10.run.folder import damaged, read_json, write_json
 from cifar10.run.state import RunState
 
@@ -71,16 +71,6 @@ class Summary:
     ended_by: EndedBy | None = None
     reason: str | None = None  # why the run failed
 
-    def with_test(self, results: dict[str, SplitResult], dataset: DataSet) -> Summary:
-        """The same with the test's results: `test`, and `test_tta` if there is one."""
-        test, augmented = results.get("test"), results.get("test_tta")
-        if test is None:
-            return replace(self, test_images=0)
-        measured = {"test_accuracy": test.accuracy, "test_images": test.images, "test_seconds": test.seconds}
-        if augmented:
-            measured |= {"test_accuracy_tta": augmented.accuracy, "test_tta_seconds": augmented.seconds}
-        return replace(self, **measured, quality=quality_tier(test.accuracy, dataset.tiers))
-
     def is_complete(self, max_steps: int | None) -> bool:
         """Whether nothing is left to train; a run ended by --max-steps goes on if more steps are allowed now."""
         if self.status != "finished":
@@ -112,6 +102,17 @@ def quality_tier(test_accuracy: float, bounds: tuple[float, float, float] | None
     if bounds is None:
         return None
     return next(name for bound, name in zip((*bounds, 0.0), TIERS, strict=True) if test_accuracy >= bound)
+
+
+def test_fields(results: dict[str, SplitResult], dataset: Description) -> dict[str, Any]:
+    """The fields of a summary for the test's results: `test`, and `test_tta` if there is one."""
+    test, augmented = results.get("test"), results.get("test_tta")
+    if test is None:
+        return {"test_images": 0}
+    found = {"test_accuracy": test.accuracy, "test_images": test.images, "test_seconds": test.seconds}
+    if augmented:
+        found |= {"test_accuracy_tta": augmented.accuracy, "test_tta_seconds": augmented.seconds}
+    return {**found, "quality": quality_tier(test.accuracy, dataset.tiers)}
 
 
 def summarize(state: RunState, steps_per_epoch: int, status: Status, **known: Any) -> Summary:
