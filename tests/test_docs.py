@@ -61,7 +61,7 @@ TIED = {  # a line of shell, or the first line of another block -> the file that
     "sbatch --nodes=2 --gres=gpu:4 run_deepspeed.sh": (SLURM, "def test_sbatch_on_two_nodes("),
 }
 OTHERS = "--nnodes --nproc_per_node --no_ssh --hostfile --nodes --gres --logdir --check"  # flags of other programs
-OTHERS += " --deepspeed --no-amp --num-workers"  # read before our own flags are
+OTHERS += " --deepspeed --no-amp --num-workers --extra"  # read before our own flags are
 
 BLOCKS = [(page, *block) for page in PAGES for block in re.findall(r"^```(\w*)\n(.*?)^```$", TEXTS[page], re.M | re.S)]
 PYTHON = [code for _, kind, code in BLOCKS if kind == "python"]
