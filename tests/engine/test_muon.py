@@ -12,7 +12,7 @@ from torch import nn
 from cifar10 import UsageError
 from cifar10.config import ds_config
 from cifar10.engine import muon
-from cifar10.engine.muon import MuonWithSGD, orthogonalised, parameter_groups
+from cifar10.engine.muon import MuonWithSGD, orthogonalized, parameter_groups
 from cifar10.models.registry import build_model
 from tests.helpers import batch
 
@@ -22,12 +22,12 @@ PARAMS = {"lr": 0.1, "momentum": 0.6, "bias_lr": 0.05, "head_lr": 0.5, "sgd_mome
 @pytest.mark.parametrize("shape", [(1, 16, 16), (2, 8, 72), (3, 64, 27)])
 def test_the_singular_values_of_an_update_are_near_one(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 1e-3
-    spread = torch.linalg.svdvals(orthogonalised(matrices, iterations=6))
+    spread = torch.linalg.svdvals(orthogonalized(matrices, iterations=6))
     assert spread.min() > 0.5
     assert spread.max() < 1.4
     u, _, v = torch.linalg.svd(matrices, full_matrices=False)
     nearest = u @ v
-    found = orthogonalised(matrices, iterations=6)
+    found = orthogonalized(matrices, iterations=6)
     assert ((found * nearest).sum(dim=(1, 2)) / found.norm(dim=(1, 2)) / nearest.norm(dim=(1, 2)) > 0.97).all()
 
 
@@ -35,13 +35,13 @@ def test_each_matrix_of_a_batch_is_treated_alone():
     matrices = (
         torch.randn(3, 12, 30, generator=torch.Generator().manual_seed(2)) * torch.tensor([1e-6, 1.0, 1e4])[:, None, None]
     )
-    together = orthogonalised(matrices)
+    together = orthogonalized(matrices)
     for alone, among in zip(matrices, together, strict=True):
-        assert torch.allclose(orthogonalised(alone[None])[0], among, atol=0.02)
+        assert torch.allclose(orthogonalized(alone[None])[0], among, atol=0.02)
 
 
 def test_a_zero_gradient_gives_a_zero_update():
-    assert orthogonalised(torch.zeros(1, 4, 8)).abs().max() == 0
+    assert orthogonalized(torch.zeros(1, 4, 8)).abs().max() == 0
 
 
 def names(model: nn.Module, group: dict) -> set[str]:
@@ -126,7 +126,7 @@ def config(**changes) -> dict:
 def test_zero_is_refused_because_it_takes_matrices_apart():
     ds_config.resolve(config(), 1)
     for stage in (1, 2, 3):
-        with pytest.raises(UsageError, match=r"MuonWithSGD .*stage to 0"):
+        with pytest.raises(UsageError, match=r"MuonWithSGD .*zero_optimization.stage"):
             ds_config.resolve(config(zero_optimization={"stage": stage}), 1)
 
 

@@ -252,4 +252,4 @@ def test_another_launcher_refuses_in_one_line_from_rank_0(tmp_path) -> None:
     process = run([*COMMANDS["torchrun, 2 ranks"], "--epoch", "3", "--output-dir", str(tmp_path / "run")])
     assert process.returncode != 0
     errors = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
-    assert errors == ["error: --epoch is not a flag of this program; did you mean --epochs?"]
+    assert errors == ["error: unknown flag --epoch; did you mean --epochs?"]
