@@ -277,7 +277,7 @@ def resolve(config: dict[str, Any], world_size: int) -> tuple[dict[str, Any], Ba
     triple = dict(zip(BATCH_KEYS, (sizes.global_images, sizes.micro_images, sizes.accumulation), strict=True))
     if any(key in config and config[key] != value for key, value in triple.items()):
         notes.append(
-            f"batch: {sizes.global_images} images = {sizes.micro_images} per micro-batch x {sizes.accumulation} accumulation steps"
+            f"batch: {sizes.global_images} images = {sizes.micro_images} per micro-batch x {sizes.accumulation} accumulation"
             f" x {world_size} ranks (the JSON's batch sizes are for another number of ranks)"
         )
     config.update(triple)

@@ -57,7 +57,7 @@ def _plain(record: T) -> T:
 
 @dataclass
 class RunState:
-    """Progress and metrics so far. Data order and augmentation follow from `epoch` and `epoch_step`, so a resume needs no more."""
+    """Progress so far; data order and augmentation follow from `epoch` and `epoch_step`, so resuming needs no more."""
 
     step: int = 0  # optimizer steps so far, including skipped ones
     epoch: int = 0  # complete passes over the training split

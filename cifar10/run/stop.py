@@ -105,8 +105,8 @@ class StopRequest:
                 self._reason = self._reason or f"launcher process {pid} has exited"
 
     def agreed(self) -> bool:
-        """Whether to stop now, called after every step. Several ranks communicate at the same steps, about once a second: at each
-        of the first steps, until rank 0 has measured the step time."""
+        """Whether to stop now, called after every step. Several ranks communicate at the same steps, about once a second; at
+        every step until rank 0 has measured the step time."""
         self._calls += 1
         if self._calls in (TIMED_STEPS // 2, TIMED_STEPS):
             seconds = (time.perf_counter() - self._started) / (TIMED_STEPS - TIMED_STEPS // 2)
