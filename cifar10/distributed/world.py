@@ -44,10 +44,11 @@ class World:
 
     @property
     def description(self) -> str:
-        """`2 ranks on cpu, 1 threads each`, with the number of machines if there are several."""
-        machines = f" of {self.size // self.local_size} machines" if self.size > self.local_size else ""
+        """`2 ranks on cpu, 1 thread each`, with the number of machines if there are several."""
+        machines = f", {self.size // self.local_size} machines" if self.size > self.local_size else ""
         ranks = "1 rank" if self.size == 1 else f"{self.size} ranks"
-        return f"{ranks} on {self.device_name}{machines}, {torch.get_num_threads()} threads each"
+        threads = "1 thread" if torch.get_num_threads() == 1 else f"{torch.get_num_threads()} threads"
+        return f"{ranks} on {self.device_name}{machines}, {threads} each"
 
     @property
     def facts(self) -> dict[str, Any]:

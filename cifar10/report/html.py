@@ -229,7 +229,7 @@ def make_report(folder: Path, data_dir: Path) -> Path:
         plot("mistakes", plots.mistakes_sheet, sheets.mistakes)
     if sheets.augmented:
         plot("augmented", plots.augmented_sheet, [image for image, _ in sheets.augmented], [n for _, n in sheets.augmented])
-    page = _render(
+    html = _render(
         "run.html",
         title=f"{record.recipe}: {record.name}",
         record=record,
@@ -251,7 +251,7 @@ def make_report(folder: Path, data_dir: Path) -> Path:
         environment=_environment(record),
         **predicted,
     )
-    _write({folder / PLOTS / f"{name}.png": png for name, png in pngs.items()} | {folder / REPORT: page})
+    _write({folder / PLOTS / f"{name}.png": png for name, png in pngs.items()} | {folder / REPORT: html})
     return folder / REPORT
 
 

@@ -106,7 +106,7 @@ def test_two_machines_train_one_run(runs, tmp_path) -> None:
     results = summary(folder)
     assert (results["status"], results["world_size"]) == ("finished", 2)
     assert results["weights_sha256"] == summary(runs["torchrun, 2 ranks"][0])["weights_sha256"]
-    assert "2 ranks on cpu of 2 machines" in printed[0]
+    assert "2 ranks on cpu, 2 machines" in printed[0]
     assert printed[1] == "", "the first machine speaks for both"
 
 

@@ -299,7 +299,7 @@ def test_where_nothing_is_held_out_no_validation_has_chosen_the_model(tmp_path):
     html_page.make_report(folder, tmp_path)
     said = words(folder / "report.html")
     assert "last model, 200 images" in said
-    assert "best" not in said
+    assert "best validation" not in said
 
 
 def test_without_the_data_set_the_sheets_are_left_out_and_it_is_said(tmp_path):
