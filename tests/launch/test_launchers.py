@@ -232,7 +232,7 @@ def test_a_run_that_diverges_fails_with_the_reason(tmp_path) -> None:
     ("flags", "expected"),
     [
         (["--epoch", "3"], "did you mean --epochs?"),
-        (["--num-gpus", "0"], "--num-gpus 0"),
+        (["--num-gpus", "0"], "--num-gpus: 0"),
         (["--num-gpus", "3", "--global-batch-size", "128", "--dataset", "synthetic"], "try --global-batch-size 129"),
         (["--recipe", "bn_cn"], "did you mean bn_cnn?"),
     ],
