@@ -340,7 +340,7 @@ def train_and_finish(plan: Plan, world: World, folder: Path, model: nn.Module, r
     """Take the run in `folder` from where it stands to its end, to a stop, or to a failure that is written down."""
     run, state = start_run(plan, world, folder, model)
     images, steps = (len(run.train.labels), len(run.val)), (state.step, run.last_step, run.total_steps)
-    run.metrics.say(text.opening_lines(plan, folder, world.in_words, run.model, images, steps))
+    run.metrics.say(text.opening_lines(plan, folder, world.description, run.model, images, steps))
     run.metrics.say(run.metrics.notes)
     write_summary(run, state, "running")
     try:
@@ -390,7 +390,7 @@ def main() -> int:
         run(sys.argv[1:])
     except (UsageError, TooManySkippedSteps) as error:  # on all ranks alike; after any other error the others may be waiting,
         code = 2 if isinstance(error, UsageError) else 1  # and only the end of this process tells them
-        if distributed.speaks_for_its_machine():
+        if distributed.is_local_main():
             print(f"error: {error}", file=sys.stderr)
     distributed.leave()
     return code

@@ -1,6 +1,6 @@
-"""The tools beside training: measure it, use what it left behind, and find out what is wrong.
+"""Command line tools: `python -m cifar10 COMMAND`.
 
-Only the command that is carried out is imported, so that `doctor` can speak where a library of another is missing.
+Only the requested command is imported, so that `doctor` works even if another command's dependency is missing.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from typing import Any
 from cifar10 import UsageError
 
 COMMANDS = {  # each is the `run` of a file in cifar10/commands
-    "evaluate": "what a trained model answers on a split: loss, accuracy by class, confusions, calibration",
-    "predict": "the label and the confidence for image files of any kind and size",
-    "export": "safetensors, state dict, torch.export, ONNX and INT8 ONNX, each checked against the model",
-    "report": "runs as pages: curves, confusions, calibration, mistakes; several side by side",
-    "leaderboard": "all finished runs in some folders as a table in Markdown",
-    "doctor": "whether this machine can train, and what to type where it cannot",
-    "bench": "images per second beside a plain PyTorch loop and a stock DeepSpeed one",
-    "scaling": "what more ranks gain, and what the engine costs at each ZeRO stage and precision",
-    "recipes": "the recipes as a table in Markdown: network, parameters, and what was measured",
+    "evaluate": "evaluate a trained model on a split: loss, per-class accuracy, confusions, calibration",
+    "predict": "classify image files of any format and size",
+    "export": "export to safetensors, state dict, torch.export, ONNX and INT8 ONNX, each verified against the model",
+    "report": "HTML report of a run (curves, confusions, calibration, mistakes), or a comparison of several",
+    "leaderboard": "Markdown table of all finished runs in some folders",
+    "doctor": "check whether this machine can train, and suggest fixes",
+    "bench": "images per second, compared to a plain PyTorch loop and a stock DeepSpeed loop",
+    "scaling": "speedup with more ranks, and the engine's overhead at each ZeRO stage and precision",
+    "recipes": "Markdown table of the recipes: model, parameters, measured results",
 }
 PROGRAM = "python -m cifar10"
 
 
 def _called(run: Callable[..., Any], argv: list[str], command: str) -> int:
-    """Call `run` with the flags in `argv`; returns its exit code. Without flags it takes no library to read them."""
+    """Call `run` with the flags in `argv`; returns the exit code. Without flags, tyro is not required."""
     try:
         import tyro
     except ImportError:
         if argv:
-            raise UsageError("tyro, which reads flags, is not installed; type uv sync") from None
+            raise UsageError("flags need tyro, which is not installed; run uv sync") from None
         return run() or 0
     return tyro.cli(run, args=argv, prog=f"{PROGRAM} {command}") or 0
 
@@ -41,23 +41,23 @@ def _called(run: Callable[..., Any], argv: list[str], command: str) -> int:
 def _listed() -> str:
     width = max(map(len, COMMANDS))
     lines = (f"  {name:{width}}  {what}" for name, what in COMMANDS.items())
-    return f"usage: {PROGRAM} COMMAND ...\n\n" + "\n".join(lines) + f"\n\n{PROGRAM} COMMAND --help says more."
+    return f"usage: {PROGRAM} COMMAND ...\n\n" + "\n".join(lines) + f"\n\nRun {PROGRAM} COMMAND --help for details."
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Carry out `python -m cifar10 COMMAND ...`; returns the exit code, 2 for a command that cannot be carried out."""
+    """Run `python -m cifar10 COMMAND ...`; returns the exit code, 2 for a usage error."""
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("--help", "-h"):
         print(_listed())
         return 0
     try:
         if command not in COMMANDS:
-            raise UsageError(f"unknown command {command}; there are: {', '.join(COMMANDS)}")
+            raise UsageError(f"unknown command {command}; commands: {', '.join(COMMANDS)}")
         return _called(importlib.import_module(f"cifar10.commands.{command}").run, rest, command)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever read our lines has seen enough of them
+    except BrokenPipeError:  # for example, the output was piped to head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 

@@ -1,4 +1,4 @@
-"""Files that are seen whole or not at all, and are fetched by one process while the others wait."""
+"""Atomic writes, and downloads by one process while the others wait."""
 
 import os
 import socket
@@ -10,11 +10,11 @@ from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
-TIMEOUT_SECONDS = 10.0  # without an answer, or in the middle of a transfer without a byte
+TIMEOUT_SECONDS = 10.0  # without a response, or without a byte during a transfer
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in `folder` are on the disk, where its file system can say so."""
+    """fsync a directory, so that new names in it survive a power cut; best effort."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -25,11 +25,11 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which takes its name when all of it is on the disk; a failure or power cut leaves what was there.
+    """Atomic write: the file replaces `path` once it is on disk; a failure or power cut leaves the old content.
 
-    One process writes a given path at a time.
+    Only one process may write a given path at a time.
     """
-    temporary = path.with_name(f".{path.name}.tmp")  # one fixed name, so that no garbage can pile up
+    temporary = path.with_name(f".{path.name}.tmp")  # a fixed name, so that crashes leave at most one
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -43,12 +43,12 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def one_process_at_a_time(lock_file: Path, what: str) -> Iterator[None]:
-    """Hold `lock_file`: one process of a node (of a cluster, on a shared file system) works, the others say so and wait."""
+    """Hold `lock_file`, which works across nodes on a shared file system; processes that wait for it print a message."""
     lock = FileLock(lock_file)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        sys.stderr.write(f"waiting for another process that is {what}\n")
+        sys.stderr.write(f"waiting for another process: {what}\n")
         sys.stderr.flush()
         lock.acquire()
     try:
@@ -58,8 +58,8 @@ def one_process_at_a_time(lock_file: Path, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def talking_to_stderr_and_not_for_ever() -> Iterator[None]:
-    """For downloads by other libraries, which print to stdout and wait for a silent server for ever."""
+def download_limits() -> Iterator[None]:
+    """A timeout, and stderr for output: other libraries' downloads print to stdout and never time out."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT_SECONDS)
     try:

@@ -101,8 +101,8 @@ def normalized(run: Any) -> torch.Tensor:
 def test_a_model_is_loaded_and_answers_as_the_run_did(trained, monkeypatch, capsys, snippet, name):
     left = execute(snippet, trained / name, monkeypatch, test_images=normalized(trained / name))
     expected = read(trained / name / TEST_FILE)
-    assert left["predicted"].tolist()[: len(expected.labels)] == expected.answers.tolist()
-    assert capsys.readouterr().out == f"Predicted: {left['classes'][expected.answers[0]]}\n"
+    assert left["predicted"].tolist()[: len(expected.labels)] == expected.predicted.tolist()
+    assert capsys.readouterr().out == f"Predicted: {left['classes'][expected.predicted[0]]}\n"
 
 
 def test_a_grayscale_model_is_loaded(trained, monkeypatch, capsys):

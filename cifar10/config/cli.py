@@ -1,7 +1,6 @@
-"""The command line: the recipe's fields and the options of a run, all of them flags made from dataclasses.
+"""The command line: every field of `Recipe` and `Options` is a flag, and flags override the recipe.
 
-A flag wins over the recipe. What changes only how a run is carried out (folders, threads, logging), and what overrides
-DeepSpeed's JSON, is in `Options`.
+`Options` holds what does not define the experiment (folders, threads, logging) and what overrides DeepSpeed's JSON.
 """
 
 from __future__ import annotations
@@ -22,90 +21,87 @@ import tyro
 from cifar10 import UsageError, nearest
 from cifar10.config.recipe import Precisions, Recipe, check_recipe, check_value, load
 
-# Flags whose default the help text explains in words.
+# Flags whose help text states the default itself.
 _Whole = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
 _Number = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="")]
 _File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 _Precisions = Annotated[Precisions, tyro.conf.arg(metavar="P [P ...]", help_behavior_hint="")]
-_Words = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
+_Name = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
 _Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a run is carried out, and what the command line overrides in DeepSpeed's JSON."""
+    """Runtime settings, and overrides of DeepSpeed's JSON."""
 
     recipe: str = "bn_cnn"
-    """A name from recipes/, or the recipe.json of an earlier run."""
+    """A recipe's name (recipes/ holds one file each), or the path of an earlier run's recipe.json."""
     deepspeed_config: _File = None
-    """DeepSpeed's JSON; default: the recipe's own."""
+    """DeepSpeed config file in JSON (default: the recipe's own)."""
     lr: _Number = None
-    """Base learning rate, instead of the JSON's."""
+    """Base learning rate; overrides the JSON."""
     micro_batch_size: _Whole = None
-    """Images of one forward pass on one rank, instead of the JSON's; the global batch stays, in more passes."""
+    """Images per forward pass and rank; overrides the JSON. The global batch size stays, with more accumulation steps."""
     precision: _Precisions = ()
-    """Instead of the JSON's. One alone is taken as it is; of several, in order of preference, the first that this machine's
-    GPU or CPU computes in natively (default: the recipe's preference, if it has one and its own JSON is used)."""
+    """Overrides the JSON. Given several, in order of preference, the run uses the first that this machine's GPU or CPU supports
+    natively; a single one is always used (default: the recipe's preference, if it has one and its own JSON is used)."""
     global_batch_size: _Whole = None
-    """Images per step over all ranks and accumulation, instead of the JSON's."""
+    """Images per optimizer step, over all ranks and accumulation steps; overrides the JSON."""
     data_dir: Annotated[Path, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = Path("data")
-    """Where CIFAR-10 is looked for, or downloaded to (default: $CIFAR10_DIR, else data/)."""
+    """Folder of the data set; CIFAR-10 is downloaded to it if missing (default: $CIFAR10_DIR, else data/)."""
     output_dir: _Folder = None
-    """The run's own folder (default: runs/<recipe>-<time>). The same command with the same folder continues the run."""
+    """The run's folder (default: runs/<recipe>-<time>). Repeat the command with the same folder to resume the run."""
     resume: str = "auto"
-    """auto: continue an unfinished run in --output-dir; never: refuse a folder that is not empty; or another run's folder, or
-    one of its checkpoints/latest, best, epoch_005: this run then starts from there."""
+    """auto: resume an unfinished run in --output-dir; never: fail if that folder is not empty; or start from another run's
+    folder, or from one of its checkpoints: RUN/checkpoints/latest, best or epoch_005."""
     max_steps: _Whole = None
-    """End the run in good order after this many steps; the schedule stays that of --epochs."""
+    """Finish the run after this many steps; the learning rate schedule still follows --epochs."""
     max_minutes: _Number = None
-    """Save and stop after this many minutes, as on a signal; the same command goes on."""
+    """Save a checkpoint and stop after this many minutes; the same command resumes the run."""
     stop_at: _Number = None
-    """The same at a point in time, in seconds since 1970: shortly before a job's time limit, as run_deepspeed.sh knows it."""
+    """Save a checkpoint and stop at this Unix time, in seconds; run_deepspeed.sh sets it from the job's time limit."""
     timeout_minutes: float = 10.0
-    """How long a rank waits for the others before it gives up, and the run ends: the others have died, or hang."""
+    """How long a rank waits for the other ranks before it fails because they have crashed or hang."""
     test_images: _Whole = None
-    """How many test images the final test uses (default: all); 0 leaves the test split unopened, as tuning should."""
+    """Number of test images in the final test (default: all); 0 never reads the test split, for hyperparameter tuning."""
     threads: _Whole = None
-    """CPU threads per rank (default: cores of this machine over ranks on it)."""
+    """CPU threads per rank (default: this machine's cores divided by its ranks)."""
     num_workers: _Whole = None
-    """Changes nothing, and is here for command lines of other programs: there are no worker processes, a batch is cut out of
-    images that lie on the device."""
+    """Ignored; accepted for compatibility with other scripts. Images stay on the device, so there are no worker processes."""
     engine_level: Literal["auto", "eager", "compile", "graph", "captured"] = "auto"
-    """How a step is carried out: eager, one operation after another; compile, as kernels that PyTorch's compiler makes; graph,
-    forward and backward as CUDA graphs; captured, the whole step as one (one GPU, no ZeRO). auto is eager, on GPUs too: none of
-    the others has been measured on one yet."""
+    """How a step runs: eager; compile, with torch.compile; graph, forward and backward as CUDA graphs; captured, the whole step
+    as one CUDA graph (one GPU, no ZeRO). auto is eager, on GPUs too: the others have not been measured there yet."""
     deterministic: bool = False
-    """On a GPU, algorithms that give the same bits each time, where there are any; a CPU's do anyway."""
+    """Use deterministic algorithms on a GPU, where PyTorch has them; runs on a CPU are deterministic anyway."""
     log_every_steps: _Whole = None
-    """Steps between two rows of steps.csv (default: the JSON's steps_per_print, else 100); nothing is read back from the
-    device in between."""
+    """Steps per row of steps.csv (default: the JSON's steps_per_print, else 100); metrics stay on the device in between."""
     save_every_epochs: int = 1
-    """Epochs between two resumable checkpoints; 0 saves only at the end or at a stop."""
+    """Epochs between resumable checkpoints; 0 saves only at the end or when stopped."""
     keep_checkpoints: int = 2
-    """How many resumable checkpoints are kept, beside the best and those of --save-frequency."""
+    """Number of resumable checkpoints to keep, besides the best and those of --save-frequency."""
     save_frequency: int = 0
-    """Epochs between two resumable checkpoints that are kept for good, as checkpoints/epoch_005; 0 keeps none."""
+    """Epochs between resumable checkpoints that are never deleted, such as checkpoints/epoch_005; 0 keeps none."""
     tensorboard: bool = True
-    """Write the run's metrics for TensorBoard as well, to tensorboard/ in its folder."""
+    """Also log metrics for TensorBoard, to tensorboard/ in the run's folder."""
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    """Weights & Biases: online, or offline for `wandb sync` later; auto does what $WANDB_MODE says, and without it is online
-    where there is a key ($WANDB_API_KEY, or that of `wandb login`), else off."""
-    wandb_project: _Words = None
-    """The W&B project that collects the runs (default: $WANDB_PROJECT, else deepspeed-cifar10)."""
-    wandb_name: _Words = None
-    """The run's name in that project (default: $WANDB_NAME, else that of the run's folder)."""
+    """Weights & Biases: online; offline, for `wandb sync` later; or off. auto follows $WANDB_MODE; without it, online if there
+    is an API key ($WANDB_API_KEY or `wandb login`), else off."""
+    wandb_project: _Name = None
+    """The W&B project to log to (default: $WANDB_PROJECT, else deepspeed-cifar10)."""
+    wandb_name: _Name = None
+    """The run's name in W&B (default: $WANDB_NAME, else the name of the run's folder)."""
     report: bool = True
-    """Make report.html and its pictures when the run has finished (default: yes, unless $CIFAR10_REPORT is 0)."""
+    """Write report.html and its plots when the run has finished (default: yes, unless $CIFAR10_REPORT is 0)."""
 
 
 def check_options(options: Options) -> None:
-    """Refuse values that cannot be meant. Raises UsageError, which says what to type."""
+    """Validate ranges. Raises UsageError, which names the flag and an example."""
     for name in ("max_steps", "global_batch_size", "micro_batch_size", "threads", "log_every_steps", "keep_checkpoints"):
         value = getattr(options, name)
-        check_value(options, name, value is None or value >= 1, "a whole number from 1 up")
+        check_value(options, name, value is None or value >= 1, "an integer >= 1")
     for name in ("test_images", "save_every_epochs", "save_frequency", "num_workers"):
         value = getattr(options, name)
-        check_value(options, name, value is None or value >= 0, "a whole number from 0 up")
+        check_value(options, name, value is None or value >= 0, "an integer >= 0")
     for name in ("max_minutes", "stop_at", "timeout_minutes"):
         value = getattr(options, name)
         check_value(options, name, value is None or (math.isfinite(value) and value > 0), "a number above 0")
@@ -113,10 +109,7 @@ def check_options(options: Options) -> None:
 
 
 def without_launcher_flags(argv: list[str]) -> list[str]:
-    """`argv` without what launchers add and older command lines carry: --local_rank[=]N and --deepspeed.
-
-    --no-amp, the word of torchrun scripts, becomes --precision fp32.
-    """
+    """`argv` without the flags that launchers add, --local_rank[=]N and --deepspeed; --no-amp becomes --precision fp32."""
     kept, skip = [], False
     words = [part for word in argv for part in (("--precision", "fp32") if word == "--no-amp" else (word,))]
     for word in words:
@@ -141,35 +134,35 @@ def _early_value(argv: list[str], flag: str) -> str | None:
 
 
 def _one_line(printed: str) -> str:
-    """The sentence in the box that tyro prints about a bad value: what stands between its title and its first rule."""
+    """The message in the box that tyro prints about a bad value: the lines between its title and its first rule."""
     lines = [line.strip("│|╭╮╰╯─- ") for line in printed.strip().splitlines()[1:]]
     while lines and not lines[0]:
         lines.pop(0)
     sentence = " ".join(lines[: lines.index("")] if "" in lines else lines).removeprefix("Error parsing ")
-    sentence = re.sub(r"^(--\S+): no type matching .* from \['(.*)'\]\.?$", r"\1 \2 is impossible; it takes a number", sentence)
-    return f"{sentence.rstrip('.')}; --help lists every flag"
+    sentence = re.sub(
+        r"^(--\S+): no type matching .* from \['(.*)'\]\.?$", r"invalid value for \1: \2, expected a number", sentence
+    )
+    return f"{sentence.rstrip('.')}; see --help"
 
 
 def _refuse_empty(argv: list[str]) -> None:
     """Raise UsageError for a flag without its value, as `--output-dir "$UNSET"` leaves it."""
     for flag, word in zip(["", *argv], argv, strict=False):
         if not word or re.fullmatch("--.*=", word):
-            raise UsageError(
-                f"{flag or 'a word' if not word else word[:-1]} is empty; type a value after it, or leave the flag out"
-            )
+            raise UsageError(f"{flag or 'an argument' if not word else word[:-1]} is empty; give it a value or omit it")
 
 
 def _refuse_unknown(words: list[str], kinds: list[type]) -> None:
-    """Raise UsageError for the first word that no flag claims, with the nearest flag."""
+    """Raise UsageError for the first unknown flag, with the closest known one."""
     if not words:
         return
     flags = ["--" + f.name.replace("_", "-") for kind in kinds for f in fields(kind)]
     flag = words[0].split("=")[0]
-    raise UsageError(f"{flag} is not a flag of this program{nearest(flag.replace('_', '-'), flags)}")
+    raise UsageError(f"unknown flag {flag}{nearest(flag.replace('_', '-'), flags)}")
 
 
 def _tyro(kind: type, argv: list[str], **how: Any) -> tuple[Any, list[str]]:
-    """The dataclass that tyro reads from a command line, and the words that it does not know. Raises UsageError."""
+    """Parse a command line into a dataclass and the arguments that tyro does not know. Raises UsageError."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -181,9 +174,9 @@ def _tyro(kind: type, argv: list[str], **how: Any) -> tuple[Any, list[str]]:
 
 
 def split_options(argv: list[str], kind: type) -> tuple[Any, list[str]]:
-    """The options of a dataclass `kind`, wherever they are in a command line, and the other words as they are.
+    """Parse the flags of the dataclass `kind`; the remaining arguments, --help among them, are returned unchanged.
 
-    Raises UsageError for a value of the wrong type; --help is one of the other words.
+    Raises UsageError for a value of the wrong type.
     """
     _refuse_empty(argv)
     return _tyro(kind, argv, add_help=False)
@@ -192,10 +185,9 @@ def split_options(argv: list[str], kind: type) -> tuple[Any, list[str]]:
 def parse(
     argv: list[str], program: str = "cifar10_deepspeed.py", description: str | None = None, extra: type | None = None
 ) -> tuple[Recipe, Options]:
-    """Read a command line: the recipe's fields and the options, all of them flags made from the dataclasses above.
+    """Parse and validate a command line. Raises UsageError (one line) for invalid flags and values.
 
-    `extra` is a dataclass of the program's own options, which split_options has taken out: --help lists them as well.
-    Raises UsageError (one line) for invalid flags and values. `--help` prints and exits with 0.
+    `extra` is a dataclass of flags that `split_options` has already parsed, so that --help lists them too.
     """
     argv = without_launcher_flags(argv)
     _refuse_empty(argv)
@@ -217,7 +209,7 @@ def parse(
 
 
 def take_old_flags(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """`argv` without the flags of 0.1 that --augment replaces, and their values; to be removed after 0.2."""
+    """Split off the flags of 0.1 that --augment replaces, and their values; to be removed after 0.2."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name, kind in (
         ("crop-padding", int),
@@ -235,6 +227,6 @@ def take_old_flags(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
             old, rest = parser.parse_known_args(argv)
     except SystemExit:
         raise UsageError(
-            f"{printed.getvalue().strip().splitlines()[-1].partition('error: ')[2]}; --augment replaces it"
+            f"{printed.getvalue().strip().splitlines()[-1].partition('error: ')[2]}; use --augment instead"
         ) from None
     return rest, {name.replace("-", "_"): value for name, value in vars(old).items()}

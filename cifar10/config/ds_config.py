@@ -1,7 +1,7 @@
-"""DeepSpeed's JSON: read, checked, and resolved for a world size, before DeepSpeed sees it and without importing it.
+"""DeepSpeed's JSON config: read, validated and resolved for a world size, without importing DeepSpeed.
 
-DeepSpeed ignores misspelt top-level keys, clips at 1.0 when clipping is not mentioned, and asserts on a batch triple that
-does not fit the world size; here each of these is refused, said, or resolved. Facts are those of DeepSpeed 0.19.8.
+DeepSpeed 0.19.8 ignores misspelled top-level keys, clips gradients at 1.0 by default, and asserts on batch sizes that do not
+fit the world size; here these are an error, a note, and resolved.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import hjson
 from cifar10 import UsageError
 from cifar10.config.settings import is_deep
 
-LARGEST = 1e300  # a whole number beyond it has no float
+LARGEST = 1e300  # a larger integer may not fit a float
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 TOP_LEVEL_KEYS = frozenset(
@@ -64,7 +64,7 @@ OPTIMIZER_PARAMS = {
     "sgd": frozenset("lr momentum dampening weight_decay nesterov maximize foreach differentiable fused".split()),
     "adam": frozenset("lr betas eps weight_decay amsgrad maximize differentiable adam_w_mode torch_adam fused foreach".split()),
 }
-# torch.optim's classes, and DeepSpeed's own names, which it reads in any case
+# torch.optim's classes, and DeepSpeed's own names, which are case-insensitive
 TORCH_OPTIMIZERS = "ASGD Adadelta Adafactor Adagrad Adam AdamW Adamax Muon NAdam RAdam RMSprop Rprop SGD".split()
 DEEPSPEED_OPTIMIZERS = "adagrad adam adamw lamb lion muadam muadamw muon musgd".split()
 OPTIMIZER_PARAMS["adamw"] = OPTIMIZER_PARAMS["adam"]
@@ -83,7 +83,7 @@ class Batch:
 
     @property
     def rank_images(self) -> int:
-        """Images that one rank trains on in one step."""
+        """Images per rank and optimizer step."""
         return self.micro_images * self.accumulation
 
 
@@ -91,14 +91,14 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     seen = dict(pairs)
     if len(seen) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise UsageError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} is given twice")
+        raise UsageError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} appears twice")
     return seen
 
 
 def read(source: Path | dict[str, Any]) -> dict[str, Any]:
-    """The checked content of a DeepSpeed JSON file, or of a recipe's dict; comments are allowed, as DeepSpeed allows them.
+    """Load and validate a DeepSpeed JSON file (comments are allowed, as in DeepSpeed) or a recipe's dict.
 
-    Raises UsageError (one line) for a file that cannot be read or parsed, a misspelt key, or a value that cannot be meant.
+    Raises UsageError (one line) for a file that cannot be read or parsed, an unknown key, or an invalid value.
     """
     if isinstance(source, dict):
         check(source)
@@ -117,7 +117,7 @@ def read(source: Path | dict[str, Any]) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UsageError(f"--deepspeed_config {path} must hold one JSON object: {{...}}")
     if is_deep(config):
-        raise UsageError(f"--deepspeed_config {path} is nested too deep; DeepSpeed's words need a few levels")
+        raise UsageError(f"--deepspeed_config {path} is nested too deeply for a DeepSpeed config")
     try:
         check(config)
     except UsageError as error:
@@ -142,14 +142,12 @@ def _is_number(value: Any) -> bool:
 def _check_number(where: str, value: Any, least: float, *, whole: bool = False, above: bool = False) -> None:
     ok = _is_number(value) and (isinstance(value, int) or not whole) and (value > least if above else value >= least)
     if not ok:
-        kind = "a whole number" if whole else "a number"
-        raise UsageError(
-            f"{where} is {value!r}; it must be {kind} {'above' if above else 'from'} {least:g}{'' if above else ' up'}"
-        )
+        kind = "an integer" if whole else "a number"
+        raise UsageError(f"invalid value for {where}: {value!r}, expected {kind} {'>' if above else '>='} {least:g}")
 
 
 def check(config: dict[str, Any]) -> None:
-    """Refuse what DeepSpeed would ignore in silence or choke on later. Raises UsageError."""
+    """Validate keys and values that DeepSpeed would silently ignore or fail on later. Raises UsageError."""
     _check_keys("the top level", config, TOP_LEVEL_KEYS)
     for section, known in SECTION_KEYS.items():
         if section in config:
@@ -177,13 +175,13 @@ def _check_fp16(fp16: dict[str, Any]) -> None:
             _check_number(f"fp16.{key}", fp16[key], least, whole=key != "loss_scale")
     if fp16.get("initial_scale_power", 0) > 127:
         power = fp16["initial_scale_power"]
-        raise UsageError(f"fp16.initial_scale_power is {power}; 2 to this power must fit fp32: type 0 to 127, as in 16")
+        raise UsageError(f"invalid value for fp16.initial_scale_power: {power}, expected 0 to 127, for example 16")
 
 
 def _check_zero(zero: dict[str, Any]) -> None:
     stage = zero.get("stage", 0)
     if type(stage) is not int or stage not in (0, 1, 2, 3):
-        raise UsageError(f"zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")
+        raise UsageError(f"invalid value for zero_optimization.stage: {stage!r}, expected 0, 1, 2 or 3")
 
 
 def _check_optimizer(optimizer: Any) -> None:
@@ -191,18 +189,18 @@ def _check_optimizer(optimizer: Any) -> None:
         raise UsageError('no \'optimizer\'; add {"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}}')
     name, params = optimizer.get("type"), optimizer.get("params", {})
     if not isinstance(name, str):
-        raise UsageError('optimizer.type must be a name, as in "SGD"')
+        raise UsageError('optimizer.type must be a name, for example "SGD"')
     if name not in (*TORCH_OPTIMIZERS, *OUR_OPTIMIZERS) and name.lower() not in DEEPSPEED_OPTIMIZERS:
         spelt = {known.lower(): known for known in (*DEEPSPEED_OPTIMIZERS, *TORCH_OPTIMIZERS, *OUR_OPTIMIZERS)}
         near = difflib.get_close_matches(name.lower(), spelt, n=1, cutoff=0.5)
-        hint = f"; did you mean {spelt[near[0]]!r}?" if near else f"; there are: {', '.join(TORCH_OPTIMIZERS)}"
+        hint = f"; did you mean {spelt[near[0]]!r}?" if near else f"; known optimizers: {', '.join(TORCH_OPTIMIZERS)}"
         raise UsageError(f"unknown optimizer.type {name!r}{hint}")
     if not isinstance(params, dict):
         raise UsageError('optimizer.params must be an object: {"lr": 0.1}')
     if name.lower() in OPTIMIZER_PARAMS:
         _check_keys(f"optimizer.params of {name}", params, OPTIMIZER_PARAMS[name.lower()])
     if "lr" not in params:
-        raise UsageError("optimizer.params has no 'lr', the base learning rate; add one, as in \"lr\": 0.1")
+        raise UsageError("optimizer.params has no 'lr', the base learning rate; add one, for example \"lr\": 0.1")
     _check_number("optimizer.params.lr", params["lr"], 0, above=True)
     for key in ("bias_lr", "head_lr"):
         if key in params:
@@ -215,7 +213,7 @@ def _check_optimizer(optimizer: Any) -> None:
 def override(
     config: dict[str, Any], *, lr: float | None, global_batch_size: int | None, micro_batch_size: int | None = None
 ) -> dict[str, Any]:
-    """A copy of `config` in which the command line's --lr and batch sizes have replaced the JSON's."""
+    """A copy of `config` with --lr and batch sizes from the command line."""
     config = copy.deepcopy(config)
     if lr is not None:
         config["optimizer"]["params"]["lr"] = lr
@@ -231,7 +229,7 @@ def override(
 
 
 def with_precision(config: dict[str, Any], precision: str) -> dict[str, Any]:
-    """A copy of `config` that asks for "fp32", "bf16" or "fp16", and for no other; an fp16 block keeps its loss scale."""
+    """A copy of `config` with only "fp32", "bf16" or "fp16" enabled; an fp16 block keeps its loss scale."""
     config = copy.deepcopy(config)
     for section in ("fp16", "bf16", "torch_autocast"):
         if section in config or section == precision:
@@ -240,20 +238,20 @@ def with_precision(config: dict[str, Any], precision: str) -> dict[str, Any]:
 
 
 def batch(config: dict[str, Any], world_size: int) -> Batch:
-    """The batch triple for `world_size` ranks: the global batch is kept, and the micro-batch where accumulation fits it.
+    """The batch triple for `world_size` ranks; it keeps the global batch size, and the micro-batch size if that divides.
 
-    A JSON that names no global batch means micro * accumulation images on each rank. Raises UsageError if the global batch
-    does not divide over the ranks, and names the nearest that does.
+    Without a global batch size in the JSON, each rank trains on micro * accumulation images. Raises UsageError if the global
+    batch size is not divisible by the number of ranks, and suggests the closest that is.
     """
     total, micro, accumulation = (config.get(key) for key in BATCH_KEYS)
     if total is None and micro is None:
-        raise UsageError('the JSON names no batch size; add "train_batch_size": 128, or type --global-batch-size 128')
+        raise UsageError('the JSON sets no batch size; add "train_batch_size": 128, or use --global-batch-size 128')
     if total is None:
         accumulation = accumulation or 1
         return Batch(micro * accumulation * world_size, micro, accumulation, world_size)
     if total % world_size:
         near = max(1, round(total / world_size)) * world_size
-        raise UsageError(f"global batch {total} does not divide over {world_size} ranks; try --global-batch-size {near}")
+        raise UsageError(f"global batch size {total} is not divisible by {world_size} ranks; try --global-batch-size {near}")
     per_rank = total // world_size
     if micro is None:
         micro = per_rank // accumulation if accumulation and per_rank % accumulation == 0 else per_rank
@@ -263,41 +261,41 @@ def batch(config: dict[str, Any], world_size: int) -> Batch:
 
 
 def resolve(config: dict[str, Any], world_size: int) -> tuple[dict[str, Any], Batch, list[str]]:
-    """`config` as it is handed to DeepSpeed, its batch, and a line for each change that a user should know of.
+    """The config for `deepspeed.initialize`, its batch sizes, and a note for each change that users should know about.
 
-    What is changed, and why (none of it changes what the JSON means; what only saves time or memory gets no line):
+    None of the changes alters what the JSON means; those that only save time or memory get no note:
     - the batch triple is filled in for this world size;
-    - a missing gradient_clipping is written out as DeepSpeed's default, 1.0;
-    - the throughput timer, which waits for the device twice a step, is off unless asked for;
-    - ZeRO: buckets of 20 MB in place of 2 GB, and SGD declared as wanted, which DeepSpeed otherwise refuses;
-    - PyTorch's fused optimizers are used, which need no compiler and can skip a step on the device;
+    - a missing gradient_clipping becomes explicit: DeepSpeed's default, 1.0;
+    - the throughput timer, which synchronizes twice per step, is off by default;
+    - ZeRO uses buckets of 20 MB instead of 2 GB, and allows optimizers that DeepSpeed has not tested, such as SGD;
+    - PyTorch's fused optimizers are used: they need no compiler and can skip a step on the device;
     - bf16 and fp16 become torch_autocast: DeepSpeed's own bf16 fails on BatchNorm's fp32 buffers, and so does its fp16, which
-      many CPUs refuse and which at stage 0 divides by a loss scale that it never multiplied by, and so does not train.
+      many CPUs do not support and which does not train at stage 0: it divides by a loss scale that it never multiplied by.
     """
     config, notes = copy.deepcopy(config), []
     sizes = batch(config, world_size)
     triple = dict(zip(BATCH_KEYS, (sizes.global_images, sizes.micro_images, sizes.accumulation), strict=True))
     if any(key in config and config[key] != value for key, value in triple.items()):
         notes.append(
-            f"batch: {sizes.global_images} images = {sizes.micro_images} per rank and pass x {sizes.accumulation} passes"
-            f" x {world_size} ranks (the JSON's triple fits another number of ranks)"
+            f"batch: {sizes.global_images} images = {sizes.micro_images} per micro-batch x {sizes.accumulation} accumulation"
+            f" x {world_size} ranks (the JSON's batch sizes are for another number of ranks)"
         )
     config.update(triple)
     if "gradient_clipping" not in config:
         config["gradient_clipping"] = 1.0
-        notes.append("gradient_clipping: 1.0 (DeepSpeed's default; the JSON does not say)")
+        notes.append("gradient_clipping: 1.0 (DeepSpeed's default; not set in the JSON)")
     config.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
-    _settle_precision(config, notes)
-    _settle_zero(config, notes)
-    _settle_optimizer(config, notes)
+    _resolve_precision(config, notes)
+    _resolve_zero(config, notes)
+    _resolve_optimizer(config, notes)
     if config.get("scheduler"):
         notes.append(
-            f"learning rate: the JSON's scheduler {config['scheduler'].get('type')} moves it, not the recipe's schedule"
+            f"learning rate: set by the JSON's scheduler {config['scheduler'].get('type')}, not by the recipe's schedule"
         )
     return config, sizes, notes
 
 
-def _settle_precision(config: dict[str, Any], notes: list[str]) -> None:
+def _resolve_precision(config: dict[str, Any], notes: list[str]) -> None:
     for section, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
         if config.get(section, {}).get("enabled"):
             loss_scale = config[section] if section == "fp16" else {}  # cifar10/engine/loss_scale.py reads it
@@ -306,13 +304,13 @@ def _settle_precision(config: dict[str, Any], notes: list[str]) -> None:
             notes.append(f"{section} -> torch_autocast {dtype}, which keeps fp32 weights and BatchNorm statistics")
 
 
-def _settle_zero(config: dict[str, Any], notes: list[str]) -> None:
+def _resolve_zero(config: dict[str, Any], notes: list[str]) -> None:
     zero = config.get("zero_optimization", {})
     if not zero.get("stage"):
         return
     if config["optimizer"]["type"] in OUR_OPTIMIZERS:
         raise UsageError(
-            f"{config['optimizer']['type']} works on whole matrices, which ZeRO takes apart: set zero_optimization.stage to 0"
+            f"{config['optimizer']['type']} needs whole matrices, which ZeRO partitions: set zero_optimization.stage to 0"
         )
     for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
         zero.setdefault(bucket, 5_000_000)
@@ -321,12 +319,12 @@ def _settle_zero(config: dict[str, Any], notes: list[str]) -> None:
         notes.append(f"zero_allow_untested_optimizer: true (ZeRO refuses {config['optimizer']['type']} without it)")
 
 
-def _settle_optimizer(config: dict[str, Any], notes: list[str]) -> None:
-    """PyTorch's fused optimizers: one kernel, no compiler, and a device-side switch that skips a bad step."""
+def _resolve_optimizer(config: dict[str, Any], notes: list[str]) -> None:
+    """Use PyTorch's fused optimizers: one kernel, no compiler, and a non-finite step is skipped on the device."""
     name, params = config["optimizer"]["type"].lower(), config["optimizer"].setdefault("params", {})
     if name == "adam" and "adam_w_mode" not in params:
         params["adam_w_mode"] = True
-        notes.append("optimizer: adam_w_mode: true (DeepSpeed takes Adam for AdamW; the JSON does not say)")
+        notes.append("optimizer: adam_w_mode: true (DeepSpeed's default for Adam; not set in the JSON)")
     if name in ("adam", "adamw"):
         params.setdefault("torch_adam", True)  # DeepSpeed's FusedAdam needs a compiler, on the CPU as well
     plain = name == "sgd" or (name in ("adam", "adamw") and params["torch_adam"])

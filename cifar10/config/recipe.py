@@ -119,9 +119,8 @@ class Experiment:
 def check_value(settings: Any, name: str, ok: bool, wanted: str) -> None:
     if not ok:
         flag = "--" + name.replace("_", "-")
-        raise UsageError(
-            f"{flag} {getattr(settings, name)} is impossible; type {wanted}, as in {flag} {_example(settings, name)}"
-        )
+        example = f"for example {flag} {_example(settings, name)}"
+        raise UsageError(f"invalid value for {flag}: {getattr(settings, name)}, expected {wanted}, {example}")
 
 
 _EXAMPLES: dict[str, object] = {

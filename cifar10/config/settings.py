@@ -1,25 +1,22 @@
-"""When two runs are the same experiment: their settings, flattened and compared, the differences in words."""
+"""Settings of an experiment, flattened and compared: two runs without differences are the same experiment."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# How a global batch is cut into micro-batches follows from the number of ranks, and ZeRO splits what is trained without
-# changing it: a run goes on whatever these are.
+# These may change when a run resumes: micro-batches follow from the number of ranks, and ZeRO does not change the result.
 FREE = ("deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps", "deepspeed.zero_")
-
-
-LONGEST_VALUE = 60  # characters of a value that are shown
+LONGEST_VALUE = 60  # characters
 
 
 def is_deep(value: Any, levels: int = 20) -> bool:
-    """Whether a value from JSON is nested deeper than any of ours: whatever walks through it would come to Python's limit."""
+    """Whether a JSON value is nested so deeply that recursive code could hit Python's recursion limit."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return not levels or any(is_deep(one, levels - 1) for one in inner)
 
 
 def flattened(values: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}, so that a difference can be named."""
+    """Flatten nested settings: {"a": {"b": 1}} -> {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat.update(flattened(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value})
@@ -27,7 +24,7 @@ def flattened(values: dict[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def differences(saved: dict[str, Any], ours: dict[str, Any]) -> str:
-    """`epochs 5 there, 6 here; ...`: up to four differences of two {"recipe": ..., "deepspeed": ...}; empty if none."""
+    """Up to four differences, `epochs 5 there, 6 here; ...`, of two {"recipe": ..., "deepspeed": ...}; empty if none."""
     flat_saved, flat_ours = flattened(saved), flattened(ours)
     keys = (key for key in flat_saved.keys() | flat_ours.keys() if not key.startswith(FREE))
     differing = sorted(key for key in keys if flat_saved.get(key) != flat_ours.get(key))

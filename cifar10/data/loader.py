@@ -1,4 +1,4 @@
-"""Which images a rank trains on, and when. No worker processes: the images are on the device and a batch is one gather."""
+"""Data loaders for training and evaluation. No worker processes: images are on the device, and a batch is one gather."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from cifar10.data import augment, pixels, rng
 from cifar10.data.pixels import Normalize, PixelStore
 from cifar10.distributed.world import World
 
-CHUNK_IMAGES = 512  # images gathered at once: several small steps share the cost of launching a dozen operations
-FULL_SIZE = 32  # pixels a side; of larger images fewer are gathered at once
+CHUNK_IMAGES = 512  # images gathered at once: small steps share the launch overhead of a dozen operations
+FULL_SIZE = 32  # height and width; larger images are gathered in smaller chunks
 
 MicroBatch = tuple[Tensor, Tensor]  # float32 [B, C, S, S] channels last, int64 [B]
 
 
 def at_once(num_images: int, size: int) -> int:
-    """How many images of size x size are handled at once where it is `num_images` small ones: no more pixels, if it can be."""
+    """Chunk size for images of size x size with about as many pixels as `num_images` of 32x32."""
     return max(1, num_images * FULL_SIZE**2 // max(FULL_SIZE, size) ** 2)
 
 
 @dataclass(frozen=True)
 class TrainLoader:
-    """The training images of all ranks, and this rank's share of each step.
+    """Batches of augmented training images for one rank.
 
-    Step s of an epoch trains on places s * global_images .. (s+1) * global_images of that epoch's order, whatever the
-    world size; a rank takes its slice of them. The last partial global batch of an epoch is dropped.
+    Step s of an epoch trains on positions s * global_images .. (s+1) * global_images of that epoch's permutation at any world
+    size; each rank takes its slice of them. The last partial global batch of an epoch is dropped.
     """
 
     store: PixelStore
@@ -44,15 +44,15 @@ class TrainLoader:
     micro_images: int
     rank: int
     world_size: int
-    first_stores: tuple[tuple[int, PixelStore], ...] = ()  # smaller images: until which epoch, in order
+    first_stores: tuple[tuple[int, PixelStore], ...] = ()  # progressive resizing: (end epoch, smaller images)
 
     @classmethod
     def of(
         cls, images: np.ndarray, labels: np.ndarray, recipe: Recipe, batch: Batch, world: World, *, bf16: bool = False
     ) -> TrainLoader:
-        """This rank's loader of images uint8 [N, S, S, C] and labels int64 [N], augmented as the recipe says.
+        """A loader for images uint8 [N, S, S, C] and labels int64 [N], augmented as the recipe says.
 
-        If training is in `bf16` on a CPU, RGB images are stored as bf16.
+        For training in `bf16` on a CPU, RGB images are stored as bf16.
         """
         on_device, untils = torch.from_numpy(images).to(world.device), itertools.accumulate(recipe.first_epochs)
         normalize, operations = Normalize(recipe.mean, recipe.std, world.device), augment.parse(recipe.augment)
@@ -78,7 +78,7 @@ class TrainLoader:
         )
 
     def first_images(self, num_images: int) -> Tensor:
-        """The first training images as evaluation would see them: [B, C, S, S]."""
+        """The first training images without augmentation: [B, C, S, S]."""
         return self.normalize(pixels.center(self.store, torch.arange(num_images, device=self.labels.device)))
 
     @property
@@ -86,22 +86,22 @@ class TrainLoader:
         return len(self.labels) // self.global_images
 
     def rank_indices(self, epoch: int) -> Tensor:
-        """The images that this rank visits: int64 [steps, images per rank and step]."""
+        """Indices of this rank's images: int64 [steps, images per rank and step]."""
         order = rng.permutation(len(self.labels), self.seed, epoch)
         steps = order[: self.steps_per_epoch * self.global_images].view(self.steps_per_epoch, self.world_size, -1)
         return steps[:, self.rank]
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[MicroBatch]]:
-        """Each step's micro-batches, from step `first_step` of `epoch` to its end."""
+        """The micro-batches of each step of `epoch`, from `first_step` on."""
         chunk_steps = max(1, at_once(CHUNK_IMAGES, self.store.size) * self.world_size // self.global_images)
         rest = self.rank_indices(epoch)[first_step:]
         for indices in rest.split(chunk_steps) if len(rest) else ():
             yield from self._steps(indices.to(self.labels.device, non_blocking=True), epoch)
 
     def augmented(self, positions: Tensor, epoch: int, indices: Tensor | None = None) -> Tensor:
-        """The stored images at `positions`, augmented as epoch `epoch` has them: int64 [B] -> normalized [B, C, S, S].
+        """The stored images at `positions`, augmented as in `epoch`: int64 [B] -> normalized [B, C, S, S].
 
-        `indices` are their places in the training split, which decide their draws (default: their positions).
+        The random numbers depend on `indices`, the images' indices in the training split (default: `positions`).
         """
         store = next((store for until, store in self.first_stores if epoch < until), self.store)
         black = self.normalize(torch.zeros(1, store.channels, 1, 1, dtype=torch.uint8, device=positions.device))[0, :, 0, 0]
@@ -123,18 +123,18 @@ class TrainLoader:
 
 @dataclass(frozen=True)
 class EvaluationLoader:
-    """The images of a split as they are, or their middle; every one goes to exactly one rank, none is padded or repeated."""
+    """Batches of a split without augmentation, center-cropped; each image is on exactly one rank, without padding."""
 
     store: PixelStore
     labels: Tensor  # int64 [N], on the device
     normalize: Normalize
     rank: int
     world_size: int
-    batch_images: int = 1_000  # of 32x32 pixels; fewer if they are larger
+    batch_images: int = 1_000  # at 32x32; fewer if images are larger
 
     @classmethod
     def of(cls, images: np.ndarray, labels: np.ndarray, recipe: Recipe, world: World) -> EvaluationLoader:
-        """This rank's loader of images uint8 [N, S, S, C] and labels int64 [N], each as it is, or its middle."""
+        """A loader for images uint8 [N, S, S, C] and labels int64 [N]."""
         store = pixels.pack(torch.from_numpy(images).to(world.device), 0, recipe.resize, recipe.image_size)
         normalize = Normalize(recipe.mean, recipe.std, world.device)
         return cls(store, torch.from_numpy(labels).to(world.device), normalize, world.rank, world.size)

@@ -11,7 +11,7 @@ import numpy as np
 
 from cifar10 import UsageError
 from cifar10.data.dataset import DataSet, Description, Images, Split
-from cifar10.files import one_process_at_a_time, talking_to_stderr_and_not_for_ever
+from cifar10.files import download_limits, one_process_at_a_time
 
 FOLDER = Path("MNIST") / "raw"
 FILES = {  # name -> bytes: a header, and one byte a pixel or label
@@ -47,7 +47,7 @@ def _fetch(data_dir: Path) -> None:
     """Let torchvision download and unpack what is missing; raises what it raises."""
     from torchvision.datasets import MNIST
 
-    with talking_to_stderr_and_not_for_ever():
+    with download_limits():
         MNIST(data_dir, download=True)
 
 

@@ -1,14 +1,14 @@
-"""Images on the device, packed so that one gather crops, flips and normalizes a whole batch.
+"""Images on the device, packed so that one gather crops and flips a whole batch; normalization.
 
-Images stay uint8. A pixel's three bytes and a spare one make one int32, so that one `index_select` moves a pixel at a time:
-half the time of gathering three bytes. The result equals torchvision's RandomCrop, RandomHorizontalFlip, ToTensor and Normalize
+Images stay uint8. A pixel's three bytes and one byte of padding form an int32, so that `index_select` moves whole pixels:
+half the time of moving bytes. The result equals torchvision's RandomCrop, RandomHorizontalFlip, ToTensor and Normalize
 bit for bit, given the same crop and flip (tests/data/test_augment.py compares every crop).
 
-For bf16 on a CPU, images are normalized once and stored as bf16, a pixel's three values and a spare one in an int64: a batch
-takes a quarter of the time, and 50,000 images take 580 MB instead of 290.
+For bf16 on a CPU, images are normalized once and stored as bf16, three values and one of padding in an int64: a batch takes a
+quarter of the time, and 50,000 images take 580 MB instead of 290.
 
-Images that are enlarged are stored small and resized batch by batch: 50,000 images of 256x256 would take 13 GB. Images that
-are made smaller are resized once.
+Enlarged images are stored at their original size and resized per batch: 50,000 images of 256x256 would take 13 GB. Images that
+are shrunk are resized once.
 """
 
 from dataclasses import dataclass, replace
@@ -25,29 +25,29 @@ class PixelStore:
     """Images packed one word per pixel (int32 for RGB, uint8 for grayscale, int64 if normalized), and the size of the crops."""
 
     pixels: Tensor  # [N * stored * stored]
-    stored: int  # height and width of an image in `pixels`; with the padding, unless images are resized first
+    stored: int  # height and width of an image in `pixels`, including the padding unless it is resized per batch
     channels: int
     size: int  # height and width of a crop
     padding: int
-    resize: int = 0  # height and width to which images are resized when they are gathered; 0: they are not
+    resize: int = 0  # height and width that images are resized to per batch; 0: no resizing
     reflect: bool = False  # padding mode "reflect" instead of black
 
     @property
     def is_normalized(self) -> bool:
-        """Whether crops come out normalized, in bf16."""
+        """Whether the store holds normalized bf16 instead of uint8."""
         return self.pixels.dtype == torch.int64
 
     @property
     def side(self) -> int:
-        """Height and width that crops are taken from: resized and padded."""
+        """Height and width of the resized and padded images that crops are taken from."""
         return self.resize + 2 * self.padding if self.resize else self.stored
 
 
 def pack(images: Tensor, padding: int, resize: int = 0, image_size: int = 0, *, reflect: bool = False) -> PixelStore:
-    """uint8 [N, S, S, C] -> a store on the same device, of images of `resize` (0: S) pixels a side and the padding around them.
+    """uint8 [N, S, S, C] -> a store on the same device, of images resized to `resize` (0: S) and padded on each side.
 
-    Crops are of `image_size` pixels (0: all but the padding). The padding is black, added before normalising as torchvision
-    does; with `reflect` it is torchvision's padding_mode="reflect". Raises ValueError for one of as many pixels as the image.
+    Crops have size `image_size` (0: the image without padding). The padding is black and added before normalization, or with
+    `reflect` torchvision's padding_mode="reflect". Raises ValueError if that needs more pixels than the image has.
     """
     if resize and resize < images.shape[1]:
         images = torch.cat([_resize(part.permute(0, 3, 1, 2), resize) for part in images.split(CHUNK_IMAGES)])
@@ -57,7 +57,9 @@ def pack(images: Tensor, padding: int, resize: int = 0, image_size: int = 0, *, 
     stored = size + 2 * now
     padded = torch.zeros(num_images, stored, stored, 1 if channels == 1 else 4, dtype=torch.uint8, device=images.device)
     if reflect and padding >= (resize or size):
-        raise ValueError(f"{padding} pixels cannot be reflected in an image of {resize or size}x{resize or size}")
+        raise ValueError(
+            f"reflection padding of {padding} pixels is too large for an image of {resize or size}x{resize or size}"
+        )
     if reflect and now:
         across = torch.arange(-now, size + now, device=images.device).abs()
         across = torch.minimum(across, 2 * (size - 1) - across)
@@ -84,7 +86,7 @@ def _resize(images: Tensor, size: int) -> Tensor:
 
 
 def _resized(store: PixelStore, indices: Tensor) -> PixelStore:
-    """A store of these images alone, resized and padded."""
+    """A store of only these images, resized and padded."""
     every = torch.arange(store.stored, device=indices.device).expand(len(indices), -1)
     images = _resize(_cut(store, indices, every, every), store.resize)
     return pack(images, store.padding, image_size=store.size, reflect=store.reflect)
@@ -108,18 +110,18 @@ class Normalize:
         self.std = torch.tensor(std, device=device)[:, None, None]
 
     def __call__(self, images: Tensor) -> Tensor:
-        if images.dtype == torch.bfloat16:  # of a store that is normalized already
+        if images.dtype == torch.bfloat16:  # from a normalized store
             return images.contiguous(memory_format=torch.channels_last)
         images = images.to(torch.float32, memory_format=torch.channels_last)
         return images.div_(255).sub_(self.mean).div_(self.std)
 
     def to_pixels(self, images: Tensor) -> Tensor:
-        """Normalized float32 [B, C, S, S] -> uint8, the nearest pixels that there are; what lies outside 0..255 is clipped."""
+        """The inverse: normalized float32 [B, C, S, S] -> uint8, rounded and clipped to 0..255."""
         return images.mul(self.std).add_(self.mean).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def normalized(store: PixelStore, normalize: Normalize) -> PixelStore:
-    """The same color images, normalized and rounded to bf16: what autocast would feed the first layer with, to the bit."""
+    """The same RGB images, normalized and rounded to bf16: bit for bit what autocast would feed to the first layer."""
     bytes_of_pixels = store.pixels.view(-1, 1).view(torch.uint8)  # [N * stored * stored, 4]
     words = torch.empty(len(bytes_of_pixels), 4, dtype=torch.bfloat16, device=store.pixels.device)
     rows = CHUNK_IMAGES * store.stored**2
@@ -129,6 +131,6 @@ def normalized(store: PixelStore, normalize: Normalize) -> PixelStore:
 
 
 def center(store: PixelStore, indices: Tensor) -> Tensor:
-    """The middle of the images, or all of them where crops are that large: int64 [B] -> uint8 [B, C, size, size]."""
-    middle = torch.full_like(indices, round((store.side - store.size) / 2))  # to even, as torchvision does
+    """Center crops: int64 [B] -> uint8 or bf16 [B, C, size, size]."""
+    middle = torch.full_like(indices, round((store.side - store.size) / 2))  # half to even, like torchvision
     return gather(store, indices, middle, middle, torch.zeros_like(indices))

@@ -1,1 +1,1 @@
-"""Ranks and what they run on: launchers, process groups, devices."""
+"""Distributed training: launchers, process groups, ranks and their devices."""

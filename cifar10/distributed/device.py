@@ -1,6 +1,6 @@
-"""What this machine computes on, in which precisions natively, and how its memory is kept.
+"""The compute device: GPU count, native precisions, memory allocator, compiler.
 
-Torch is asked only where there is a GPU driver.
+torch is imported only where there is a GPU driver.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of /proc/cpuinfo: matrix products in bf16 on x86, then on ARM
+BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # in /proc/cpuinfo: bf16 matrix products on x86 (2) and ARM
 
 
 @cache
@@ -40,10 +40,10 @@ def _cpu_flags() -> set[str]:
 
 @cache
 def native_precisions() -> tuple[str, ...]:
-    """Of "fp32", "bf16" and "fp16", those that this machine's GPUs run fast, or its CPU if it has no GPU.
+    """The precisions among "fp32", "bf16" and "fp16" that the GPUs, or without GPUs the CPU, support natively.
 
-    fp16 is never among a CPU's, even if /proc/cpuinfo lists avx512_fp16: on such an Intel CPU torch 2.15 took 79.9 s for the
-    forward and backward of one 64 -> 128 convolution at 112x112, against 0.204 s in fp32 and 0.053 s in bf16.
+    Never fp16 on a CPU, even if /proc/cpuinfo lists avx512_fp16: on such an Intel CPU torch 2.15 took 79.9 s for the forward
+    and backward of one 64 -> 128 convolution at 112x112, compared to 0.204 s in fp32 and 0.053 s in bf16.
     """
     if count_gpus():
         import torch
@@ -58,27 +58,27 @@ def name() -> str:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what tensors free, for those of the next step: for this whole process, and for good.
+    """Tell glibc's malloc to reuse freed memory instead of returning it to the kernel, for the rest of this process.
 
-    glibc gives large blocks back to the kernel, which must clear every page of them when they are taken again: up to a
-    quarter of a step of `speednet` in bf16 (records/LOG.md). Other C libraries are left as they are.
+    glibc unmaps large blocks, and the kernel zeroes their pages again at the next allocation: up to a quarter of a step of
+    `speednet` in bf16 (records/LOG.md). Does nothing with other C libraries.
     """
-    trim_threshold, top_pad, most_mapped = -1, -2, -4  # M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_MAX of malloc.h
-    with suppress(AttributeError, OSError, TypeError):  # no mallopt, no C library to ask
+    trim_threshold, top_pad, most_mapped = -1, -2, -4  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX in malloc.h
+    with suppress(AttributeError, OSError, TypeError):  # no mallopt
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(most_mapped, 0)
         mallopt(trim_threshold, -1)  # never
-        mallopt(top_pad, 2**26)  # it grows by 64 MB at a time: an aligned block does not fit into the gap of an equal one
+        mallopt(top_pad, 2**26)  # grow by 64 MB: an aligned block does not fit the gap that a block of its size left
 
 
 def missing_for_compiling() -> str | None:
-    """What PyTorch's compiler would miss here, and the remedy; None if nothing."""
+    """What torch.compile needs and this machine lacks, and how to install it; None if nothing."""
     gpu = count_gpus() > 0
     variable, usual = ("CC", ("gcc", "clang")) if gpu else ("CXX", ("clang++",) if sys.platform == "darwin" else ("g++",))
     compilers = (os.environ[variable],) if os.environ.get(variable) else usual
     if not any(shutil.which(word) for word in (compiler.split()[0] for compiler in compilers)):
         kind = "C" if gpu else "C++"
-        return f"a {kind} compiler, and there is no {compilers[0]}: install one, or name it in {variable}"
+        return f"a {kind} compiler ({compilers[0]} was not found): install one, or set {variable}"
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         return "Python.h: install Python's headers (python3-dev), or a Python that has them (uv python install)"
     return None

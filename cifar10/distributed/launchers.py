@@ -1,7 +1,7 @@
-"""Launchers by the environment that they give to a rank: torchrun, deepspeed, srun, mpirun, or none.
+"""Launchers, detected from the environment variables they set: torchrun, deepspeed, srun, mpirun, or none.
 
-torch and DeepSpeed read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. torchrun and deepspeed set them; srun and
-mpirun have variables of their own, from which these are derived here. Every rank derives the same address and port.
+torch and DeepSpeed read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. torchrun and deepspeed set them; for srun
+and mpirun they are derived here from SLURM's and Open MPI's variables. Every rank derives the same address and port.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import subprocess
 
 from cifar10 import UsageError
 
-DERIVED = "CIFAR10_LAUNCHER"  # set to the launcher from whose variables the others were derived
-PORTS = range(10_000, 60_000)  # of which a job's number picks one
+DERIVED = "CIFAR10_LAUNCHER"  # names the launcher whose variables were translated
+PORTS = range(10_000, 60_000)  # the job ID selects one
 
 
 def name(environment: dict[str, str]) -> str:
-    """Who started this process: torchrun, deepspeed, srun, mpirun, or python for none of them."""
+    """The launcher of this process: torchrun, deepspeed, srun, mpirun, or python if there is none."""
     if "TORCHELASTIC_RUN_ID" in environment:
         return "torchrun"
     return "deepspeed" if "CROSS_SIZE" in environment else environment.get(DERIVED, "python")
@@ -33,7 +33,7 @@ def _resolves(host: str) -> bool:
 
 
 def _slurm(*question: str) -> str:
-    """What SLURM's scontrol answers; empty where it cannot be asked."""
+    """The output of SLURM's scontrol; empty if it fails or is not installed."""
     try:
         return subprocess.run(["scontrol", *question], capture_output=True, text=True, check=True, timeout=30).stdout
     except (OSError, subprocess.SubprocessError):
@@ -41,7 +41,7 @@ def _slurm(*question: str) -> str:
 
 
 def _first_slurm_host(nodes: str) -> str:
-    """The address of the first of a step's nodes, of which `nodes` is SLURM's list: `gpu[03-05,09]`."""
+    """The address of the first node in SLURM's compressed list, such as `gpu[03-05,09]`."""
     listed = _slurm("show", "hostnames", nodes).split()
     host = listed[0] if listed else "".join(re.match(r"([^,[]*)\[?(\d*)", nodes).groups())
     if _resolves(host):
@@ -49,20 +49,20 @@ def _first_slurm_host(nodes: str) -> str:
     known = re.search(r"NodeAddr=(\S+)", _slurm("show", "node", host))
     if known and _resolves(known[1]):
         return known[1]
-    raise UsageError(f"the first node, {host}, has no address that resolves; set MASTER_ADDR to one that every node can reach")
+    raise UsageError(f"cannot resolve the first node, {host}; set MASTER_ADDR to an address that every node can reach")
 
 
 def _tasks_on_this_node(tasks_per_node: str, node: int) -> int:
-    """SLURM's run-length list, `2(x3),1` -> 2, 2, 2, 1, at place `node`."""
+    """Entry `node` of SLURM's run-length encoded list: `2(x3),1` means 2, 2, 2, 1."""
     runs = (re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in tasks_per_node.split(","))
     counts = [int(run[1]) for run in runs if run for _ in range(int(run[2] or 1))]
     return counts[node] if node < len(counts) else 1
 
 
 def _from_slurm(environment: dict[str, str]) -> dict[str, str]:
-    """RANK and the like of a task that srun started; empty outside a step of several tasks."""
+    """RANK etc. of a task started by srun; empty outside a step of several tasks."""
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
-    if tasks == "1" or "SLURM_PROCID" not in environment:  # a batch script has a SLURM_PROCID too, but no step
+    if tasks == "1" or "SLURM_PROCID" not in environment:  # a batch script has SLURM_PROCID too, but no step
         return {}
     node = int(environment.get("SLURM_NODEID", "0"))
     job, step = int(environment.get("SLURM_JOB_ID", "0")), int(environment.get("SLURM_STEP_ID", "0"))
@@ -80,14 +80,14 @@ def _from_slurm(environment: dict[str, str]) -> dict[str, str]:
 
 
 def _from_mpi(environment: dict[str, str]) -> dict[str, str]:
-    """RANK and the like of a process that Open MPI's mpirun started; empty outside one, and for a world of one."""
+    """RANK etc. of a process started by Open MPI's mpirun; empty without mpirun, and for a single rank."""
     size, local_size = (environment.get(f"OMPI_COMM_WORLD_{word}", "1") for word in ("SIZE", "LOCAL_SIZE"))
     if size == "1":
         return {}
     if size != local_size and not {"MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
         raise UsageError(
-            "mpirun over several machines needs MASTER_ADDR and MASTER_PORT, an address of the first machine that all can"
-            " reach: mpirun -x MASTER_ADDR=... -x MASTER_PORT=29500 ..."
+            "mpirun on several machines needs MASTER_ADDR and MASTER_PORT, an address of the first that all can reach:"
+            " mpirun -x MASTER_ADDR=10.0.0.1 -x MASTER_PORT=29500 ..."
         )
     return {
         "RANK": environment["OMPI_COMM_WORLD_RANK"],
@@ -101,13 +101,12 @@ def _from_mpi(environment: dict[str, str]) -> dict[str, str]:
 
 
 def world_size() -> int:
-    """How many ranks this process's launcher has started, itself included.
+    """The number of ranks that the launcher started; 1 without a launcher.
 
-    Where that launcher is srun or mpirun, RANK, WORLD_SIZE and the other variables that torch and DeepSpeed read are
-    derived from theirs and set; torchrun and deepspeed set them themselves. Without a launcher it is one.
+    Under srun and mpirun this sets RANK, WORLD_SIZE and the other variables that torch and DeepSpeed read.
     """
     environment = dict(os.environ)
     if "RANK" not in environment:
-        # Open MPI's first: in a job of several nodes mpirun starts its daemons with srun, and ranks inherit their variables
+        # Open MPI first: in a multi-node job mpirun starts its daemons with srun, and ranks inherit SLURM's variables
         os.environ.update(_from_mpi(environment) or _from_slurm(environment))
     return int(os.environ.get("WORLD_SIZE", "1"))

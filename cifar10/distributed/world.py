@@ -1,4 +1,4 @@
-"""Who am I among the processes of this run: rank, world size, device, threads; and the few things that ranks agree on."""
+"""Process groups: this process's rank, world size, device and threads, and the collectives that a run needs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all ranks. `control` is a CPU group: agreeing never touches the device."""
+    """This process's rank and device. `control` is a CPU group, so that its collectives never synchronize the device."""
 
     rank: int
     local_rank: int
@@ -43,21 +43,22 @@ class World:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
     @property
-    def in_words(self) -> str:
-        """`2 ranks on cpu, 1 threads each`; with several machines, how many."""
-        machines = f" of {self.size // self.local_size} machines" if self.size > self.local_size else ""
+    def description(self) -> str:
+        """`2 ranks on cpu, 1 thread each`, with the number of machines if there are several."""
+        machines = f", {self.size // self.local_size} machines" if self.size > self.local_size else ""
         ranks = "1 rank" if self.size == 1 else f"{self.size} ranks"
-        return f"{ranks} on {self.device_name}{machines}, {torch.get_num_threads()} threads each"
+        threads = "1 thread" if torch.get_num_threads() == 1 else f"{torch.get_num_threads()} threads"
+        return f"{ranks} on {self.device_name}{machines}, {threads} each"
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What environment.json keeps of this."""
+        """The entries for environment.json."""
         place = {"launcher": self.launcher, "world_size": self.size, "device": self.device_name}
         return {**place, "threads": torch.get_num_threads(), "cores": cores()}
 
     @property
     def start_command(self) -> str:
-        """The words before the script's name that start this many ranks on this machine."""
+        """The launcher command, up to the script's name, that starts these ranks."""
         if self.size != self.local_size and self.launcher in ("deepspeed", "torchrun"):
             return f"the same {self.launcher} command on each machine, with"
         return {
@@ -70,8 +71,7 @@ class World:
 
     @property
     def peak_memory(self) -> dict[str, list[int]]:
-        """The most memory that each rank has held so far, in MiB: its process's, and on a GPU what tensors took there. Every
-        rank must ask."""
+        """Peak memory of each rank so far, in MiB: resident, and on a GPU what tensors allocated. Collective."""
         most = {"peak_memory_mib": _peak_resident_mib()}
         if self.device.type == "cuda":
             most["peak_gpu_memory_mib"] = torch.cuda.max_memory_allocated(self.device) >> 20
@@ -79,13 +79,13 @@ class World:
         return {name: [rank[name] for rank in ranks] for name in most}
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over ranks, elementwise; the same on every rank."""
+        """All-reduce (sum) in place on the device."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether `flag` is true on any rank; every rank must ask."""
+        """Whether `flag` is true on any rank. Collective."""
         if self.size == 1:
             return flag
         votes = torch.tensor([flag], dtype=torch.int32)
@@ -93,12 +93,12 @@ class World:
         return bool(votes.item())
 
     def barrier(self) -> None:
-        """Wait for all ranks, on the CPU."""
+        """Wait for all ranks, without synchronizing the device."""
         if self.size > 1:
             dist.barrier(group=self.control)
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's `value`, in the order of ranks, on every rank."""
+        """All-gather: every rank's `value`, in rank order."""
         if self.size == 1:
             return [value]
         gathered: list[Any] = [None] * self.size
@@ -106,7 +106,7 @@ class World:
         return gathered
 
     def from_main(self, produce: Callable[[], T]) -> T:
-        """What `produce()` returns on rank 0, on every rank. What it raises there is raised everywhere."""
+        """Run `produce()` on rank 0 and broadcast what it returns, or raises, to every rank."""
         if self.size == 1:
             return produce()
         outcome: list[Any] = [None]
@@ -115,7 +115,7 @@ class World:
                 outcome = [produce()]
             except UsageError as error:
                 outcome = [error]
-            except Exception as error:  # the others must not wait for an answer that never comes
+            except Exception as error:  # or the other ranks would wait until the timeout
                 outcome = [RuntimeError(f"on rank 0: {type(error).__name__}: {error}")]
         dist.broadcast_object_list(outcome, src=0, group=self.control)
         if isinstance(outcome[0], Exception):
@@ -124,7 +124,7 @@ class World:
 
 
 def _peak_resident_mib() -> int:
-    """Linux keeps it for each program that a process runs; elsewhere it is asked for, in KiB, or in bytes on a Mac."""
+    """Linux resets VmHWM at exec; ru_maxrss, used elsewhere, is in KiB, on macOS in bytes."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) >> 10
@@ -133,12 +133,12 @@ def _peak_resident_mib() -> int:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Number of CPU cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def speaks_for_its_machine() -> bool:
-    """Whether this process is the first rank on its machine, known from the environment before any group exists."""
+def is_local_main() -> bool:
+    """Whether this is the first rank on its machine, read from the environment before any process group exists."""
     names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
     return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
@@ -148,20 +148,19 @@ def _device(local_rank: int, local_size: int, launcher: str) -> torch.device:
     if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
         return torch.device("cpu")
     gpus = torch.cuda.device_count()
-    if launcher == "srun" and gpus == 1:  # as with --gpus-per-task=1: SLURM shows each task its own
+    if launcher == "srun" and gpus == 1:  # --gpus-per-task=1: each task sees only its own GPU
         return torch.device("cuda", 0)
     if max(local_size, local_rank + 1) > gpus:
-        raise UsageError(f"{local_size} ranks but {gpus} GPUs on this machine; start as many ranks as GPUs")
+        raise UsageError(f"{local_size} ranks but {gpus} GPUs on this machine; start one rank per GPU")
     return torch.device("cuda", local_rank)
 
 
 def join(threads: int | None = None, timeout_minutes: float = 10.0, *, deterministic: bool = False) -> World:
-    """Take this process's place: threads, device and process groups. The same under every launcher.
+    """Initialize threads, device and process groups, the same under every launcher.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which launchers set (see launchers.py); without RANK it
-    is a world of one. Threads per rank: `threads`, else the cores of the machine over the ranks on it. `deterministic` asks
-    PyTorch for algorithms that give the same bits each time; a CPU's do anyway. A rank that has waited `timeout_minutes` for
-    another gives up. On a CPU, memory that is freed stays with the process (device.keep_freed_memory).
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT (see launchers.py); without RANK the world size is 1.
+    `threads` per rank defaults to the machine's cores divided by its ranks. `deterministic` selects PyTorch's deterministic
+    algorithms on a GPU. Collectives fail after `timeout_minutes`. On a CPU, freed memory stays with the process.
     """
     alone = "RANK" not in os.environ
     rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -171,17 +170,15 @@ def join(threads: int | None = None, timeout_minutes: float = 10.0, *, determini
     device = _device(local_rank, local_size, launcher)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)  # adaptive pooling on a GPU has none; that is only said
+        torch.use_deterministic_algorithms(True, warn_only=True)  # adaptive pooling on a GPU has none: only a warning
     if device.type == "cpu":
         keep_freed_memory()
     else:
         torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; torch's default rounds convolutions to 10 bits
-    os.environ["LOCAL_RANK"] = str(
-        device.index or 0 if device.type == "cuda" else local_rank
-    )  # DeepSpeed picks its device by it
+        torch.backends.cudnn.allow_tf32 = False  # torch's default rounds fp32 convolutions to 10 bits of mantissa
+    os.environ["LOCAL_RANK"] = str(device.index or 0 if device.type == "cuda" else local_rank)  # DeepSpeed's device index
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if alone:  # no other process, so no port to agree on
+    if alone:  # a single process needs no port
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
@@ -190,14 +187,13 @@ def join(threads: int | None = None, timeout_minutes: float = 10.0, *, determini
 
 
 def limit_waiting(timeout_minutes: float) -> None:
-    """Let a rank give up waiting after `timeout_minutes` in every process group there is: DeepSpeed makes its own with torch's
-    half an hour."""
-    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # its name before torch 2.15
+    """Set the timeout of every process group: DeepSpeed creates its own with torch's default of 30 minutes."""
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before torch 2.15
     for group in dist.distributed_c10d._world.pg_map if dist.get_world_size() > 1 else ():
         set_timeout(timedelta(minutes=timeout_minutes), group)
 
 
 def leave() -> None:
-    """Take the process groups down; a process that ends without it may fail on its way out."""
+    """Destroy the process groups; without it, a process may crash at exit."""
     if dist.is_initialized():
         dist.destroy_process_group()

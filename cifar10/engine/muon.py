@@ -1,13 +1,13 @@
-"""Muon for the hidden layers' weights and SGD for the rest, as one optimizer to pass to `deepspeed.initialize`.
+"""Muon for hidden weights and SGD for biases and the last layer, as one optimizer for `deepspeed.initialize`.
 
-Muon (Jordan 2024, "Muon: an optimizer for hidden layers in neural networks") replaces a weight matrix's momentum by the
-nearest matrix whose singular values are all about one, found by a few Newton-Schulz iterations; a filter bank
-[out, in, k, k] counts as the matrix [out, in * k * k]. Biases and the last layer are not such matrices and take SGD with
-Nesterov's momentum. Scaling a filter bank that BatchNorm follows changes nothing but its effective learning rate, so each
-is kept at norm sqrt(out), as in airbench94 (github.com/KellerJordan/cifar10-airbench). Other hidden weights are kept there,
-too: for bn_cnn that replaces weight decay (records/LOG.md).
+Muon (Jordan 2024, "Muon: an optimizer for hidden layers in neural networks") orthogonalizes the momentum of a weight matrix
+with a few Newton-Schulz iterations, so that all its singular values are about one; convolution weights [out, in, k, k] are
+treated as matrices [out, in * k * k]. Biases and the last layer use SGD with Nesterov momentum. The scale of weights before
+a BatchNorm only changes their effective learning rate, so each is kept at norm sqrt(out), as in airbench94
+(github.com/KellerJordan/cifar10-airbench). So are other hidden weights: for bn_cnn this replaces weight decay
+(records/LOG.md).
 
-DeepSpeed's own `Muon` takes each matrix by itself, pairs it with Adam, and treats the last layer as a hidden one.
+DeepSpeed's own `Muon` does not batch its matrix products, uses Adam for the rest, and treats the last layer as hidden.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-NAME = "MuonWithSGD"  # as DeepSpeed's JSON calls it: "optimizer": {"type": "MuonWithSGD", "params": {...}}
+NAME = "MuonWithSGD"  # in DeepSpeed's JSON: "optimizer": {"type": "MuonWithSGD", "params": {...}}
 
-_QUINTIC = (3.4445, -4.7750, 2.0315)  # steepest at zero; takes singular values in (0, 1] to about 0.7 .. 1.2 in five iterations
+_QUINTIC = (3.4445, -4.7750, 2.0315)  # steepest at zero; maps singular values in (0, 1] to about 0.7 .. 1.2 in five iterations
 
 
 def orthogonalized(matrices: Tensor, iterations: int = 3) -> Tensor:
-    """[N, rows, columns] -> the same with singular values near one, computed in bfloat16 and returned in the given type."""
+    """Newton-Schulz: [N, rows, columns] -> the same with singular values near one, computed in bfloat16."""
     a, b, c = _QUINTIC
     x = matrices.to(torch.bfloat16)
     x = x / (x.float().norm(dim=(1, 2), keepdim=True).to(torch.bfloat16) + 1e-7)  # no singular value is above one
@@ -37,10 +37,10 @@ def orthogonalized(matrices: Tensor, iterations: int = 3) -> Tensor:
 
 
 def parameter_groups(model: nn.Module, params: dict[str, Any]) -> list[dict[str, Any]]:
-    """The JSON's `params` as groups: the hidden layers' weights for Muon; biases, and the last layer's weight, for SGD.
+    """Parameter groups from the JSON's `params`: hidden weights for Muon; biases and the last layer's weight for SGD.
 
-    `decay` is the share of a bias or last weight that one step at the full learning rate takes away, before momentum: for
-    SGD a weight_decay of decay / lr.
+    `decay` is the fraction of an SGD parameter removed per step at the full learning rate, before momentum: a weight_decay of
+    decay / lr.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
@@ -55,21 +55,20 @@ def parameter_groups(model: nn.Module, params: dict[str, Any]) -> list[dict[str,
 
 
 class MuonWithSGD(torch.optim.Optimizer):
-    """`groups` are those of `parameter_groups`.
+    """Muon and SGD over the groups of `parameter_groups`.
 
-    A step whose gradients are not finite is left out on the device: `found_inf`, 0-dim, is 1.0 for one, as PyTorch's fused
-    optimizers have it.
+    A step with non-finite gradients is skipped on the device: `found_inf` (0-dim) is 1.0, as in PyTorch's fused optimizers.
     """
 
     found_inf: Tensor | None = None
-    _step_supports_amp_scaling = True  # so that the engine, and PyTorch's loss scaler, set `found_inf`
+    _step_supports_amp_scaling = True  # the engine and GradScaler then set `found_inf`
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
         super().__init__(groups, {"lr": 0.0})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
@@ -79,12 +78,14 @@ class MuonWithSGD(torch.optim.Optimizer):
             if group["kind"] == "muon":
                 self._muon(parameters, directions, group)
             else:
-                torch._foreach_add_(parameters, torch._foreach_mul(directions, -group["lr"]))  # which may lie on the device
+                torch._foreach_add_(
+                    parameters, torch._foreach_mul(directions, -group["lr"])
+                )  # lr may be a tensor on the device
             for parameter, old in zip(parameters, before, strict=False):
                 torch.where(self.found_inf.bool(), old, parameter, out=parameter)
 
     def _directions(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """Nesterov's: the gradient plus the momentum as it will be; what is not finite does not enter the momentum."""
+        """Nesterov momentum: the gradient plus the updated momentum, from which non-finite values are kept out."""
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -97,7 +98,7 @@ class MuonWithSGD(torch.optim.Optimizer):
         return list(torch._foreach_add(gradients, moved, alpha=group["momentum"]))
 
     def _muon(self, parameters: list[Tensor], directions: list[Tensor], group: dict[str, Any]) -> None:
-        """Equal shapes share one batch of matrix products."""
+        """Orthogonalized updates; weights of equal shape share one batch of matrix products."""
         shapes: dict[torch.Size, list[int]] = {}
         for place, parameter in enumerate(parameters):
             shapes.setdefault(parameter.shape, []).append(place)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar10 import UsageError, reason
-from cifar10.files import one_process_at_a_time, talking_to_stderr_and_not_for_ever
+from cifar10.files import download_limits, one_process_at_a_time
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -78,7 +78,7 @@ def _ensure_imagenet(model_name: str) -> None:
         with one_process_at_a_time(file.with_name(f".{file.name}.lock"), f"fetching {file.name}"):
             if not _is_sound(file, hash_prefix):  # else another process was faster
                 sys.stderr.write(f"fetching ImageNet weights from {url} to {file}\n")
-                with talking_to_stderr_and_not_for_ever():
+                with download_limits():
                     hub.download_url_to_file(url, str(file), hash_prefix, progress=sys.stderr.isatty())
     except (OSError, RuntimeError, http.client.HTTPException) as error:  # the network, the disk; a wrong hash
         reason = " ".join(str(getattr(error, "reason", error)).split())

@@ -1,1 +1,1 @@
-"""Runs as numbers, plots and pages."""
+"""Reports: statistics, plots and HTML."""

@@ -1,6 +1,6 @@
-"""Runs as pages that open in any browser: report.html of one run, with PNGs beside it, and a comparison of several.
+"""HTML reports: report.html of one run, with its plots as PNGs too, and a comparison of several runs.
 
-A page is one file: pictures are inlined, nothing is fetched, nothing in it runs. Names of recipes and classes are text to it.
+Each is a single file without scripts or external resources; images are inlined, and all text is escaped.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from cifar10.report import stats
 from cifar10.report.stats import Spread, spread
 from cifar10.run.record import Record, by_experiment, differing, open_record
 
-PAGE, PICTURES = "report.html", "report"  # in a run's folder
+REPORT, PLOTS = "report.html", "report"  # in a run's folder
 FIRST_FACTS = ("processor", "commit", "command", "time", "python", "torch", "torchvision", "deepspeed", "numpy")
 
 
 def percent(value: float | None) -> str:
-    """`82.30%`; nothing was measured: a dash."""
+    """`82.30%`, or a dash for None."""
     return "–" if value is None else f"{value:.2%}"
 
 
 def mean_and_sd(values: Sequence[float | None]) -> str:
-    """`82.30 ± 0.36%` of those that were measured."""
+    """`82.30 ± 0.36%`, ignoring None."""
     found = spread([value for value in values if value is not None])
     if found is None or found.sd is None:
         return percent(found.mean if found else None)
@@ -42,7 +42,7 @@ def mean_and_sd(values: Sequence[float | None]) -> str:
 
 
 def interval(found: Spread | None) -> str:
-    """`81.42 to 83.18%`, the 95% confidence interval of the mean, as far as an accuracy can reach."""
+    """`81.42 to 83.18%`: the 95% confidence interval of a mean accuracy, clipped to 0..100%."""
     if found is None or found.half_width is None:
         return "–"
     low, high = max(0.0, found.mean - found.half_width), min(1.0, found.mean + found.half_width)
@@ -50,7 +50,7 @@ def interval(found: Spread | None) -> str:
 
 
 def short(value: Any, letters: int = 300) -> str:
-    """A value of a setting, in few words."""
+    """A setting's value as text, truncated."""
     value = int(value) if isinstance(value, float) and value.is_integer() else value
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return text if len(text) <= letters else text[:letters] + "…"
@@ -61,7 +61,7 @@ def data_uri(png: bytes) -> str:
 
 
 def tile_png(pixels: np.ndarray) -> bytes:
-    """One image of a data set, pixel by pixel: uint8 [S, S, 3]."""
+    """One image as PNG at its own size: uint8 [S, S, 3]."""
     from PIL import Image
 
     file = io.BytesIO()
@@ -82,16 +82,16 @@ def _render(template: str, **values: Any) -> bytes:
 
 @dataclass(frozen=True)
 class Sheets:
-    """What needs the data set's images; a line for each sheet that there is not, and why."""
+    """The image grids; they need the data set, so `left_out` says why they are missing."""
 
     mistakes: list[Any]  # samples.Mistake
     augmented: list[tuple[np.ndarray, str]]  # pixels, class
-    augmentation: str  # in words
+    augmentation: str
     left_out: list[str]
 
 
 def _sheets(record: Record, data_dir: Path) -> Sheets:
-    """Nothing is downloaded for a report."""
+    """Images for the grids, from data that is already there."""
     from cifar10.report import samples
 
     mistakes, augmented, words, left_out = [], [], "", []
@@ -105,20 +105,20 @@ def _sheets(record: Record, data_dir: Path) -> Sheets:
         augmented = [(image, record.dataset.classes[label]) for image, label in zip(pixels, labels, strict=True)]
         words = augment.describe(augment.parse(recipe.augment))
     except UsageError as error:
-        left_out.append(f"the sheets of images: {error}")
+        left_out.append(f"images: {error}")
     return Sheets(mistakes, augmented, words, left_out)
 
 
 def _tiles(record: Record) -> list[dict[str, str]]:
-    """The numbers that people look for first; every accuracy has its split."""
+    """The key numbers; every accuracy names its split."""
     tiles, images = [], record.number("test_images")
     if (test := record.number("test_accuracy")) is not None and images:
         low, high = stats.wilson(np.array(round(test * images)), np.array(images))
-        how = f"{_tested_model(record)}, {images:,.0f} images opened once; 95% interval {low:.1%} to {high:.1%}"
+        how = f"{_tested_model(record)}, {images:,.0f} images used once; 95% interval {low:.1%} to {high:.1%}"
         tiles.append({"what": "test accuracy", "value": percent(test), "how": how})
     if (augmented := record.number("test_accuracy_tta")) is not None:
-        how = f"the same images, with test-time augmentation ({short(record.settings.get('tta', '?'))})"
-        tiles.append({"what": "test accuracy, several views", "value": percent(augmented), "how": how})
+        how = f"the same images, test-time augmentation ({short(record.settings.get('tta', '?'))})"
+        tiles.append({"what": "test accuracy with TTA", "value": percent(augmented), "how": how})
     if (val := record.number("val_accuracy")) is not None:
         held, which = record.settings.get("val_images"), "best model" if record.is_finished else "best model so far"
         how = f"{which}, {held:,} held-out images" if isinstance(held, int) else which
@@ -137,7 +137,7 @@ def _holds_out(record: Record) -> bool:
 
 
 def _tested_model(record: Record) -> str:
-    """Where nothing is held out, best_model is the last one."""
+    """Without validation images, best_model is the last one."""
     return "best model" if _holds_out(record) else "last model"
 
 
@@ -156,14 +156,14 @@ def _headline(record: Record) -> str:
 
 def _train_means(record: Record) -> str:
     smoothing = record.settings.get("label_smoothing")
-    words = ["weights still moving"]
+    words = ["measured during training"]
     if record.settings.get("augment") != "none" or record.settings.get("first_sizes"):
         words.insert(0, "augmented images")
     return ", ".join([*words, f"targets smoothed by {smoothing:g}"] if isinstance(smoothing, float) and smoothing else words)
 
 
 def _repeat(record: Record) -> str:
-    """The command that runs these settings again, in a new folder."""
+    """The command that repeats this run in a new folder."""
     ranks, summary = record.summary.get("world_size", 1), record.summary
     words = ["python", "main.py", "--recipe", str(record.folder / "recipe.json")]
     words += ["--num-gpus", str(ranks)] if ranks != 1 else []
@@ -174,7 +174,7 @@ def _repeat(record: Record) -> str:
 
 
 def _environment(record: Record) -> list[tuple[str, str]]:
-    """The last start's, with the most useful facts first."""
+    """The environment of the last start, with the most useful facts first."""
     if not record.starts:
         return []
     last = record.starts[-1]
@@ -182,59 +182,59 @@ def _environment(record: Record) -> list[tuple[str, str]]:
     return [(name, short(last[name])) for name in [*names, *(name for name in last if name not in FIRST_FACTS)]]
 
 
-def _answers(record: Record, draw: Any) -> tuple[dict[str, Any], list[str]]:
-    """What the test's answers amount to, in numbers and pictures, and a line for what they do not allow."""
+def _predictions(record: Record, plot: Any) -> tuple[dict[str, Any], list[str]]:
+    """Template values and plots from the test predictions, and a line for each part that is left out."""
     from cifar10.report import plots
 
     found = record.predictions
     if found is None:
-        return {"tested": 0}, ["all that needs the answers to single test images: the run has no test_predictions.npz (yet)"]
+        return {"tested": 0}, ["confusion matrix, calibration and mistakes: the run has no test_predictions.npz (yet)"]
     classes, counts = record.dataset.classes, stats.confusion(found)
-    draw("confusion", plots.confusion_matrix, counts, classes)
-    draw("classes", plots.class_accuracy, counts, classes)
+    plot("confusion", plots.confusion_matrix, counts, classes)
+    plot("classes", plots.class_accuracy, counts, classes)
     wrong = counts - np.diag(np.diag(counts))
     pairs = [divmod(int(place), len(classes)) for place in np.argsort(-wrong, axis=None, kind="stable")[:3]]
-    top = [{"true": classes[t], "answered": classes[a], "count": int(wrong[t, a])} for t, a in pairs if wrong[t, a]]
+    top = [{"true": classes[t], "predicted": classes[p], "count": int(wrong[t, p])} for t, p in pairs if wrong[t, p]]
     values = {"tested": f"{counts.sum():,}", "wrong": f"{wrong.sum():,}", "top": top}
     if not np.isfinite(found.logits).all():
         return values, ["calibration: not all logits are finite"]
     calibration = stats.calibration(found)
-    draw("calibration", plots.reliability, calibration)
+    plot("calibration", plots.reliability, calibration)
     mean, right = float(found.probabilities.max(axis=1).mean()), found.accuracy
-    way = "surer than it may be" if mean > right else "less sure than it could be"
+    way = "overconfident" if mean > right else "underconfident"
     values["calibration_words"] = (
-        f"It gives its answers a probability of {mean:.1%} on average and is right in {right:.1%}: on the whole it is {way}."
+        f"Mean confidence is {mean:.1%} and accuracy is {right:.1%}: overall the model is {way}."
         f" The expected calibration error is {calibration.error:.2%}."
     )
     return values, []
 
 
 def make_report(folder: Path, data_dir: Path) -> Path:
-    """Write report.html and report/*.png into a run's folder. Raises UsageError if it is none, or damaged."""
+    """Write report.html and report/*.png into a run's folder. Raises UsageError if it is not a run's, or corrupt."""
     from cifar10.report import plots
 
     record, pngs = open_record(folder), {}
 
-    def draw(name: str, how: Any, *what: Any) -> None:
-        pngs[name] = plots.png(how, *what)
+    def plot(name: str, figure: Any, *data: Any) -> None:
+        pngs[name] = plots.png(figure, *data)
 
     if record.epochs:
-        draw("curves", plots.curves, record)
+        plot("curves", plots.curves, record)
     if record.steps:
-        draw("optimisation", plots.optimisation, record)
-    answers, left_out = _answers(record, draw)
+        plot("optimization", plots.optimization, record)
+    predicted, left_out = _predictions(record, plot)
     sheets = _sheets(record, data_dir)
     if sheets.mistakes:
-        draw("mistakes", plots.mistakes_sheet, sheets.mistakes)
+        plot("mistakes", plots.mistakes_sheet, sheets.mistakes)
     if sheets.augmented:
-        draw("augmented", plots.augmented_sheet, [image for image, _ in sheets.augmented], [n for _, n in sheets.augmented])
-    page = _render(
+        plot("augmented", plots.augmented_sheet, [image for image, _ in sheets.augmented], [n for _, n in sheets.augmented])
+    html = _render(
         "run.html",
         title=f"{record.recipe}: {record.name}",
         record=record,
         headline=_headline(record),
         tiles=_tiles(record),
-        plots={**dict.fromkeys(("curves", "optimisation", "confusion", "classes", "calibration")), **_uris(pngs)},
+        plots={**dict.fromkeys(("curves", "optimization", "confusion", "classes", "calibration")), **_uris(pngs)},
         train_means=_train_means(record),
         holds_out=_holds_out(record),
         bins=stats.BINS,
@@ -248,10 +248,10 @@ def make_report(folder: Path, data_dir: Path) -> Path:
         settings=[(name, short(value)) for name, value in record.settings.items()],
         config=[(name, short(value)) for name, value in flattened(record.ds_config).items()],
         environment=_environment(record),
-        **answers,
+        **predicted,
     )
-    _write({folder / PICTURES / f"{name}.png": png for name, png in pngs.items()} | {folder / PAGE: page})
-    return folder / PAGE
+    _write({folder / PLOTS / f"{name}.png": png for name, png in pngs.items()} | {folder / REPORT: html})
+    return folder / REPORT
 
 
 def _uris(pngs: dict[str, bytes]) -> dict[str, str]:
@@ -265,20 +265,20 @@ def _write(files: dict[Path, bytes]) -> None:
             with written_whole(path) as file:
                 file.write(content)
         except OSError as error:
-            raise UsageError(f"{path} cannot be written ({error.strerror}); make room, or choose another place") from None
+            raise UsageError(f"{path} cannot be written ({error.strerror}); free some space or choose another path") from None
 
 
 # --- several runs -----------------------------------------------------------------------------------------------------
 
 
 def group_labels(groups: list[list[Record]]) -> list[str]:
-    """`bn_cnn`, with up to three of the settings that tell it from the others if the name does not."""
+    """Labels such as `bn_cnn`; if groups share a name, with up to three of the settings in which they differ."""
     names, keys = [group[0].recipe for group in groups], [key for key in differing(groups) if key != "recipe"]
     labels = []
     for group, name in zip(groups, names, strict=True):
         same_name = [other[0].experiment for other, its_name in zip(groups, names, strict=True) if its_name == name]
-        telling = [key for key in keys if len({repr(experiment.get(key)) for experiment in same_name}) > 1]
-        words = [f"{key.split('.')[-1]} {short(group[0].experiment.get(key), 20)}" for key in telling[:3]]
+        distinct = [key for key in keys if len({repr(experiment.get(key)) for experiment in same_name}) > 1]
+        words = [f"{key.split('.')[-1]} {short(group[0].experiment.get(key), 20)}" for key in distinct[:3]]
         labels.append(", ".join([name, *words]))
     return labels
 
@@ -289,23 +289,23 @@ def _are_independent(group: list[Record]) -> bool:
 
 
 def _notes(groups: list[list[Record]], labels: list[str]) -> list[str]:
-    """What a reader of the table must know."""
+    """Caveats for the readers of the table."""
     notes = []
     for group, label in zip(groups, labels, strict=True):
         if not _are_independent(group):
-            notes.append(f"{label}: some runs have the same seed, so they are not independent, and there is no interval.")
+            notes.append(f"{label}: some runs have the same seed, so they are not independent and there is no interval.")
         if unfinished := [record.name for record in group if not record.is_finished]:
-            notes.append(f"{label}: not finished, and so not counted: {', '.join(unfinished)}.")
+            notes.append(f"{label}: not finished, so not included: {', '.join(unfinished)}.")
     return notes
 
 
 def make_comparison(folders: Sequence[Path], output: Path) -> Path:
-    """Write one page with all runs side by side. Raises UsageError for a folder that is no run's."""
+    """Write a comparison of several runs. Raises UsageError for a folder that is not a run's."""
     from cifar10.report import plots
 
     groups = by_experiment(open_record(folder) for folder in folders)
     labels = group_labels(groups)
-    drawn = [
+    plotted = [
         plots.Group(f"{label} ({len(group)} run{'s' * (len(group) > 1)})", group)
         for label, group in zip(labels, groups, strict=True)
     ]
@@ -318,14 +318,16 @@ def make_comparison(folders: Sequence[Path], output: Path) -> Path:
         for record in group:
             seconds, epochs = record.number("train_seconds"), record.number("epochs")
             accuracies = {split: percent(record.number(f"{split}_accuracy")) for split in ("train", "val", "test")}
-            told = {"epochs": f"{epochs or 0:.4g}", "minutes": f"{(seconds or 0) / 60:.1f}", "status": record.status}
-            runs.append({"name": record.name, "label": label, "seed": record.settings.get("seed", "?"), **told, **accuracies})
+            progress = {"epochs": f"{epochs or 0:.4g}", "minutes": f"{(seconds or 0) / 60:.1f}", "status": record.status}
+            runs.append(
+                {"name": record.name, "label": label, "seed": record.settings.get("seed", "?"), **progress, **accuracies}
+            )
     different = [
         {"name": key, "of_each": [short(group[0].experiment.get(key, "–"), 60) for group in groups]}
         for key in differing(groups)
     ]
     title = f"{len(runs)} runs of {rows[0]['label']}" if len(rows) == 1 else f"{len(runs)} runs, {len(rows)} experiments"
     shown = {"groups": rows, "runs": runs, "different": different, "notes": _notes(groups, labels)}
-    curves = {of: data_uri(plots.png(plots.overlaid, drawn, of)) for of in ("accuracy", "loss")}
+    curves = {of: data_uri(plots.png(plots.overlaid, plotted, of)) for of in ("accuracy", "loss")}
     _write({output: _render("compare.html", title=title, curves=curves, **shown)})
     return output

@@ -1,6 +1,6 @@
-"""A run in pictures: numbers in, a matplotlib figure out, and its PNG. No window, no pyplot, no state left behind.
+"""Plots of one or several runs: matplotlib figures and their PNGs, without pyplot or a display.
 
-Colours are Okabe and Ito's, which people with colour-blind eyes can tell apart; every picture is as wide as a phone can show.
+The colors are Okabe and Ito's colorblind-safe palette; the width suits a phone's screen.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from cifar10.report.stats import BINS, Calibration, wilson
 from cifar10.run.record import Record, Row
 
-if TYPE_CHECKING:  # which needs torch, and a comparison of runs does not
+if TYPE_CHECKING:  # samples.py needs torch, a comparison of runs does not
     from cifar10.report.samples import Mistake
 
 INK, PALE, GRID = "#1f2933", "#7b8794", "#e4e7eb"
-COLOURS = {"train": "#0072b2", "val": "#d55e00", "test": "#009e73"}
+COLORS = {"train": "#0072b2", "val": "#d55e00", "test": "#009e73"}
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-WIDTH, DPI = 6.4, 150  # inches, and pixels of each
-MANY = 20  # classes: more are drawn closer together, and without their counts
-FEWEST = 10  # images of a bin whose accuracy is shown: that of fewer says nothing
+WIDTH, DPI = 6.4, 150  # inches, pixels per inch
+MANY = 20  # classes; more are placed closer together, without their counts
+FEWEST = 10  # images in a bin; the accuracy of fewer is not shown
 STYLE = {
     "font.size": 11.5,
-    "font.family": "DejaVu Sans",  # which matplotlib brings along
+    "font.family": "DejaVu Sans",  # ships with matplotlib
     "text.color": INK,
     "text.parse_math": False,  # a class may be called $x$
     "axes.edgecolor": PALE,
@@ -53,18 +53,18 @@ STYLE = {
 }
 
 
-def png(draw: Callable[..., Figure], *what: Any) -> bytes:
-    """`draw(*what)` as the bytes of a PNG; fonts that lack a letter show a box, and nothing is said of it."""
+def png(plot: Callable[..., Figure], *data: Any) -> bytes:
+    """Render `plot(*data)` as PNG, without warnings about glyphs that the font lacks."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     with warnings.catch_warnings(), mpl.rc_context(STYLE):
         warnings.simplefilter("ignore")
         file = io.BytesIO()
-        draw(*what).savefig(file, format="png", dpi=DPI)
+        plot(*data).savefig(file, format="png", dpi=DPI)
     return file.getvalue()
 
 
 def _panels(count: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of panels under one another, `height` inches each."""
+    """A figure with `count` panels below each other, `height` inches each."""
     figure = Figure(figsize=(WIDTH, height * count), layout="constrained")
     return figure, list(np.atleast_1d(figure.subplots(count, 1, **options)))
 
@@ -77,22 +77,22 @@ def _column(rows: Sequence[Row], name: str) -> np.ndarray:
 
 
 def _line(axes: Axes, x: np.ndarray, y: np.ndarray, **options: Any) -> None:
-    """A curve whose points are marked where there are so few that a line alone would not be seen."""
+    """Plot a curve, with markers if it has few points."""
     axes.plot(x, y, linewidth=1.8, marker="o" if len(x) <= 12 else None, markersize=4, **options)
 
 
 def curves(record: Record) -> Figure:
-    """Accuracy and loss of each split over the epochs; the test is one point, where its model was taken from."""
+    """Accuracy and loss of each split over the epochs; the test is one point, at the epoch of the tested model."""
     figure, (above, below) = _panels(2, 2.9, sharex=True)
     best, per_epoch = record.number("best_step"), record.steps_per_epoch
     for axes, measure in ((above, "accuracy"), (below, "loss")):
         for split in ("train", "val"):
             if rows := record.epochs.get(split):
-                _line(axes, _column(rows, "epoch"), _column(rows, measure), color=COLOURS[split], label=split)
+                _line(axes, _column(rows, "epoch"), _column(rows, measure), color=COLORS[split], label=split)
         if rows := record.epochs.get("test"):
             where = best / per_epoch if best and per_epoch else rows[-1]["epoch"]
             options = {
-                "color": COLOURS["test"],
+                "color": COLORS["test"],
                 "marker": "*",
                 "markersize": 14,
                 "linestyle": "none",
@@ -109,8 +109,8 @@ def curves(record: Record) -> Figure:
     return figure
 
 
-def optimisation(record: Record) -> Figure:
-    """Learning rate and gradient norm, as steps.csv has them."""
+def optimization(record: Record) -> Figure:
+    """Learning rate and gradient norm, from steps.csv."""
     per_epoch = record.steps_per_epoch
     x = _column(record.steps, "step") / (per_epoch or 1)
     figure, (above, below) = _panels(2, 2.9, sharex=True)
@@ -126,11 +126,11 @@ def optimisation(record: Record) -> Figure:
         below.set_ylim(bottom=0)
     limit = record.ds_config.get("gradient_clipping")
     if isinstance(limit, (int, float)) and limit > 0:
-        below.axhline(limit, color=COLOURS["val"], linestyle="--", linewidth=1.3, label=f"clipped at {limit:g}")
+        below.axhline(limit, color=COLORS["val"], linestyle="--", linewidth=1.3, label=f"clipped at {limit:g}")
     skipped = _column(record.steps, "skipped") > 0
     if skipped.any():
         low = below.get_ylim()[0]
-        below.plot(x[skipped], np.full(skipped.sum(), low), "^", color="black", clip_on=False, label="steps skipped here")
+        below.plot(x[skipped], np.full(skipped.sum(), low), "^", color="black", clip_on=False, label="skipped steps")
     below.set_title("Gradient norm before clipping")
     below.set_xlabel("epoch" if per_epoch else "step")
     if below.get_legend_handles_labels()[0]:
@@ -138,7 +138,7 @@ def optimisation(record: Record) -> Figure:
     return figure
 
 
-# --- the model's answers ------------------------------------------------------------------------------------------------
+# --- the model's predictions ------------------------------------------------------------------------------------------------
 
 
 def _short(name: str, letters: int = 14) -> str:
@@ -146,7 +146,7 @@ def _short(name: str, letters: int = 14) -> str:
 
 
 def confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> Figure:
-    """True classes down, answers across. Right answers are blue; the stronger the orange, the more frequent the mistake."""
+    """Rows are true classes, columns predicted ones. Blue: correct; darker orange: more frequent confusion."""
     size = len(classes)
     width = max(WIDTH, 0.18 * size)  # room for a line of text per class
     figure = Figure(figsize=(width, width * 0.95), layout="constrained")
@@ -167,13 +167,13 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     axes.grid(False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel("answered")
+    axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     return figure
 
 
 def class_accuracy(counts: np.ndarray, classes: Sequence[str]) -> Figure:
-    """The share of each class's test images that was answered rightly, best first, with 95% intervals."""
+    """Recall of each class on the test images, highest at the top, with 95% intervals."""
     right, total = np.diag(counts), counts.sum(axis=1)
     order = np.argsort(right / np.maximum(total, 1), kind="stable")
     share, (low, high) = right / np.maximum(total, 1), wilson(right, total)
@@ -192,23 +192,21 @@ def class_accuracy(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     axes.set_ylim(-0.7, len(classes) - 0.3)
     axes.set_xlim(max(0, low.min() - 0.03), min(1.08, high.max() + 0.08))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_xlabel("test accuracy, with its 95% interval")
+    axes.set_xlabel("test accuracy with 95% interval")
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
     return figure
 
 
 def reliability(found: Calibration) -> Figure:
-    """Accuracy by confidence, beside the line on which both are the same, and how many images each point stands for."""
+    """Reliability diagram: accuracy by confidence, and the number of images in each bin."""
     figure, (above, below) = _panels(2, 2.9, sharex=True, height_ratios=(2.3, 1))
-    any_there = found.counts >= FEWEST
-    x, y, n = found.confidence[any_there], found.accuracy[any_there], found.counts[any_there]
+    shown = found.counts >= FEWEST
+    x, y, n = found.confidence[shown], found.accuracy[shown], found.counts[shown]
     low, high = wilson(np.round(y * n), n)
     above.plot([0, 1], [0, 1], color=PALE, linestyle="--", linewidth=1.3, label="perfectly calibrated")
     bars = np.abs(np.stack([y - low, high - y]))
-    above.errorbar(
-        x, y, yerr=bars, fmt="o-", color=SERIES[0], elinewidth=1.6, capsize=3, label="this model, with 95% intervals"
-    )
+    above.errorbar(x, y, yerr=bars, fmt="o-", color=SERIES[0], elinewidth=1.6, capsize=3, label="this model, 95% intervals")
     above.set_ylim(0, 1.02)
     above.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     above.set_ylabel("test accuracy")
@@ -216,46 +214,46 @@ def reliability(found: Calibration) -> Figure:
     above.legend(loc="lower right")
     below.bar((np.arange(BINS) + 0.5) / BINS, found.counts, width=0.9 / BINS, color=SERIES[5])
     below.set_ylabel("images")
-    below.set_xlabel("confidence: the probability that the model gives its answer")
+    below.set_xlabel("confidence: probability of the predicted class")
     below.set_xlim(0, 1.01)
     below.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     below.grid(axis="x", visible=False)
     return figure
 
 
-# --- sheets of images ---------------------------------------------------------------------------------------------------
+# --- image grids ---------------------------------------------------------------------------------------------------
 
 
 def _sheet(images: Sequence[np.ndarray], captions: Sequence[tuple[str, ...]], columns: int = 6) -> Figure:
-    """Images in rows, with lines of words under each; all of them are one array, for axes are slow."""
+    """Images in a grid with captions; all are one array, because one Axes per image is slow."""
     side, lines = images[0].shape[0], len(captions[0])
-    gap, line = max(1, side // 8), side * 0.15  # pixels of the images
+    gap, line = max(1, side // 8), side * 0.15  # image pixels
     across, down = side + gap, side + gap + round(line * lines)
     rows, columns = math.ceil(len(images) / columns), min(columns, len(images))
     canvas = np.full((down * rows, across * columns, 3), 255, np.uint8)
-    inches = WIDTH * 1.25 / 6  # of a column
+    inches = WIDTH * 1.25 / 6  # per column
     figure = Figure(figsize=(inches * columns, inches * columns * canvas.shape[0] / canvas.shape[1]))
     axes = figure.add_axes((0, 0, 1, 1))
     for place, (image, words) in enumerate(zip(images, captions, strict=True)):
         top, left = place // columns * down + gap // 2, place % columns * across + gap // 2
         canvas[top : top + side, left : left + side] = image
         axes.add_patch(Rectangle((left - 0.5, top - 0.5), side, side, fill=False, edgecolor=PALE, linewidth=0.6))
-        for number, (word, colour) in enumerate(zip(words, (INK, COLOURS["val"]), strict=False)):
+        for number, (word, color) in enumerate(zip(words, (INK, COLORS["val"]), strict=False)):
             where = left + (side - 1) / 2, top + side * 1.03 + line * number
-            axes.text(*where, word, ha="center", va="top", fontsize=8, color=colour)
+            axes.text(*where, word, ha="center", va="top", fontsize=8, color=color)
     axes.imshow(canvas, interpolation="nearest")
     axes.set_axis_off()
     return figure
 
 
 def mistakes_sheet(found: Sequence[Mistake]) -> Figure:
-    """The most confident mistakes: the true class, and the answer with its probability."""
-    captions = [(_short(one.true), f"as {_short(one.answered)} {one.probability:.1%}") for one in found]
+    """The most confident mistakes, with the true class, the predicted class and its probability."""
+    captions = [(_short(one.true), f"as {_short(one.predicted)} {one.probability:.1%}") for one in found]
     return _sheet([one.pixels for one in found], captions)
 
 
 def augmented_sheet(images: np.ndarray, names: Sequence[str]) -> Figure:
-    """What training saw first, by its class."""
+    """The first augmented training images, with their classes."""
     return _sheet(list(images), [(_short(name),) for name in names])
 
 
@@ -264,16 +262,16 @@ def augmented_sheet(images: np.ndarray, names: Sequence[str]) -> Figure:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but their seed."""
+    """Runs that differ only in their seed."""
 
     label: str
     records: list[Record]
 
 
 def overlaid(groups: Sequence[Group], measure: str) -> Figure:
-    """Accuracy or loss of all runs over the epochs: a colour for each group, or for each run if there is one group alone.
+    """Accuracy or loss of all runs over the epochs: one color per group, or per run if there is only one group.
 
-    On the validation images, if all runs hold some out, else on the training images.
+    On the validation split if all runs have one, else on the training split.
     """
     split = "val" if all(record.epochs.get("val") for group in groups for record in group.records) else "train"
     lines = [(group.label, group.records) for group in groups]

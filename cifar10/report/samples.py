@@ -1,4 +1,4 @@
-"""Images as people look at them: what training was fed, and what the model got wrong; uint8 [N, S, S, 3], and captions."""
+"""Images for reports: augmented training images and misclassified test images, uint8 [N, S, S, 3]."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from cifar10.distributed.world import World
 from cifar10.report.stats import worst_mistakes
 from cifar10.run.predictions import Predictions
 
-SHOWN = 24  # images of a sheet
+SHOWN = 24  # images in a grid
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A test image that was answered wrongly."""
+    """A misclassified test image."""
 
-    index: int  # of the image, in the test split's order
+    index: int  # in the test split
     pixels: np.ndarray  # uint8 [S, S, 3]
     true: str
-    answered: str
-    probability: float  # that the model gave its answer
+    predicted: str
+    probability: float  # of the predicted class
     probability_of_true: float
 
 
@@ -38,12 +38,12 @@ def in_color(pixels: np.ndarray) -> np.ndarray:
 
 
 def first_augmented(recipe: Recipe, images: Images, count: int = SHOWN) -> tuple[np.ndarray, np.ndarray]:
-    """The first images of training as the loader feeds them: uint8 [count, S, S, 3], labels.
+    """The first training images as the loader augments them: uint8 [count, S, S, 3], and their labels.
 
-    They depend on their places in the training split alone, so only these few are packed.
+    Augmentation depends only on an image's index, so only these few are packed.
     """
     train, _ = stratified_split(images.labels, recipe.val_images, recipe.split_seed)
-    places = rng.permutation(len(train), recipe.seed, 0)[:count]  # among the training images
+    places = rng.permutation(len(train), recipe.seed, 0)[:count]  # in the training split
     few, world = train[places.numpy()], World(0, 0, 1, 1, torch.device("cpu"), "python")
     loader = TrainLoader.of(images.pixels[few], images.labels[few], recipe, Batch(1, 1, 1, 1), world)
     seen = loader.normalize.to_pixels(loader.augmented(torch.arange(len(few)), epoch=0, indices=places))
@@ -51,18 +51,18 @@ def first_augmented(recipe: Recipe, images: Images, count: int = SHOWN) -> tuple
 
 
 def mistakes(predictions: Predictions, images: Images, classes: list[str], count: int = SHOWN) -> list[Mistake]:
-    """The most confident wrong answers, worst first; none if these are not the images that the answers were given to."""
+    """The most confident mistakes, worst first; none if `images` are not the ones that the predictions are for."""
     tested = len(predictions.labels)
     if tested > len(images) or not np.array_equal(images.labels[:tested], predictions.labels):
         return []
     found = []
     for index in worst_mistakes(predictions, count).tolist():
-        true, answer, chances = predictions.labels[index], predictions.answers[index], predictions.probabilities[index]
-        names = classes[true], classes[answer]
-        found.append(Mistake(index, in_color(images.pixels[index]), *names, float(chances[answer]), float(chances[true])))
+        true, predicted, p = predictions.labels[index], predictions.predicted[index], predictions.probabilities[index]
+        names = classes[true], classes[predicted]
+        found.append(Mistake(index, in_color(images.pixels[index]), *names, float(p[predicted]), float(p[true])))
     return found
 
 
 def read_images(recipe: Recipe, split: Split, data_dir: Path) -> Images:
-    """A split of the recipe's data set, if it is there; nothing is downloaded. Raises UsageError if it is not."""
+    """Load a split of the recipe's data set without downloading. Raises UsageError if it is missing."""
     return registry.load(recipe.dataset, split, data_dir, recipe.split_seed)

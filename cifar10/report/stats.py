@@ -1,4 +1,4 @@
-"""What a model's answers and several runs' accuracies amount to: counts, intervals, calibration; numbers in, numbers out."""
+"""Statistics for reports: confusion matrix, confidence intervals, calibration, mean and spread over runs."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import numpy as np
 
 from cifar10.run.predictions import Predictions
 
-Z_95 = 1.959963984540054  # a normal deviate lies within this many sds 95 times of 100
-BINS = 15  # of confidence, equally wide, as in Guo et al. 2017, "On Calibration of Modern Neural Networks"
+Z_95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
+BINS = 15  # equal-width confidence bins, as in Guo et al. 2017, "On Calibration of Modern Neural Networks"
 
 
-# --- one model's answers ----------------------------------------------------------------------------------------------
+# --- one model's predictions ----------------------------------------------------------------------------------------------
 
 
 def confusion(predictions: Predictions) -> np.ndarray:
-    """How often each class (row) was answered as each (column): int64 [C, C]; a row sums to the images of its class."""
+    """Confusion matrix: int64 [C, C], true classes in rows, predicted ones in columns."""
     classes = predictions.logits.shape[1]
-    return np.bincount(predictions.labels * classes + predictions.answers, minlength=classes**2).reshape(classes, classes)
+    return np.bincount(predictions.labels * classes + predictions.predicted, minlength=classes**2).reshape(classes, classes)
 
 
 def wilson(successes: np.ndarray, trials: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The ends of Wilson's 95% interval of a proportion, which stays within 0..1; 0..1 itself where nothing was tried."""
+    """Wilson's 95% confidence interval of a proportion; 0..1 for zero trials."""
     n = np.maximum(trials, 1)
     share = successes / n
     middle = (share + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
@@ -36,7 +36,7 @@ def wilson(successes: np.ndarray, trials: np.ndarray) -> tuple[np.ndarray, np.nd
 
 @dataclass(frozen=True)
 class Calibration:
-    """Answers by their confidence, in BINS bins: how many, how confident, how often right; the last two NaN where none."""
+    """Predictions in BINS bins of confidence: count, mean confidence, accuracy; the last two are NaN for empty bins."""
 
     counts: np.ndarray  # int64 [BINS]
     confidence: np.ndarray  # float64 [BINS]
@@ -44,14 +44,14 @@ class Calibration:
 
     @property
     def error(self) -> float:
-        """Expected calibration error: |accuracy - confidence|, averaged over the images."""
+        """Expected calibration error (ECE): |accuracy - confidence|, averaged over the images."""
         return float(np.nansum(self.counts * np.abs(self.accuracy - self.confidence)) / self.counts.sum())
 
 
 def calibration(predictions: Predictions) -> Calibration:
-    """How far a probability that the model gives its answer can be taken at its word."""
+    """Bin predictions by the probability of the predicted class."""
     confidence = predictions.probabilities.max(axis=1)
-    right = predictions.answers == predictions.labels
+    right = predictions.predicted == predictions.labels
     bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
     counts = np.bincount(bins, minlength=BINS)
     n = np.where(counts, counts, np.nan)
@@ -59,8 +59,8 @@ def calibration(predictions: Predictions) -> Calibration:
 
 
 def worst_mistakes(predictions: Predictions, count: int) -> np.ndarray:
-    """The images that were answered wrongly with the highest probability, worst first: int64 [<= count]."""
-    wrong = np.flatnonzero(predictions.answers != predictions.labels)
+    """Indices of the most confident mistakes, worst first: int64 [<= count]."""
+    wrong = np.flatnonzero(predictions.predicted != predictions.labels)
     confidence = predictions.probabilities[wrong].max(axis=1)
     return wrong[np.argsort(-confidence, kind="stable")][:count]
 
@@ -81,7 +81,7 @@ def _within(t: float, df: int) -> float:
 
 
 def t_95(df: int) -> float:
-    """How many standard errors either way hold the true mean 95 times of 100: 12.706 with 1 degree of freedom, 4.303 with 2.
+    """Two-sided 95% quantile of Student's distribution with `df` degrees of freedom, without scipy.
 
     >>> [round(t_95(df), 3) for df in (1, 2, 3, 4, 9, 30)]
     [12.706, 4.303, 3.182, 2.776, 2.262, 2.042]
@@ -95,10 +95,7 @@ def t_95(df: int) -> float:
 
 @dataclass(frozen=True)
 class Spread:
-    """n values as their mean, sample standard deviation, and the half width of the 95% confidence interval of the mean.
-
-    One value has neither of the last two.
-    """
+    """Mean, sample standard deviation, and half width of the mean's 95% confidence interval; the last two need n > 1."""
 
     n: int
     mean: float
@@ -107,7 +104,7 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """None of no values."""
+    """The mean and spread of some values; None if there are none."""
     if len(values) < 2:
         return Spread(1, values[0], None, None) if values else None
     n, sd = len(values), stdev(values)

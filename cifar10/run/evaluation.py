@@ -1,4 +1,4 @@
-"""Evaluating a model on a split, and test-time augmentation: the mean of its logits over several views of an image."""
+"""Evaluation on a split, with optional test-time augmentation (TTA): mean logits over several views of an image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cifar10.data.loader import EvaluationLoader
 from cifar10.distributed.world import World
 from cifar10.run.summary import SplitResult
 
-VIEWS = {"mirror": 2, "mirror+translate": 6}  # how many views of each image
+VIEWS = {"mirror": 2, "mirror+translate": 6}  # views per image
 
 
 def calculate_accuracy(outputs: Tensor, targets: Tensor) -> float:
@@ -22,7 +22,7 @@ def calculate_accuracy(outputs: Tensor, targets: Tensor) -> float:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: EvaluationLoader, world: World, keep: list[Tensor] | None = None) -> SplitResult:
-    """Mean loss and accuracy of a plain fp32 `model` over a split, the same on every rank; its own logits go into `keep`."""
+    """Mean loss and accuracy of an fp32 `model` over a split, the same on every rank; this rank's logits go to `keep`."""
     started = time.perf_counter()
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)  # loss, correct
@@ -36,34 +36,34 @@ def evaluate(model: nn.Module, loader: EvaluationLoader, world: World, keep: lis
     return SplitResult(loss / len(loader), correct / len(loader), len(loader), time.perf_counter() - started)
 
 
-def _both_ways(model: nn.Module, images: Tensor) -> Tensor:
+def _flip_mean(model: nn.Module, images: Tensor) -> Tensor:
     return (model(images) + model(images.flip(-1))) / 2
 
 
 def views(model: nn.Module, images: Tensor, kind: str) -> Tensor:
-    """Normalized images [B, C, S, S] -> the mean of the logits of all views [B, classes].
+    """Normalized images [B, C, S, S] -> mean logits over all views [B, classes].
 
-    `mirror`: as it is and flipped. `mirror+translate`: both of these also moved by one pixel up and to the left, and down
-    and to the right; the image where it is counts as much as the two others together (airbench94's, see models/speednet.py).
+    `mirror`: the image and its horizontal flip. `mirror+translate`: also both of them shifted by one pixel up and left, and
+    down and right; the two shifts together weigh as much as the unshifted views (as in airbench94, see models/speednet.py).
     """
-    logits = _both_ways(model, images)
+    logits = _flip_mean(model, images)
     if kind == "mirror":
         return logits
     size = images.shape[-1]
     around = F.pad(images, (1, 1, 1, 1), mode="reflect")
     moved = [around[:, :, at : at + size, at : at + size].contiguous(memory_format=torch.channels_last) for at in (0, 2)]
-    return logits / 2 + sum(_both_ways(model, images) for images in moved) / 4
+    return logits / 2 + sum(_flip_mean(model, images) for images in moved) / 4
 
 
 class Augmented(nn.Module):
-    """`model`, looking again at every image whose most probable class has a probability below `below`."""
+    """`model` with TTA for images whose highest class probability is below `below`."""
 
     def __init__(self, model: nn.Module, kind: str, below: float = 1.0) -> None:
         super().__init__()
         self.model, self.kind, self.below = model, kind, below
 
     def forward(self, images: Tensor) -> Tensor:
-        """float32 [B, C, S, S] -> logits [B, classes]; an image's answer does not depend on the others of its batch."""
+        """float32 [B, C, S, S] -> logits [B, classes]; each image's are independent of the rest of its batch."""
         if self.below == 1:
             return views(self.model, images, self.kind)
         logits = self.model(images)

@@ -39,7 +39,7 @@ class MetricBuffer:
 
 
 class TooManySkippedSteps(Exception):
-    """Step after step was not finite; more training would learn nothing."""
+    """Training has diverged: too many steps in a row had non-finite values."""
 
 
 def count_steps(rows: list[Row], state: RunState, *, global_images: int, max_skipped_in_a_row: int) -> None:
@@ -54,6 +54,6 @@ def count_steps(rows: list[Row], state: RunState, *, global_images: int, max_ski
                 sums.add(global_images, loss, correct, grad_norm)
         if state.skipped_in_a_row >= max_skipped_in_a_row:
             raise TooManySkippedSteps(
-                f"{state.skipped_in_a_row} steps in a row, by step {state.step}, had a loss or gradient that is not finite,"
-                f" and were skipped; lower the learning rate (--lr)"
+                f"{state.skipped_in_a_row} steps in a row, by step {state.step}, were skipped because of a non-finite loss or"
+                f" gradient; lower the learning rate (--lr)"
             )

@@ -1,6 +1,6 @@
-"""What a model answered on a split: its logits and the true labels, in the split's order, in one small file.
+"""A model's predictions on a split: logits and true labels in the split's order, in one .npz file.
 
-Everything that a report says of single images or classes is computed from this file, without the model.
+Reports compute everything about single images and classes from this file, without the model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from cifar10 import UsageError
 from cifar10.files import written_whole
 
-TEST_FILE = "test_predictions.npz"  # in a run's folder: best_model's, written by the run's own test, and anew by evaluate
+TEST_FILE = "test_predictions.npz"  # best_model's, written by the final test and by `evaluate`
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,17 @@ class Predictions:
         return shifted / shifted.sum(axis=1, keepdims=True)
 
     @property
-    def answers(self) -> np.ndarray:
-        """The class with the largest logit: int64 [N]."""
+    def predicted(self) -> np.ndarray:
+        """The predicted classes: int64 [N]."""
         return self.logits.argmax(axis=1)
 
     @property
     def accuracy(self) -> float:
-        return float((self.answers == self.labels).mean())
+        return float((self.predicted == self.labels).mean())
 
 
 def interleaved(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """The rows of all ranks in the split's order: of R ranks, rank r has rows r, r + R, r + 2 R, ..."""
+    """All ranks' rows in the split's order: of R ranks, rank r has rows r, r + R, r + 2 R, ..."""
     whole = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype=parts[0].dtype)
     for rank, part in enumerate(parts):
         whole[rank :: len(parts)] = part
@@ -50,21 +50,18 @@ def interleaved(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def save_predictions(path: Path, parts: Sequence[np.ndarray], labels: np.ndarray) -> bool:
-    """Write a file for `read` from the logits of all ranks; a disk that will not take it does not end a run: it is told.
-
-    Returns whether the file is written.
-    """
+    """Write the logits of all ranks to a file for `read`; returns whether that worked: a full disk does not end the run."""
     try:
         with written_whole(path) as file:
             np.savez_compressed(file, logits=interleaved(parts), labels=labels)
     except OSError as error:
-        print(f"{path} is not written: {error.strerror}", file=sys.stderr)
+        print(f"cannot write {path}: {error.strerror}", file=sys.stderr)
         return False
     return True
 
 
 def read(path: Path) -> Predictions | None:
-    """What `save_predictions` wrote; None if there is no such file. Raises UsageError for something else; executes nothing."""
+    """Load what `save_predictions` wrote, without unpickling; None if it is missing. Raises UsageError if it is corrupt."""
     try:
         with np.load(path, allow_pickle=False) as file:
             found = Predictions(file["logits"].astype(np.float32), file["labels"].astype(np.int64))
@@ -72,6 +69,6 @@ def read(path: Path) -> Predictions | None:
             raise ValueError(f"logits {found.logits.shape} for labels {found.labels.shape}")
     except FileNotFoundError:
         return None
-    except Exception as error:  # whatever bytes that are no such file make of a reader
-        raise UsageError(f"{path} is damaged ({type(error).__name__}); `python -m cifar10 evaluate` writes it anew") from None
+    except Exception as error:  # a corrupt or foreign file
+        raise UsageError(f"{path} is damaged ({type(error).__name__}); `python -m cifar10 evaluate` rewrites it") from None
     return found

@@ -1,4 +1,4 @@
-"""The only mutable record of a run: plain numbers. Everything else is frozen, or owned by the engine."""
+"""Training progress: the only mutable record of a run. Everything else is frozen, or owned by the engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LARGEST_COUNT = 2**53
 
 @dataclass
 class Sums:
-    """What a stretch of steps added up to. Skipped steps taught nothing and are counted apart."""
+    """Metrics summed over several steps; skipped steps are only counted."""
 
     steps: int = 0
     images: int = 0
@@ -23,7 +23,7 @@ class Sums:
     skipped: int = 0
 
     def add(self, images: int, loss: float, correct: int, grad_norm: float) -> None:
-        """Count one step that was applied."""
+        """Add one applied step."""
         self.steps += 1
         self.images += images
         self.loss += loss
@@ -36,7 +36,7 @@ class Sums:
 
     @property
     def accuracy(self) -> float:
-        """A fraction."""
+        """From 0 to 1."""
         return self.correct / self.images if self.images else float("nan")
 
     @property
@@ -45,7 +45,7 @@ class Sums:
 
 
 def _plain(record: T) -> T:
-    """The record, if its counts are whole numbers that can be meant, and its other numbers floats."""
+    """Check the types and ranges of a record read from a file."""
     for field_ in dataclasses.fields(record):
         value, kind = getattr(record, field_.name), field_.type
         if kind == "int" and not (type(value) is int and -1 <= value < LARGEST_COUNT):
@@ -57,11 +57,11 @@ def _plain(record: T) -> T:
 
 @dataclass
 class RunState:
-    """Where a run stands. Order and augmentation follow from `epoch` and `epoch_step`, so this is all that a resume needs."""
+    """Progress so far; data order and augmentation follow from `epoch` and `epoch_step`, so resuming needs no more."""
 
-    step: int = 0  # optimizer updates so far, skipped ones included
+    step: int = 0  # optimizer steps so far, including skipped ones
     epoch: int = 0  # complete passes over the training split
-    epoch_step: int = 0  # steps into the epoch under way
+    epoch_step: int = 0  # steps in the current epoch
     epoch_sums: Sums = field(default_factory=Sums)
     interval_sums: Sums = field(default_factory=Sums)  # since the last row of steps.csv
     first_epoch_sums: Sums = field(default_factory=Sums)
@@ -71,21 +71,21 @@ class RunState:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     trained_images: int = 0
-    train_seconds: float = 0.0  # wall time of training steps, without evaluation and saving
-    seconds_before_epoch: float = 0.0  # of them, before the epoch under way
-    lr_factor: float = 1.0  # what plateaus have made of the learning rate
-    best_loss: float = float("inf")  # of the watched loss: validation's, or training's where nothing is held out
+    train_seconds: float = 0.0  # wall time of training, without evaluation and checkpoints
+    seconds_before_epoch: float = 0.0  # train_seconds at the start of the current epoch
+    lr_factor: float = 1.0  # learning rate multiplier after plateaus
+    best_loss: float = float("inf")  # validation loss, or training loss if no images are held out
     epochs_without_improvement: int = 0
     best_accuracy: float = -1.0  # of best_model, on its split
     best_step: int = -1
     resumed_at_steps: list[int] = field(default_factory=list)
 
     def ends_epoch_of(self, every_epochs: int) -> bool:
-        """Whether this is the end of an epoch after which something happens that happens every so many epochs; 0 is never."""
+        """Whether an epoch has just ended whose number is a multiple of `every_epochs`; never if that is 0."""
         return bool(every_epochs) and self.epoch_step == 0 and self.epoch % every_epochs == 0
 
     def remember_epoch(self, sums: Sums, val_accuracy: float | None) -> None:
-        """Keep of an epoch that has ended what a summary compares: the first, the last and the best one."""
+        """Keep the first, last and best epoch's metrics for the summary."""
         if self.epoch == 0:
             self.first_epoch_sums, self.first_val_accuracy = sums, -1.0 if val_accuracy is None else val_accuracy
         self.last_epoch_sums = sums
@@ -96,7 +96,7 @@ class RunState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunState:
-        """The state that `as_dict` wrote. Raises TypeError, KeyError or ValueError for one that it cannot have written."""
+        """The inverse of `as_dict`. Raises TypeError, KeyError or ValueError for invalid values."""
         keys = ("epoch_sums", "interval_sums", "first_epoch_sums", "last_epoch_sums")
         sums = {key: _plain(Sums(**values[key])) for key in keys}
         state = _plain(cls(**{**values, **sums}))

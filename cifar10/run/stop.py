@@ -1,4 +1,4 @@
-"""Stopping in good order: a signal only sets a flag; ranks agree at a step boundary, and then all of them save and leave."""
+"""Graceful stop: signals only set a flag; all ranks agree at a step boundary, save and exit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cifar10.distributed.world import World
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SECONDS_BETWEEN_AGREEMENTS = 1.0
-TIMED_STEPS = 20  # of which the second half is timed: the first steps are slow
+TIMED_STEPS = 20  # the first half is warmup
 LAUNCHERS = {
     b"deepspeed",
     b"deepspeed.launcher.runner",
@@ -23,8 +23,7 @@ LAUNCHERS = {
 
 
 def _parent_and_start(pid: int) -> tuple[int, str] | None:
-    """A process's parent and start time (which tells it from a later one of the same number), where /proc tells; None for one
-    that is dead, also if nobody has waited for it yet."""
+    """A process's parent and start time (process IDs are reused) from /proc; None if dead, a zombie, or without /proc."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, IndexError):
@@ -33,14 +32,14 @@ def _parent_and_start(pid: int) -> tuple[int, str] | None:
 
 
 def _launchers_above() -> dict[int, str]:
-    """The processes that this rank was launched by, from its parent up: {pid: start time}."""
+    """The launcher processes among this rank's ancestors: {pid: start time}."""
     found, pid = {}, os.getppid()
     while pid > 1 and (known := _parent_and_start(pid)):
         try:
             command = Path(f"/proc/{pid}/cmdline").read_bytes()
         except OSError:
             break
-        # whole words only: the text of a shell's -c names our script too, and that shell may leave while we go on
+        # whole words only: a shell's -c contains the script's name too, and that shell may exit earlier
         words = {os.path.basename(word) for word in command.split(b"\0") if b" " not in word}
         if not words & LAUNCHERS:
             break
@@ -50,10 +49,10 @@ def _launchers_above() -> dict[int, str]:
 
 
 class StopRequest:
-    """Whether this run has been asked to stop: by SIGTERM, SIGINT or SIGUSR1, by a file called STOP in `folder`, by having
-    run for `max_minutes`, by the time `stop_at` (seconds since 1970), or by the death of one of its launchers.
+    """Whether to stop: after SIGTERM, SIGINT or SIGUSR1, when a file STOP appears in `folder`, after `max_minutes`, at the Unix
+    time `stop_at`, or when a launcher process has died.
 
-    Handlers are installed by the constructor. With several ranks, all of them get the same answer at the same step.
+    The constructor installs the signal handlers. All ranks stop at the same step.
     """
 
     def __init__(self, world: World, folder: Path, max_minutes: float | None = None, stop_at: float | None = None) -> None:
@@ -63,51 +62,51 @@ class StopRequest:
         self._stop_at = stop_at
         self._began = time.monotonic()
         self._reason = ""
-        self._interrupted = float("inf")  # when Ctrl-C was pressed first
+        self._interrupted = float("inf")  # time of the first Ctrl-C
         self._launchers = _launchers_above()
         self._started = time.perf_counter()
         self._calls = 0
         self._every = 0  # steps between agreements; 0 until rank 0 has timed the first steps
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
-        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a closed terminal; under nohup it is ignored
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # terminal closed; nohup ignores it
             signal.signal(signal.SIGHUP, self._on_signal)
 
     @property
     def reason(self) -> str:
-        """Why, in words; empty on a rank that was told by the others."""
+        """Why to stop; empty on a rank where nothing happened."""
         return self._reason
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        now = time.monotonic()  # torchrun passes on a Ctrl-C that the terminal has already sent to all
+        now = time.monotonic()  # torchrun forwards a Ctrl-C that the terminal already sent to all ranks
         if number == signal.SIGINT and now > self._interrupted + 1:
-            raise KeyboardInterrupt  # Ctrl-C again, a second later: somebody does not want to wait for the save
+            raise KeyboardInterrupt  # a second Ctrl-C skips the save
         if number == signal.SIGINT:
             self._interrupted = min(self._interrupted, now)
         self._reason = self._reason or signal.Signals(number).name
 
-    def _look(self) -> None:
-        """At what no signal tells of. One rank looks for the file and at the clock, since clocks and file systems differ."""
-        self._look_for_launchers()
+    def _poll(self) -> None:
+        """Check what sends no signal. Only rank 0 checks the file and the clock: nodes may differ in both."""
+        self._check_launchers()
         if not self._world.is_main:
             return
         if self._file.exists():
             self._reason = self._reason or "the file STOP"
-            self._file.unlink(missing_ok=True)  # the same command is to go on
+            self._file.unlink(missing_ok=True)  # so that the same command can resume
         if self._max_minutes is not None and time.monotonic() - self._began > 60 * self._max_minutes:
             self._reason = self._reason or f"--max-minutes {self._max_minutes:g}"
         if self._stop_at is not None and time.time() > self._stop_at:
             self._reason = self._reason or "--stop-at"
 
-    def _look_for_launchers(self) -> None:
+    def _check_launchers(self) -> None:
         for pid, started in self._launchers.items():
             known = _parent_and_start(pid)
             if known is None or known[1] != started:
-                self._reason = self._reason or f"launcher process {pid} is gone"
+                self._reason = self._reason or f"launcher process {pid} has exited"
 
     def agreed(self) -> bool:
-        """Asked after every step. One rank reads its flag; several agree about once a second, all at the same steps, and at
-        each of the first ones, until it is known how many steps a second has."""
+        """Whether to stop now, called after every step. Several ranks communicate at the same steps, about once a second; at
+        every step until rank 0 has measured the step time."""
         self._calls += 1
         if self._calls in (TIMED_STEPS // 2, TIMED_STEPS):
             seconds = (time.perf_counter() - self._started) / (TIMED_STEPS - TIMED_STEPS // 2)
@@ -116,5 +115,5 @@ class StopRequest:
                 self._every = self._world.from_main(lambda: max(1, min(1_000, round(SECONDS_BETWEEN_AGREEMENTS / seconds))))
         if self._calls % (self._every or 1):
             return self._world.size == 1 and bool(self._reason)
-        self._look()
+        self._poll()
         return self._world.any_rank(bool(self._reason))

@@ -111,7 +111,8 @@ def test_what_is_broken_is_a_line_with_its_cure_and_the_rest_is_looked_at_all_th
 def test_flags_without_the_library_that_reads_them(tmp_path):
     done = doctor_here("--json", first_on_path=raising(tmp_path / "broken", "tyro"))
     assert done.returncode == 2
-    assert done.stderr.strip() == "error: tyro, which reads flags, is not installed; type uv sync"
+    assert "tyro" in done.stderr
+    assert "uv sync" in done.stderr
 
 
 def test_a_torch_that_cannot_be_imported(tmp_path):

@@ -46,7 +46,7 @@ def test_the_test_split_comes_to_what_the_run_has_written(copied, capsys, name):
     assert found["accuracy"] == summary["test_accuracy"]
     assert (found["images"], found["written"]) == (200, str(run / TEST_FILE))
     assert (run / TEST_FILE).read_bytes() == own
-    assert len(np.unique(read(run / TEST_FILE).answers)) > 3  # a network that answers all alike would prove nothing
+    assert len(np.unique(read(run / TEST_FILE).predicted)) > 3  # a network that answers all alike would prove nothing
 
 
 def test_it_takes_no_deepspeed(copied, capsys, monkeypatch):
@@ -123,7 +123,7 @@ def test_a_folder_that_takes_no_file_is_told_and_the_numbers_come_all_the_same(c
     assert command("evaluate", run, "--threads", 1, "--json") == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["written"] is None
-    assert "is not written" in printed.err
+    assert "no such folder/x.npz" in printed.err
 
 
 # --- other views ------------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def test_test_images_in_files_are_answered_as_evaluate_answers_them(trained, tmp
         Image.fromarray(image.squeeze()).save(tmp_path / f"{number:03}.png")
     seen = answers(capsys, run, tmp_path, "--top", 10)
     wanted = read(run / TEST_FILE)
-    assert [answer["label"] for answer in seen] == [found.classes[i] for i in wanted.answers]
+    assert [answer["label"] for answer in seen] == [found.classes[i] for i in wanted.predicted]
     for answer, row in zip(seen, wanted.probabilities, strict=True):
         ranked = {one["label"]: one["confidence"] for one in answer["top"]}
         assert [ranked[label] for label in found.classes] == pytest.approx(list(row), abs=1e-6)

@@ -197,7 +197,7 @@ def test_reflected_borders_equal_torchvisions(images: Tensor, size: int, padding
 @pytest.mark.parametrize("resize", [0, 8, 40])
 def test_a_border_as_wide_as_the_image_cannot_be_reflected(images: Tensor, resize: int) -> None:
     pixels_.pack(images, (resize or 32) - 1, resize, reflect=True)
-    with pytest.raises(ValueError, match="cannot be reflected"):
+    with pytest.raises(ValueError, match="reflection"):
         pixels_.pack(images, resize or 32, resize, reflect=True)
 
 

@@ -132,11 +132,8 @@ def test_a_host_without_any_address_is_refused_with_what_to_set(environment, req
         request.getfixturevalue("scontrol")
     names.clear()
     step = slurm_step(0, 4, 4, 0, 0, "1(x4)", "gpu[03-05,09]")
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UsageError, match=r"gpu03; set MASTER_ADDR"):
         derived(environment, step)
-    assert str(caught.value) == (
-        "the first node, gpu03, has no address that resolves; set MASTER_ADDR to one that every node can reach"
-    )
     environment.clear()
     assert derived(environment, {**step, "MASTER_ADDR": "10.0.0.1"})["MASTER_ADDR"] == "10.0.0.1"
 
@@ -208,7 +205,7 @@ def test_mpirun_on_one_machine(environment):
 
 @pytest.mark.parametrize("given", [{}, {"MASTER_ADDR": "10.0.0.1"}, {"MASTER_PORT": "29500"}])
 def test_mpirun_on_several_machines_is_refused_without_an_address_and_a_port(environment, given):
-    with pytest.raises(UsageError, match=r"MASTER_ADDR and MASTER_PORT.*mpirun -x MASTER_ADDR=") as caught:
+    with pytest.raises(UsageError, match=r"mpirun -x MASTER_ADDR=.* -x MASTER_PORT=") as caught:
         derived(environment, {**mpi(2, 4, 0, 2), **given})
     assert len(str(caught.value).splitlines()) == 1
 
@@ -236,7 +233,7 @@ def test_the_program_refuses_it_in_one_line_from_one_rank_of_each_machine(local_
     if local_rank == "1":
         assert process.stderr == ""
     else:
-        assert re.fullmatch(r"error: mpirun over several machines needs MASTER_ADDR and MASTER_PORT, .*\n", process.stderr)
+        assert re.fullmatch(r"error: .*MASTER_ADDR and MASTER_PORT.*\n", process.stderr)
     assert not (tmp_path / "run").exists()
 
 

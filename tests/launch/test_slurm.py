@@ -76,7 +76,7 @@ def test_a_job_that_is_warned_saves_and_is_queued_again_and_finishes(one_node, t
     assert (results["status"], results["world_size"], results["steps"]) == ("finished", 1, 120)
     (resumed_at,) = results["resumed_at_steps"]
     assert 0 < resumed_at < 120
-    assert f"queued again: job {number} goes on in {folder} from step_" in log.read_text()
+    assert f"requeued: job {number} resumes in {folder} from step_" in log.read_text()
 
 
 def srun(slurm: Slurm, folder: Path, *requests: str) -> subprocess.CompletedProcess[str]:

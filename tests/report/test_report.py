@@ -82,7 +82,7 @@ def test_rows_of_the_confusion_matrix_sum_to_the_images_of_a_class():
     counts = stats.confusion(found)
     assert counts.sum(axis=1).tolist() == np.bincount(found.labels, minlength=10).tolist()
     assert np.diag(counts).sum() / 203 == found.accuracy
-    assert counts[3, 5] == ((found.labels == 3) & (found.answers == 5)).sum()
+    assert counts[3, 5] == ((found.labels == 3) & (found.predicted == 5)).sum()
 
 
 def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy():
@@ -98,7 +98,7 @@ def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy():
 def test_the_worst_mistakes_are_the_most_confident_wrong_answers():
     found = answers()
     worst = stats.worst_mistakes(found, 7)
-    confidence, wrong = found.probabilities.max(axis=1), found.answers != found.labels
+    confidence, wrong = found.probabilities.max(axis=1), found.predicted != found.labels
     assert wrong[worst].all()
     assert confidence[worst].tolist() == sorted(confidence[wrong], reverse=True)[:7]
     assert len(stats.worst_mistakes(Predictions(np.eye(3, dtype=np.float32), np.arange(3)), 7)) == 0
@@ -161,7 +161,7 @@ def test_the_sheet_shows_the_worst_mistakes_with_their_images():
     assert [one.index for one in shown] == stats.worst_mistakes(found, 5).tolist()
     for one in shown:
         assert np.array_equal(one.pixels, images.pixels[one.index])
-        assert one.true == "abcdefghij"[images.labels[one.index]] != one.answered
+        assert one.true == "abcdefghij"[images.labels[one.index]] != one.predicted
         assert one.probability == found.probabilities[one.index].max() > one.probability_of_true
 
 
@@ -230,14 +230,14 @@ def test_the_pages_numbers_are_those_of_the_files(whole):
     said = words(folder / "report.html")
     for number in ("test accuracy 50.00%", "val accuracy 62.00%", "train accuracy 41.00%", "1.5 min"):
         assert number in said
-    wrong = int((found.answers != found.labels).sum())
-    assert f"{wrong} of 200 test images were answered wrongly" in said
-    assert f"is right in {found.accuracy:.1%}" in said
+    wrong = int((found.predicted != found.labels).sum())
+    assert f"{wrong} of 200 test images" in said
+    assert f"accuracy is {found.accuracy:.1%}" in said
     assert f"calibration error is {stats.calibration(found).error:.2%}" in said
     for index in stats.worst_mistakes(found, 24):
-        true, answer = (synthetic.SYNTHETIC.description.classes[of[index]] for of in (found.labels, found.answers))
+        true, answer = (synthetic.SYNTHETIC.description.classes[of[index]] for of in (found.labels, found.predicted))
         chances = found.probabilities[index]
-        shown = f"{true} {chances[found.labels[index]]:.1%} {answer} {chances[found.answers[index]]:.1%} #{index}"
+        shown = f"{true} {chances[found.labels[index]]:.1%} {answer} {chances[found.predicted[index]]:.1%} #{index}"
         assert shown in said
     assert "python main.py --recipe" in said
     assert "cifar10_deepspeed.py --seed 0" in said
@@ -259,7 +259,7 @@ def test_a_page_is_whole_in_itself_and_every_picture_of_it_can_be_seen(whole):
             image.load()
             assert min(image.size) >= 32
     names = {path.stem for path in (folder / "report").glob("*.png")}
-    assert names == {"curves", "optimisation", "confusion", "classes", "calibration", "mistakes", "augmented"}
+    assert names == {"curves", "optimization", "confusion", "classes", "calibration", "mistakes", "augmented"}
     for name in names:
         with Image.open(folder / "report" / f"{name}.png") as image:
             assert all(500 <= pixels <= 2_000 for pixels in image.size)
@@ -277,7 +277,7 @@ def test_a_run_under_way_is_reported_with_what_there_is(tmp_path):
     assert "running" in said
     assert "test accuracy" not in said
     assert "no test_predictions.npz" in said
-    assert not (folder / "report" / "optimisation.png").exists()
+    assert not (folder / "report" / "optimization.png").exists()
     for name in ("metrics.csv", "summary.json", "ds_config.json"):
         (folder / name).unlink()
     html_page.make_report(folder, tmp_path / "nowhere")
@@ -291,7 +291,7 @@ def test_accuracy_with_several_views_stands_beside_the_plain_one(tmp_path):
     html_page.make_report(folder, tmp_path)
     said = words(folder / "report.html")
     assert "test accuracy 50.00%" in said
-    assert "test accuracy, several views 53.21% the same images, with test-time augmentation (mirror+translate)" in said
+    assert "test accuracy with TTA 53.21% the same images, test-time augmentation (mirror+translate)" in said
 
 
 def test_where_nothing_is_held_out_no_validation_has_chosen_the_model(tmp_path):
@@ -299,7 +299,7 @@ def test_where_nothing_is_held_out_no_validation_has_chosen_the_model(tmp_path):
     html_page.make_report(folder, tmp_path)
     said = words(folder / "report.html")
     assert "last model, 200 images" in said
-    assert "validation chose" not in said
+    assert "best validation" not in said
 
 
 def test_without_the_data_set_the_sheets_are_left_out_and_it_is_said(tmp_path):
@@ -312,8 +312,8 @@ def test_without_the_data_set_the_sheets_are_left_out_and_it_is_said(tmp_path):
     said = words(folder / "report.html")
     assert "Left out" in said
     assert "data_batch_1 is missing" in said or "test_batch is missing" in said
-    assert "The worst mistakes" not in said
-    assert "Where it errs" in said
+    assert "Most confident mistakes" not in said
+    assert "Confusions" in said
 
 
 def test_names_are_text_whatever_they_are(tmp_path, monkeypatch):
@@ -381,7 +381,7 @@ def test_runs_that_differ_in_their_seed_are_one_row_with_an_interval(tmp_path):
     interval = f"{100 * (mean(accuracies) - half):.2f} to {100 * (mean(accuracies) + half):.2f}%"
     assert f"bn_cnn, augment RandomCrop(3) Random… 3 82.30 ± 0.35% {interval} 62.00 ± 0.00%" in said
     assert "bn_cnn, augment none 1 60.00% – 62.00%" in said
-    assert "not finished, and so not counted: c" in said
+    assert "not finished, so not included: c" in said
     assert "a/seed_1 bn_cnn, augment RandomCrop(3) Random… 1 finished 2 82.39%" in said
     assert "5 runs, 2 experiments" in said
     assert "same seed" not in said

@@ -1,4 +1,4 @@
-"""several views of an image, each counted as it should be, and no image answered by its neighbours."""
+"""Test-time augmentation: the views, their weights, and independence of the images in a batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.helpers import batch
 
 
 class Corner(nn.Module):
-    """Answers with pixels, so that the views can be told apart: the value at (0, 0) and at (16, 16) of the first channel."""
+    """Returns pixels, so that views can be told apart: the value at (0, 0) and at (16, 16) of the first channel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class Corner(nn.Module):
         return torch.stack([images[:, 0, 0, 0], images[:, 0, 16, 16]], dim=1)
 
 
-def test_mirror_is_the_mean_of_both_ways():
+def test_mirror_is_the_mean_with_the_flip():
     images, _ = batch(4)
     expected = (Corner()(images) + Corner()(images.flip(-1))) / 2
     assert torch.allclose(views(Corner(), images, "mirror"), expected)
@@ -40,7 +40,7 @@ def test_the_image_where_it_is_counts_as_much_as_the_moved_ones_together():
 
 
 @pytest.mark.parametrize("kind", VIEWS)
-def test_every_image_is_looked_at_so_many_times(kind):
+def test_number_of_views_per_image(kind):
     images, model = batch(5)[0], Corner()
     Augmented(model, kind)(images)
     assert model.images == 5 * VIEWS[kind]
@@ -58,7 +58,7 @@ def test_only_unsure_images_get_more_views(kind):
     assert torch.equal(logits[3:], views(Corner(), images[3:], kind))
 
 
-def test_an_images_answer_does_not_depend_on_its_neighbours():
+def test_an_images_logits_are_independent_of_its_batch():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10)).double()
     images = batch(20)[0].double()

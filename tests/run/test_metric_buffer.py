@@ -87,7 +87,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run() -> None:
     state = RunState(step=75)
     count([BAD] * 24 + [GOOD] + [BAD] * 24, state)
     assert (state.skipped_steps, state.skipped_in_a_row) == (48, 24)
-    with pytest.raises(TooManySkippedSteps, match=r"25 steps in a row, by step 75, .* not finite.*\(--lr\)"):
+    with pytest.raises(TooManySkippedSteps, match=r"25 steps in a row, by step 75, .*--lr"):
         count([BAD, GOOD], state)
     count([GOOD], state)
     assert state.skipped_in_a_row == 0

@@ -95,7 +95,7 @@ REFUSED = {
     "a plain state dict": (lambda run: content_of(run)["module"], "a plain state dict says nothing of how to use it"),
     "no recipe": (lambda run: changed(run, recipe=None), "not a trained model"),
     "an unknown field": (lambda run: changed(run, recipe={"surprise": 1}), "surprise"),
-    "an impossible field": (lambda run: changed(run, recipe={**content_of(run)["recipe"], "resize": -1}), "--resize -1"),
+    "an impossible field": (lambda run: changed(run, recipe={**content_of(run)["recipe"], "resize": -1}), "--resize: -1"),
     "an unknown model": (lambda run: changed(run, recipe={**content_of(run)["recipe"], "model": "../x"}), "unknown"),
     "another model": (
         lambda run: changed(run, recipe={**content_of(run)["recipe"], "model": "lenet"}),
