@@ -1,6 +1,6 @@
-"""Bad input, whole: refused in one clear line before anything starts, and nothing is left behind.
+"""Bad input is refused in one clear line before anything starts, and nothing is left behind.
 
-Single values and keys are tried in test_recipe.py and test_ds_json.py; here a whole command line meets the disk.
+Single values and keys are tried in test_recipe.py and test_ds_config.py; here whole command lines meet the disk.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def plan(*argv: str, world_size: int = 1) -> Plan:
 
 
 def refusal(here: Path, *argv: str, world_size: int = 1, may_add: tuple[str, ...] = ()) -> str:
-    """The one line with which a command line is refused; nothing on the disk has changed but what `may_add` names."""
+    """The one line that refuses a command line; nothing on the disk has changed but what `may_add` names."""
     before = tree(here)
     with pytest.raises(UsageError) as caught:
         plan(*argv, world_size=world_size)
@@ -67,7 +67,7 @@ def refusal(here: Path, *argv: str, world_size: int = 1, may_add: tuple[str, ...
     return message
 
 
-def test_what_is_refused_below_is_refused_for_its_fault_alone(here):
+def test_sound_input_is_accepted(here):
     for world_size in (1, 2, 4):
         plan("--dataset", "synthetic", "--output-dir", "run", "--global-batch-size", "128", world_size=world_size)
     assert tree(here) == {}
@@ -80,14 +80,11 @@ def test_what_is_refused_below_is_refused_for_its_fault_alone(here):
     ("argv", "says"),
     [
         ("--recipe resnet99", "--recipe resnet99 is unknown"),
-        ("--recipe recipe.json", "recipe.json"),
         ("--epoch 3", "did you mean --epochs?"),
         ("--dataset imagenet", "cifar10"),
         ("--model bn_cmm", "did you mean bn_cnn?"),
         ("--epochs 0", "--epochs"),
-        ("--epochs -3", "--epochs"),
         ("--lr 0", "--lr"),
-        ("--lr -0.1", "--lr"),
         ("--max-steps 0", "--max-steps"),
         ("--threads 0", "--threads"),
         ("--global-batch-size -32", "--global-batch-size"),
@@ -99,21 +96,18 @@ def test_what_is_refused_below_is_refused_for_its_fault_alone(here):
         ("--deepspeed_config absent.json", "absent.json cannot be read"),
     ],
 )
-def test_a_command_line_that_cannot_be_meant(here, argv, says):
-    message = refusal(here, "--dataset", "synthetic", "--output-dir", "run", *argv.split())
-    assert says in message
+def test_an_invalid_command_line(here, argv, says):
+    assert says in refusal(here, "--dataset", "synthetic", "--output-dir", "run", *argv.split())
 
 
-@pytest.mark.parametrize("world_size", [3, 6, 7])
-def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(here, world_size):
-    message = refusal(here, "--dataset", "synthetic", "--global-batch-size", "32", world_size=world_size)
-    assert plan("--dataset", "synthetic", *message.split("try ")[1].split(), world_size=world_size).batch.global_images > 0
-
-
-@pytest.mark.parametrize(("val_images", "batch"), [(5_000, 45_001), (0, 50_001), (49_990, 11)])
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_a_batch_larger_than_the_training_split_is_refused_with_one_that_fits(here, val_images, batch, world_size):
-    batch += -batch % world_size
+@pytest.mark.parametrize(
+    ("batch", "val_images", "world_size"),
+    [
+        *[(32, 5_000, ranks) for ranks in (3, 6, 7)],  # does not divide
+        *[(45_001, 5_000, 1), (45_003, 5_000, 3), (50_001, 0, 3), (12, 49_990, 3)],  # too large
+    ],
+)
+def test_an_impossible_batch_is_refused_with_one_that_is_possible(here, batch, val_images, world_size):
     base = ["--dataset", "synthetic", "--val-images", str(val_images)]
     message = refusal(here, *base, "--global-batch-size", str(batch), world_size=world_size)
     advice = message.split("try ")[1].split()
@@ -141,7 +135,7 @@ def test_a_batch_of_the_whole_training_split_is_allowed(here):
         (json.dumps({"optimizer": SOUND["optimizer"]}), "--global-batch-size 128"),
     ],
 )
-def test_a_json_that_cannot_be_meant(here, content, says):
+def test_an_invalid_json(here, content, says):
     (here / "mine.json").write_text(content, encoding="utf-8")
     assert says in refusal(here, "--dataset", "synthetic", "--deepspeed_config", "mine.json")
 
@@ -165,7 +159,7 @@ def test_an_output_folder_that_cannot_be_made(here, place):
 
 @pytest.fixture
 def sound_data(here, monkeypatch) -> Path:
-    """A data folder with small files that data.py is made to believe in -> the folder of the files."""
+    """A data folder with small files whose checksums are taken for CIFAR-10's -> the folder of the files."""
     rng = np.random.default_rng(0)
     files = {}
     for name in CIFAR10.files:
@@ -181,6 +175,7 @@ def sound_data(here, monkeypatch) -> Path:
 
 
 LOCK = str(Path("data") / ".cifar10.lock")
+WAYS_OUT = ("Connection refused", "--data-dir", "CIFAR10_DIR", "CIFAR10_URL", "--dataset synthetic")
 
 
 def damage(path: Path, how: str) -> None:
@@ -200,24 +195,15 @@ def test_a_damaged_data_file_without_a_network_is_named_with_the_ways_out(here, 
     assert tree(here) == before  # sound files are only read
     damage(sound_data / name, how)
     message = refusal(here, may_add=(LOCK,))
-    for words in (name, how, "Connection refused", "--data-dir", "CIFAR10_DIR", "CIFAR10_URL", "--dataset synthetic"):
-        assert words in message
+    assert all(part in message for part in (name, how, *WAYS_OUT)), message
 
 
-def test_no_data_and_no_network_is_said_with_the_ways_out(here):
+def test_no_data_and_no_network_is_reported_with_the_ways_out(here):
     message = refusal(here, may_add=("data", LOCK))
-    for words in (
-        "no CIFAR-10 in data",
-        "Connection refused",
-        "--data-dir",
-        "CIFAR10_DIR",
-        "CIFAR10_URL",
-        "--dataset synthetic",
-    ):
-        assert words in message
+    assert all(part in message for part in ("no CIFAR-10 in data", *WAYS_OUT)), message
 
 
-def test_a_damaged_test_file_is_no_fault_where_the_test_split_stays_unopened(here, sound_data):
+def test_a_damaged_test_file_does_not_matter_where_nothing_is_tested(here, sound_data):
     damage(sound_data / "test_batch", "altered")
     plan("--test-images", "0")
 
@@ -239,10 +225,12 @@ def run_script(here: Path, *argv: str, **environment: str) -> tuple[int, str, li
     return result.returncode, result.stdout, result.stderr.splitlines()
 
 
-def test_the_program_refuses_a_misspelt_flag(here):
+def test_the_program_refuses_a_misspelled_flag(here):
     code, printed, errors = run_script(here, "--epoch", "3", "--output-dir", str(here / "run"))
     assert (code, printed) == (2, "")
-    assert errors == ["error: --epoch is not a flag of this program; did you mean --epochs?"]
+    (error,) = errors
+    assert error.startswith("error: --epoch ")
+    assert error.endswith("did you mean --epochs?")
 
 
 def test_the_program_refuses_to_start_without_data(here, closed_url):
@@ -251,13 +239,12 @@ def test_the_program_refuses_to_start_without_data(here, closed_url):
     assert (code, printed) == (2, "")
     *announced, error = errors
     assert error.startswith("error: no CIFAR-10 in ")
-    assert [line.split()[0] for line in announced] == ["fetching"]  # it was tried, and that is said while it is tried
+    assert [line.split()[0] for line in announced] == ["fetching"]
 
 
 @pytest.mark.parametrize("rank", ["0", "2"])
-def test_a_rank_of_another_launcher_refuses_before_it_waits_for_others_and_only_rank_0_speaks(here, rank):
+def test_a_rank_of_another_launcher_refuses_before_it_waits_for_others_and_only_rank_0_prints(here, rank):
     flags = ["--dataset", "synthetic", "--global-batch-size", "32", "--output-dir", str(here / "run")]
     code, printed, errors = run_script(here, *flags, RANK=rank, WORLD_SIZE="3", LOCAL_RANK=rank)
     assert (code, printed) == (2, "")
-    said = "error: global batch 32 does not divide over 3 ranks; try --global-batch-size 33"
-    assert errors == ([said] if rank == "0" else [])
+    assert ["try --global-batch-size 33" in error for error in errors] == ([True] if rank == "0" else [])
