@@ -86,11 +86,8 @@ def test_sound_input_is_accepted(here):
         ("--epochs 0", "--epochs"),
         ("--lr 0", "--lr"),
         ("--max-steps 0", "--max-steps"),
-        ("--threads 0", "--threads"),
         ("--global-batch-size -32", "--global-batch-size"),
-        ("--val-images -1", "--val-images"),
         ("--val-images 50000", "type 0 to 49999"),
-        ("--test-images -5", "--test-images"),
         ("--test-images 10001", "type 0 to 10000"),
         ("--resume elsewhere", "--resume elsewhere"),
         ("--deepspeed_config absent.json", "absent.json cannot be read"),
@@ -118,34 +115,22 @@ def test_a_batch_of_the_whole_training_split_is_allowed(here):
     assert plan("--dataset", "synthetic", "--global-batch-size", "45000").batch.global_images == 45_000
 
 
-# --- DeepSpeed's JSON -------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("", "mine.json"),
-        (json.dumps(SOUND)[:40], "is not JSON"),
-        ("[]", "must hold one JSON object"),
         ("\0\1\2", "mine.json"),
+        (json.dumps(SOUND)[:40], "mine.json"),
         (json.dumps({**SOUND, "gradient_cliping": 1}), "did you mean 'gradient_clipping'?"),
         (json.dumps({**SOUND, "zero_optimization": {"stage": 7}}), "zero_optimization.stage"),
-        (json.dumps({**SOUND, "train_batch_size": -32}), "train_batch_size"),
-        (json.dumps({**SOUND, "timers": 5}), "timers"),
         (json.dumps({"optimizer": SOUND["optimizer"]}), "--global-batch-size 128"),
     ],
 )
 def test_an_invalid_json(here, content, says):
     (here / "mine.json").write_text(content, encoding="utf-8")
     assert says in refusal(here, "--dataset", "synthetic", "--deepspeed_config", "mine.json")
-
-
-def test_a_json_that_is_a_folder(here):
-    (here / "mine.json").mkdir()
-    assert "mine.json cannot be read" in refusal(here, "--dataset", "synthetic", "--deepspeed_config", "mine.json")
-
-
-# --- the run's folder -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", ["file", "file/run", "file/far/below"])

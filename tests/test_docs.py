@@ -30,30 +30,20 @@ RUN = (
     "uv run python -m cifar10 leaderboard runs",
 )
 PRINTED = {"epoch 1/50 ": "records/2026-11-21_bn_cnn_cpu/seed_2/console.log"}  # a block's start -> the file with all its lines
-LAUNCHERS, SEEDS, SLURM, TWO_HOSTS = (f"tests/launch/test_{name}.py" for name in ("launchers", "seeds", "slurm", "two_hosts"))
-TIED = {  # a line of shell, or the first line of another block -> the file that runs it, and words in that file
-    "pip install uv && uv run python main.py": (LAUNCHERS, "def test_a_launcher_runs_to_a_finished_summary("),
-    "runs/bn_cnn-20261121-101500/": (LAUNCHERS, "def test_the_run_folder_says_what_was_run("),
-    "uv run pytest": (".ci/run", "uv run pytest\n"),
-    "uv run pytest -m slow": (".ci/run", "uv run pytest -m slow\n"),
-    "uv run ruff check .": (".ci/run", "uv run ruff check .\n"),
-    "uv run ruff format --check .": (".ci/run", "uv run ruff format --check .\n"),
-    "uv run python main.py --seeds 3 --output-dir runs/three": (SEEDS, "def test_real_runs_of_two_seeds("),
-    "python main.py --num-gpus 4 --num-nodes 2 --node-rank 0 --master-addr 10.0.0.1 --output-dir SHARED/run": (
-        TWO_HOSTS,
-        "def test_main_on_each_host(",
-    ),
-    "deepspeed --hostfile hosts --no_ssh --node_rank=R --master_addr=10.0.0.1 cifar10_deepspeed.py": (
-        TWO_HOSTS,
-        "def test_deepspeed_without_ssh(",
-    ),
-    "deepspeed --hostfile hosts cifar10_deepspeed.py": (TWO_HOSTS, "def test_deepspeed_over_ssh_from_the_first_host("),
-    "torchrun --nnodes=2 --node-rank=R --nproc_per_node=4 --master-addr=10.0.0.1 cifar10_deepspeed.py": (
-        TWO_HOSTS,
-        "def test_torchrun(",
-    ),
-    "sbatch run_deepspeed.sh --epochs 10": (SLURM, "def test_sbatch_as_the_document_types_it_trains_on_both_gpus("),
-    "sbatch --nodes=2 --gres=gpu:4 run_deepspeed.sh": (SLURM, "def test_sbatch_on_two_nodes("),
+CI = ("uv run pytest", "uv run pytest -m slow", "uv run ruff check .", "uv run ruff format --check .")  # run by .ci/run
+MAIN = "python main.py --num-gpus 4 --num-nodes 2 --node-rank 0 --master-addr 10.0.0.1 --output-dir SHARED/run"
+DEEPSPEED = "deepspeed --hostfile hosts --no_ssh --node_rank=R --master_addr=10.0.0.1 cifar10_deepspeed.py"
+TORCHRUN = "torchrun --nnodes=2 --node-rank=R --nproc_per_node=4 --master-addr=10.0.0.1 cifar10_deepspeed.py"
+TIED = {  # a line of shell, or the first line of another block -> the test in tests/launch that runs it
+    "pip install uv && uv run python main.py": "test_launchers.py test_a_launcher_runs_to_a_finished_summary",
+    "runs/bn_cnn-20261121-101500/": "test_launchers.py test_the_run_folder_says_what_was_run",
+    "uv run python main.py --seeds 3 --output-dir runs/three": "test_seeds.py test_real_runs_of_two_seeds",
+    MAIN: "test_two_hosts.py test_main_on_each_host",
+    DEEPSPEED: "test_two_hosts.py test_deepspeed_without_ssh",
+    "deepspeed --hostfile hosts cifar10_deepspeed.py": "test_two_hosts.py test_deepspeed_over_ssh_from_the_first_host",
+    TORCHRUN: "test_two_hosts.py test_torchrun",
+    "sbatch run_deepspeed.sh --epochs 10": "test_slurm.py test_sbatch_as_the_document_types_it_trains_on_both_gpus",
+    "sbatch --nodes=2 --gres=gpu:4 run_deepspeed.sh": "test_slurm.py test_sbatch_on_two_nodes",
 }
 OTHERS = "--nnodes --nproc_per_node --no_ssh --hostfile --nodes --gres --logdir --check"  # flags of other programs
 OTHERS += " --deepspeed --no-amp --num-workers"  # read before our own flags are
@@ -71,9 +61,10 @@ def tied_lines(kind: str, code: str) -> list[str]:
 
 def test_every_line_of_code_is_run_or_tied_to_a_test_and_nothing_else_is():
     lines = {line for kind, code in BLOCKS for line in tied_lines(kind, code)}
-    assert {line for line in lines if not line.startswith(tuple(PRINTED))} == {*RUN, *TIED}
-    for file, words in TIED.values():
-        assert words in (PROJECT / file).read_text(encoding="utf-8")
+    assert {line for line in lines if not line.startswith(tuple(PRINTED))} == {*RUN, *CI, *TIED}
+    assert {*CI} <= {*(PROJECT / ".ci" / "run").read_text(encoding="utf-8").splitlines()}
+    for file, test in map(str.split, TIED.values()):
+        assert f"def {test}(" in (PROJECT / "tests" / "launch" / file).read_text(encoding="utf-8")
 
 
 def test_all_code_stands_between_fences():

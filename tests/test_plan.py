@@ -9,15 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from cifar10 import UsageError
 from cifar10 import plan as plan_module
 from cifar10.config import cli
-from cifar10.config.cli import without_launcher_flags
 from cifar10.config.recipe import Experiment, Recipe
 from cifar10.distributed import device
-from cifar10.models.registry import build_model
 from cifar10.plan import Plan, choose_precision, make_plan
 from tests.launching import run
 
@@ -158,11 +155,6 @@ def test_an_unknown_precision_is_refused(argv):
         plan(*argv.split())
 
 
-def test_no_amp_means_fp32_wherever_it_stands():
-    assert without_launcher_flags(["--no-amp", "--seed", "1"]) == ["--precision", "fp32", "--seed", "1"]
-    assert without_launcher_flags(["--local_rank=0", "--seed", "1", "--no-amp"]) == ["--seed", "1", "--precision", "fp32"]
-
-
 # --- what this machine computes in ----------------------------------------------------------------------------------------
 
 CPUS = {
@@ -210,14 +202,6 @@ def test_sync_bn_on_a_cpu_is_refused_in_one_line(tmp_path):
 def test_sync_bn_on_gpus_is_allowed(monkeypatch):
     monkeypatch.setattr(device, "count_gpus", lambda: 2)
     assert plan("--sync-bn", world_size=2).recipe.sync_bn
-
-
-def test_a_model_with_sync_bn_has_the_names_and_values_of_the_one_without():
-    """So each reads the other's checkpoints."""
-    plain, converted = build_model("bn_cnn", 0, 10), nn.SyncBatchNorm.convert_sync_batchnorm(build_model("bn_cnn", 0, 10))
-    assert sum(isinstance(module, nn.SyncBatchNorm) for module in converted.modules()) == 2
-    assert list(converted.state_dict()) == list(plain.state_dict())
-    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in converted.state_dict().items())
 
 
 # --- the learning rate and the batch --------------------------------------------------------------------------------------
