@@ -33,26 +33,7 @@ with torch.no_grad():
     print(f'Predicted: {classes[predicted[0]]}')
 """
 
-ENHANCED = """
-import torch
-from cifar10_deepspeed import CIFAR10CNNEnhanced
-
-# Load model
-model = CIFAR10CNNEnhanced()
-checkpoint = torch.load('./checkpoints/best_model/mp_rank_00_model_states.pt')
-model.load_state_dict(checkpoint['module'])
-model.eval()
-
-# CIFAR-10 classes
-classes = ('plane', 'car', 'bird', 'cat', 'deer',
-           'dog', 'frog', 'horse', 'ship', 'truck')
-
-# Make predictions
-with torch.no_grad():
-    outputs = model(test_images)
-    _, predicted = torch.max(outputs, 1)
-    print(f'Predicted: {classes[predicted[0]]}')
-"""
+ENHANCED = BASIC.replace("Net", "CIFAR10CNNEnhanced").replace("/final/", "/best_model/")  # so it differs, comments apart
 
 GRAY = """
 import torch
