@@ -27,23 +27,17 @@ SOUND = {"train_batch_size": 32, "optimizer": {"type": "SGD", "params": {"lr": 0
 
 
 @pytest.fixture
-def closed_url() -> Iterator[str]:
-    """An address of this machine that refuses every connection."""
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))  # and does not listen
-        yield f"http://127.0.0.1:{bound.getsockname()[1]}/cifar-10-python.tar.gz"
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch, closed_url) -> Path:
-    """An empty working folder, without a data set and without a network."""
+def here(tmp_path, monkeypatch) -> Iterator[Path]:
+    """An empty working folder, without a data set and without a network: connections are refused."""
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.delenv("CIFAR10_DIR", raising=False)
-    monkeypatch.setenv("CIFAR10_URL", closed_url)
     monkeypatch.setenv("no_proxy", "*")
-    return folder
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # and does not listen
+        monkeypatch.setenv("CIFAR10_URL", f"http://127.0.0.1:{bound.getsockname()[1]}/cifar-10-python.tar.gz")
+        yield folder
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
@@ -206,13 +200,11 @@ def test_the_program_refuses_a_misspelled_flag(here):
     code, printed, errors = run_script(here, "--epoch", "3", "--output-dir", str(here / "run"))
     assert (code, printed) == (2, "")
     (error,) = errors
-    assert error.startswith("error: --epoch ")
-    assert error.endswith("did you mean --epochs?")
+    assert "did you mean --epochs?" in error
 
 
-def test_the_program_refuses_to_start_without_data(here, closed_url):
-    folders = ["--data-dir", str(here / "data"), "--output-dir", str(here / "run")]
-    code, printed, errors = run_script(here, *folders, CIFAR10_URL=closed_url, no_proxy="*")
+def test_the_program_refuses_to_start_without_data(here):
+    code, printed, errors = run_script(here, "--data-dir", str(here / "data"), "--output-dir", str(here / "run"))
     assert (code, printed) == (2, "")
     *announced, error = errors
     assert error.startswith("error: no CIFAR-10 in ")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from cifar10.config.recipe import load
 from cifar10.run import checkpoint
 from tests import small_trained
 from tests.helpers import same_bits
+from tests.launching import summary
 
 
 def config_of(name: str, **fields: Any) -> dict[str, Any]:
@@ -79,10 +79,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory, trained_once: Path) -> tuple[
     flags = {name: words.replace("TRAINED", str(trained_once)) for name, words in RUNS.items()}
     printed = small_trained.train_all(base, flags)
     return {**{name: trained_once / name for name in small_trained.RUNS}, **{name: base / name for name in RUNS}}, printed
-
-
-def summary(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "summary.json").read_text())
 
 
 def portable(folder: Path, name: str = "final") -> dict[str, Any]:

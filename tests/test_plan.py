@@ -163,7 +163,6 @@ CPUS = {
     "x86, both": ("flags : fpu amx_bf16 avx512_fp16\n", ("fp32", "bf16")),
     "arm": ("processor\t: 0\nFeatures\t: fp asimd fphp asimdhp bf16\n", ("fp32", "bf16")),
     "no flags": ("processor\t: 0\nmodel name\t: bf16 asimdhp\n", ("fp32",)),
-    "empty": ("", ("fp32",)),
     "absent": (None, ("fp32",)),
 }
 
