@@ -13,15 +13,12 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def real_data_dir() -> Path:
-    """The folder of the real CIFAR-10: $CIFAR10_DIR, else ../shared/data. Tests that need it are skipped where it is not.
-
-    With CIFAR10_TESTS_NEED_DATA set, as in .ci/run, its absence is a failure.
-    """
+    """The folder of the real CIFAR-10. Without it tests are skipped, or fail where CIFAR10_TESTS_NEED_DATA is set (.ci/run)."""
     for folder in (os.environ.get("CIFAR10_DIR"), PROJECT.parent / "shared" / "data", PROJECT / "data"):
         if folder and (Path(folder) / "cifar-10-batches-py" / "data_batch_1").is_file():
             return Path(folder).resolve()
     if os.environ.get("CIFAR10_TESTS_NEED_DATA"):
-        pytest.fail("the real data set is not here, and CIFAR10_TESTS_NEED_DATA is set")
+        pytest.fail("CIFAR10_TESTS_NEED_DATA is set, and there is no real data set")
     pytest.skip("needs the real data set: set CIFAR10_DIR to a folder that holds cifar-10-batches-py")
 
 
@@ -36,12 +33,14 @@ def two_ranks_here(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the folders of small_trained.RUNS, trained."""
-    return small_trained.train_all(tmp_path_factory.mktemp("trained"))
+    """The folder that holds the trained runs of small_trained.RUNS."""
+    base = tmp_path_factory.mktemp("trained")
+    small_trained.train_all(base, small_trained.RUNS)
+    return base
 
 
 @pytest.fixture
 def trained(trained_once: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same, where the data sets are as small as they were for these runs. Tests leave the folders as they are."""
+    """The same, with data sets as small in this process as those runs had. Tests leave the folders as they are."""
     helpers.cut_down(monkeypatch)
     return trained_once

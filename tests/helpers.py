@@ -1,7 +1,4 @@
-"""What the tests share: real launches of several ranks, a world of one, small images, and a count of what PyTorch is asked.
-
-No fixture lives here: a launch takes seconds, so its result is cached for all test files that read it.
-"""
+"""What tests share: real launches of several ranks, engines and loaders in a world of one, counts of PyTorch operations."""
 
 from __future__ import annotations
 
@@ -25,8 +22,7 @@ from cifar10.config import ds_config
 from cifar10.data import augment, pixels, synthetic
 from cifar10.data.loader import MicroBatch, TrainLoader
 from cifar10.data.registry import DATASETS
-from cifar10.distributed import world
-from cifar10.distributed.world import World
+from cifar10.distributed.world import World, join
 from cifar10.engine.engine import Engine, own_optimizer, prepare
 from cifar10.run.metric_buffer import MetricBuffer
 from tests.launching import BIN, PROJECT, run
@@ -39,7 +35,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
 def launch(num_ranks: int, script: Path, *arguments: str) -> str:
-    """Run a script of this project to its end on the CPU, as a plain process or as real ranks; returns what it printed."""
+    """Run a script to its end on the CPU, as a plain process or as real ranks; returns what it printed."""
     torchrun = [str(BIN / "torchrun"), "--standalone", f"--nproc_per_node={num_ranks}"]
     command = [*(torchrun if num_ranks > 1 else [sys.executable]), str(script), *arguments]
     result = run(command, PYTHONPATH=str(PROJECT), CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
@@ -59,7 +55,7 @@ def _launched(script: str, num_ranks: int) -> list[dict[str, Any]] | AssertionEr
 
 
 def measured(script: str, num_ranks: int) -> list[dict[str, Any]]:
-    """What each rank of a script in tests/workers has measured: launched once for all tests."""
+    """What each rank of a script in tests/workers has measured; launched once per process."""
     results = _launched(script, num_ranks)
     if isinstance(results, AssertionError):
         raise results
@@ -67,7 +63,6 @@ def measured(script: str, num_ranks: int) -> list[dict[str, Any]]:
 
 
 def two_ranks() -> list[dict[str, Any]]:
-    """What each rank of tests/workers/two_ranks.py has measured."""
     return measured("two_ranks.py", 2)
 
 
@@ -75,7 +70,7 @@ def two_ranks() -> list[dict[str, Any]]:
 
 
 def cut_down(monkeypatch: pytest.MonkeyPatch, train_images: int = 600, test_images: int = 200, **facts: Any) -> None:
-    """Let generated data sets have so few images; by default as in tests/workers/small_runs.py."""
+    """Generated data sets of fewer images, by default as few as in tests/workers/small_runs.py."""
     facts |= {"train_images": train_images, "test_images": test_images}
     for name, dataset in DATASETS.items():
         if isinstance(dataset, synthetic.Generated):
@@ -87,37 +82,37 @@ def cut_down(monkeypatch: pytest.MonkeyPatch, train_images: int = 600, test_imag
 
 @functools.cache
 def one_rank() -> World:
-    """This process as a world of one; it is never left, because DeepSpeed cannot be started twice."""
-    return world.join(threads=1)
+    """This process as a world of one; never left, because DeepSpeed cannot be initialized twice."""
+    return join(threads=1)
 
 
 SGD = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}
 
 
-def make_engine(here: World, model: nn.Module, *, global_images: int = 32, accumulation: int = 1, **config: Any) -> Engine:
-    """An engine as the script makes it, from DeepSpeed's JSON with these keys."""
+def make_engine(world: World, model: nn.Module, *, global_images: int = 32, accumulation: int = 1, **config: Any) -> Engine:
+    """An engine as the script makes it, from a DeepSpeed config with these keys."""
     sizes = {"train_batch_size": global_images, "gradient_accumulation_steps": accumulation}
-    resolved, _, _ = ds_config.resolve({"optimizer": SGD, "gradient_clipping": 1.0, **sizes, **config}, here.size)
-    model = model.to(here.device)
+    resolved, _, _ = ds_config.resolve({"optimizer": SGD, "gradient_clipping": 1.0, **sizes, **config}, world.size)
+    model = model.to(world.device)
     given = {"model_parameters": model.parameters(), "optimizer": own_optimizer(model, resolved), "config": resolved}
     deepspeed_engine, _, _, _ = prepare().initialize(model=model, **given)
     deepspeed_engine.train()
-    return Engine(deepspeed_engine, here)
+    return Engine(deepspeed_engine, world)
 
 
-def make_loader(here: World, *, global_images: int = 32, accumulation: int = 1, num_images: int = 800) -> TrainLoader:
+def make_loader(world: World, *, global_images: int = 32, accumulation: int = 1, num_images: int = 800) -> TrainLoader:
     """This rank's share of a few synthetic training images, augmented as in the script."""
     images = synthetic.synthetic("train", num_images, seed=0)
     return TrainLoader(
-        store=pixels.pack(torch.from_numpy(images.pixels).to(here.device), padding=4),
-        labels=torch.from_numpy(images.labels).to(here.device),
-        normalize=pixels.Normalize(MEAN, STD, here.device),
+        store=pixels.pack(torch.from_numpy(images.pixels).to(world.device), padding=4),
+        labels=torch.from_numpy(images.labels).to(world.device),
+        normalize=pixels.Normalize(MEAN, STD, world.device),
         operations=augment.parse("RandomCrop(4) RandomHorizontalFlip"),
         seed=3,
         global_images=global_images,
-        micro_images=global_images // here.size // accumulation,
-        rank=here.rank,
-        world_size=here.size,
+        micro_images=global_images // world.size // accumulation,
+        rank=world.rank,
+        world_size=world.size,
     )
 
 
@@ -141,14 +136,9 @@ def one_step(engine: Engine, micro_batches: list[tuple[Tensor, Tensor]], multipl
 
 
 def logged_step(
-    step: Callable[..., Any],
-    engine: Engine,
-    batches: list[MicroBatch],
-    buffer: MetricBuffer,
-    lr: float = 1.0,
-    smooth: float = 0.0,
+    step: Callable[..., Any], engine: Engine, batches: list[MicroBatch], buffer: MetricBuffer, lr: float = 1, smooth: float = 0
 ) -> None:
-    """What the script's loop does for a step; `lr` multiplies the learning rate, `smooth` is label smoothing."""
+    """One step of the script's loop; `lr` multiplies the learning rate, `smooth` is label smoothing."""
     engine.set_lr(lr)
     loss, correct = step(engine, batches, smooth)
     buffer.write(loss, correct, engine.grad_norm, engine.skipped)
@@ -156,7 +146,7 @@ def logged_step(
 
 def snapshot(engine: Engine) -> dict[str, Tensor]:
     """Copies of the weights, buffers and optimizer state that this rank holds."""
-    named = {name: value for name, value in engine.module.state_dict().items()}
+    named = dict(engine.module.state_dict())
     for name, parameter in engine.module.named_parameters():
         for key, value in engine.optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
@@ -165,7 +155,7 @@ def snapshot(engine: Engine) -> dict[str, Tensor]:
 
 
 def same_bits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
-    """Whether two snapshots are equal bit for bit; a NaN equals nothing."""
+    """Whether two snapshots are equal bit for bit; NaN equals nothing."""
     return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
@@ -175,11 +165,11 @@ def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> fl
     return torch.stack([(value - theirs[name]).abs().max().double() for name, value in ours.items()]).max().item()
 
 
-# --- what PyTorch is asked to do ---------------------------------------------------------------------------------------
+# --- counting PyTorch operations --------------------------------------------------------------------------------------
 
 
 class CountOperations(TorchDispatchMode):
-    """Counts ATen operations under the label of the moment."""
+    """Counts ATen operations under the current label."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,7 +196,7 @@ class CountOperations(TorchDispatchMode):
 
 
 class CountReads(TorchFunctionMode):
-    """Counts the calls by which Python reads a tensor's values, and so waits for the device."""
+    """Counts the calls by which Python reads a tensor's values, which synchronize with the device."""
 
     NAMES = frozenset("item tolist numpy cpu nonzero __bool__ __float__ __int__ __index__ __array__ __contains__".split())
 

@@ -1,4 +1,4 @@
-"""How tests start the program: as a user would, in processes of its own."""
+"""Starting the program as a user would, in processes of its own."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 SHORT = ("--dataset", "synthetic", "--max-steps", "8", "--log-every-steps", "4", "--test-images", "200", "--threads", "1")
-DEADLINE_SECONDS = 600  # it ends at all
+DEADLINE_SECONDS = 600  # a hang becomes a failure
 
 
 def free_port() -> int:
@@ -32,8 +32,8 @@ COMMANDS = {
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's environment without what would change where and how a run goes."""
-    ours = ("CIFAR10_STARTED_BY", "CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "LOCAL_RANK")  # the last by a world of one
+    """This process's environment without what would change where and how a run trains."""
+    ours = ("CIFAR10_STARTED_BY", "CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "LOCAL_RANK")  # world.join sets the last
     kept = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("WANDB_")}
     return {**kept, "DS_ACCELERATOR": "cpu", "WANDB_MODE": "disabled", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", **more}
 
@@ -49,14 +49,13 @@ def summary(folder: Path) -> dict[str, Any]:
 
 
 def has_trained(folder: Path) -> bool:
-    """Whether a row of steps.csv has been written: training is under way."""
+    """Whether steps.csv has a row: training is under way."""
     steps = folder / "steps.csv"
     return steps.exists() and len(steps.read_text().splitlines()) > 1
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = DEADLINE_SECONDS) -> None:
-    """Wait for `condition()`; the deadline is only there so that a hang becomes a failure."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, f"waited in vain for {what}"
+        assert time.monotonic() < end, f"{what}: not within {seconds} seconds"
         time.sleep(0.1)

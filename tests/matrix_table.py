@@ -1,7 +1,4 @@
-"""The matrix of precision, ZeRO, accumulation and ranks as a table in Markdown, from the launches that test_matrix.py checks.
-
-python -m tests.matrix_table
-"""
+"""python -m tests.matrix_table: the cells that test_matrix.py checks, as a table in Markdown."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ from tests.workers.matrix import DTYPES
 
 
 def main() -> None:
-    """Train every cell, and print for each its first and last loss, and how far its gradient norms are from autograd's."""
     print("| precision | ZeRO | passes | ranks | loss, first and last step | skipped | largest error of the gradient norm |")
     print("|---|---:|---:|---:|---|---:|---:|")
     cells = {ranks: measured("matrix.py", ranks)[0]["cells"] for ranks in (1, 2)}

@@ -1,6 +1,6 @@
-"""Bad input, whole: refused in one clear line before anything starts, and nothing is left behind.
+"""Bad input is refused in one clear line before anything starts, and nothing is left behind.
 
-Single values and keys are tried in test_recipe.py and test_ds_json.py; here a whole command line meets the disk.
+Single values and keys are tried in test_recipe.py and test_ds_config.py; here whole command lines meet the disk.
 """
 
 from __future__ import annotations
@@ -27,23 +27,17 @@ SOUND = {"train_batch_size": 32, "optimizer": {"type": "SGD", "params": {"lr": 0
 
 
 @pytest.fixture
-def closed_url() -> Iterator[str]:
-    """An address of this machine that refuses every connection."""
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))  # and does not listen
-        yield f"http://127.0.0.1:{bound.getsockname()[1]}/cifar-10-python.tar.gz"
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch, closed_url) -> Path:
-    """An empty working folder, without a data set and without a network."""
+def here(tmp_path, monkeypatch) -> Iterator[Path]:
+    """An empty working folder, without a data set and without a network: connections are refused."""
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.delenv("CIFAR10_DIR", raising=False)
-    monkeypatch.setenv("CIFAR10_URL", closed_url)
     monkeypatch.setenv("no_proxy", "*")
-    return folder
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # and does not listen
+        monkeypatch.setenv("CIFAR10_URL", f"http://127.0.0.1:{bound.getsockname()[1]}/cifar-10-python.tar.gz")
+        yield folder
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
@@ -56,7 +50,7 @@ def plan(*argv: str, world_size: int = 1) -> Plan:
 
 
 def refusal(here: Path, *argv: str, world_size: int = 1, may_add: tuple[str, ...] = ()) -> str:
-    """The one line with which a command line is refused; nothing on the disk has changed but what `may_add` names."""
+    """The one line that refuses a command line; nothing on the disk has changed but what `may_add` names."""
     before = tree(here)
     with pytest.raises(UsageError) as caught:
         plan(*argv, world_size=world_size)
@@ -67,9 +61,10 @@ def refusal(here: Path, *argv: str, world_size: int = 1, may_add: tuple[str, ...
     return message
 
 
-def test_what_is_refused_below_is_refused_for_its_fault_alone(here):
+def test_sound_input_is_accepted(here):
     for world_size in (1, 2, 4):
         plan("--dataset", "synthetic", "--output-dir", "run", "--global-batch-size", "128", world_size=world_size)
+    assert plan("--dataset", "synthetic", "--global-batch-size", "45000").batch.global_images == 45_000  # the whole split
     assert tree(here) == {}
 
 
@@ -79,85 +74,60 @@ def test_what_is_refused_below_is_refused_for_its_fault_alone(here):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        ("--recipe resnet99", "--recipe resnet99 is unknown"),
-        ("--recipe recipe.json", "recipe.json"),
+        ("--recipe resnet99", "resnet99"),
         ("--epoch 3", "did you mean --epochs?"),
         ("--dataset imagenet", "cifar10"),
         ("--model bn_cmm", "did you mean bn_cnn?"),
         ("--epochs 0", "--epochs"),
-        ("--epochs -3", "--epochs"),
         ("--lr 0", "--lr"),
-        ("--lr -0.1", "--lr"),
         ("--max-steps 0", "--max-steps"),
-        ("--threads 0", "--threads"),
         ("--global-batch-size -32", "--global-batch-size"),
-        ("--val-images -1", "--val-images"),
-        ("--val-images 50000", "type 0 to 49999"),
-        ("--test-images -5", "--test-images"),
-        ("--test-images 10001", "type 0 to 10000"),
+        ("--val-images 50000", "49999"),
+        ("--test-images 10001", "10000"),
         ("--resume elsewhere", "--resume elsewhere"),
-        ("--deepspeed_config absent.json", "absent.json cannot be read"),
+        ("--deepspeed_config absent.json", "absent.json"),
     ],
 )
-def test_a_command_line_that_cannot_be_meant(here, argv, says):
-    message = refusal(here, "--dataset", "synthetic", "--output-dir", "run", *argv.split())
-    assert says in message
+def test_an_invalid_command_line(here, argv, says):
+    assert says in refusal(here, "--dataset", "synthetic", "--output-dir", "run", *argv.split())
 
 
-@pytest.mark.parametrize("world_size", [3, 6, 7])
-def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(here, world_size):
-    message = refusal(here, "--dataset", "synthetic", "--global-batch-size", "32", world_size=world_size)
-    assert plan("--dataset", "synthetic", *message.split("try ")[1].split(), world_size=world_size).batch.global_images > 0
-
-
-@pytest.mark.parametrize(("val_images", "batch"), [(5_000, 45_001), (0, 50_001), (49_990, 11)])
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_a_batch_larger_than_the_training_split_is_refused_with_one_that_fits(here, val_images, batch, world_size):
-    batch += -batch % world_size
+@pytest.mark.parametrize(
+    ("batch", "val_images", "world_size"),
+    [
+        *[(32, 5_000, ranks) for ranks in (3, 6, 7)],  # does not divide
+        *[(45_001, 5_000, 1), (45_003, 5_000, 3), (50_001, 0, 3), (12, 49_990, 3)],  # too large
+    ],
+)
+def test_an_impossible_batch_is_refused_with_one_that_is_possible(here, batch, val_images, world_size):
     base = ["--dataset", "synthetic", "--val-images", str(val_images)]
     message = refusal(here, *base, "--global-batch-size", str(batch), world_size=world_size)
     advice = message.split("try ")[1].split()
     assert plan(*base, *advice, world_size=world_size).batch.global_images <= 50_000 - val_images
 
 
-def test_a_batch_of_the_whole_training_split_is_allowed(here):
-    assert plan("--dataset", "synthetic", "--global-batch-size", "45000").batch.global_images == 45_000
-
-
-# --- DeepSpeed's JSON -------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("", "mine.json"),
-        (json.dumps(SOUND)[:40], "is not JSON"),
-        ("[]", "must hold one JSON object"),
         ("\0\1\2", "mine.json"),
+        (json.dumps(SOUND)[:40], "mine.json"),
         (json.dumps({**SOUND, "gradient_cliping": 1}), "did you mean 'gradient_clipping'?"),
         (json.dumps({**SOUND, "zero_optimization": {"stage": 7}}), "zero_optimization.stage"),
-        (json.dumps({**SOUND, "train_batch_size": -32}), "train_batch_size"),
-        (json.dumps({**SOUND, "timers": 5}), "timers"),
         (json.dumps({"optimizer": SOUND["optimizer"]}), "--global-batch-size 128"),
     ],
 )
-def test_a_json_that_cannot_be_meant(here, content, says):
+def test_an_invalid_json(here, content, says):
     (here / "mine.json").write_text(content, encoding="utf-8")
     assert says in refusal(here, "--dataset", "synthetic", "--deepspeed_config", "mine.json")
 
 
-def test_a_json_that_is_a_folder(here):
-    (here / "mine.json").mkdir()
-    assert "mine.json cannot be read" in refusal(here, "--dataset", "synthetic", "--deepspeed_config", "mine.json")
-
-
-# --- the run's folder -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("place", ["file", "file/run", "file/far/below"])
-def test_an_output_folder_that_cannot_be_made(here, place):
+@pytest.mark.parametrize("folder", ["--output-dir file", "--output-dir file/run", "--output-dir file/a/run", "--data-dir file"])
+def test_a_folder_that_is_a_file(here, folder):
     (here / "file").write_text("a file")
-    assert "file is a file; name a folder" in refusal(here, "--dataset", "synthetic", "--output-dir", place)
+    assert "file is " in refusal(here, *folder.split())
 
 
 # --- the data set -----------------------------------------------------------------------------------------------------
@@ -165,7 +135,7 @@ def test_an_output_folder_that_cannot_be_made(here, place):
 
 @pytest.fixture
 def sound_data(here, monkeypatch) -> Path:
-    """A data folder with small files that data.py is made to believe in -> the folder of the files."""
+    """A data folder with small files whose checksums are taken for CIFAR-10's -> the folder of the files."""
     rng = np.random.default_rng(0)
     files = {}
     for name in CIFAR10.files:
@@ -181,6 +151,7 @@ def sound_data(here, monkeypatch) -> Path:
 
 
 LOCK = str(Path("data") / ".cifar10.lock")
+WAYS_OUT = ("Connection refused", "--data-dir", "CIFAR10_DIR", "CIFAR10_URL", "--dataset synthetic")
 
 
 def damage(path: Path, how: str) -> None:
@@ -200,31 +171,17 @@ def test_a_damaged_data_file_without_a_network_is_named_with_the_ways_out(here, 
     assert tree(here) == before  # sound files are only read
     damage(sound_data / name, how)
     message = refusal(here, may_add=(LOCK,))
-    for words in (name, how, "Connection refused", "--data-dir", "CIFAR10_DIR", "CIFAR10_URL", "--dataset synthetic"):
-        assert words in message
+    assert all(part in message for part in (name, how, *WAYS_OUT)), message
 
 
-def test_no_data_and_no_network_is_said_with_the_ways_out(here):
+def test_no_data_and_no_network_is_reported_with_the_ways_out(here):
     message = refusal(here, may_add=("data", LOCK))
-    for words in (
-        "no CIFAR-10 in data",
-        "Connection refused",
-        "--data-dir",
-        "CIFAR10_DIR",
-        "CIFAR10_URL",
-        "--dataset synthetic",
-    ):
-        assert words in message
+    assert all(part in message for part in ("CIFAR-10", *WAYS_OUT)), message
 
 
-def test_a_damaged_test_file_is_no_fault_where_the_test_split_stays_unopened(here, sound_data):
+def test_a_damaged_test_file_does_not_matter_where_nothing_is_tested(here, sound_data):
     damage(sound_data / "test_batch", "altered")
     plan("--test-images", "0")
-
-
-def test_a_data_folder_that_is_a_file(here):
-    (here / "file").write_text("a file")
-    assert "file is not a folder" in refusal(here, "--data-dir", "file")
 
 
 # --- whole programs ---------------------------------------------------------------------------------------------------
@@ -239,23 +196,23 @@ def run_script(here: Path, *argv: str, **environment: str) -> tuple[int, str, li
     return result.returncode, result.stdout, result.stderr.splitlines()
 
 
-def test_the_program_refuses_a_misspelt_flag(here):
+def test_the_program_refuses_a_misspelled_flag(here):
     code, printed, errors = run_script(here, "--epoch", "3", "--output-dir", str(here / "run"))
     assert (code, printed) == (2, "")
-    assert errors == ["error: unknown flag --epoch; did you mean --epochs?"]
+    (error,) = errors
+    assert "did you mean --epochs?" in error
 
 
-def test_the_program_refuses_to_start_without_data(here, closed_url):
-    folders = ["--data-dir", str(here / "data"), "--output-dir", str(here / "run")]
-    code, printed, errors = run_script(here, *folders, CIFAR10_URL=closed_url, no_proxy="*")
+def test_the_program_refuses_to_start_without_data(here):
+    code, printed, errors = run_script(here, "--data-dir", str(here / "data"), "--output-dir", str(here / "run"))
     assert (code, printed) == (2, "")
     *announced, error = errors
     assert error.startswith("error: no CIFAR-10 in ")
-    assert [line.split()[0] for line in announced] == ["fetching"]  # it was tried, and that is said while it is tried
+    assert [line.split()[0] for line in announced] == ["fetching"]
 
 
 @pytest.mark.parametrize("rank", ["0", "2"])
-def test_a_rank_of_another_launcher_refuses_before_it_waits_for_others_and_only_rank_0_speaks(here, rank):
+def test_a_rank_of_another_launcher_refuses_before_it_waits_for_others_and_only_rank_0_prints(here, rank):
     flags = ["--dataset", "synthetic", "--global-batch-size", "32", "--output-dir", str(here / "run")]
     code, printed, errors = run_script(here, *flags, RANK=rank, WORLD_SIZE="3", LOCAL_RANK=rank)
     assert (code, printed) == (2, "")

@@ -1,6 +1,6 @@
-"""The documentation is held to the program: code is run here, or tied to the test that runs it; links, files and flags exist.
+"""The documentation matches the program: its code is run here or tied to the test that runs it; links, files and flags exist.
 
-A new line of shell or a new block fails until it is in RUN (executed here on a small run), PRINTED (copied from a log) or TIED.
+A new line of shell or a new block fails until it is in RUN (run here on a small run), PRINTED (copied from a log) or TIED.
 """
 
 from __future__ import annotations
@@ -29,73 +29,52 @@ RUN = (
     "uv run python -m cifar10 report runs/mine runs/three/seed_*",
     "uv run python -m cifar10 leaderboard runs",
 )
-PRINTED = {
-    "epoch 1/50 ": "records/2026-11-21_bn_cnn_cpu/seed_2/console.log"
-}  # how a block begins, and the file that holds all of it
-LAUNCHERS, SEEDS, SLURM, TWO_HOSTS = (f"tests/launch/test_{name}.py" for name in ("launchers", "seeds", "slurm", "two_hosts"))
-TIED = {  # a line of shell, or the first line of another block -> the file that runs it, and words in that file
-    "pip install uv && uv run python main.py": (LAUNCHERS, "def test_a_launcher_runs_to_a_finished_summary("),
-    "runs/bn_cnn-20261121-101500/": (LAUNCHERS, "def test_the_run_folder_says_what_was_run("),
-    "uv run pytest": (".ci/run", "uv run pytest\n"),
-    "uv run pytest -m slow": (".ci/run", "uv run pytest -m slow\n"),
-    "uv run ruff check .": (".ci/run", "uv run ruff check .\n"),
-    "uv run ruff format --check .": (".ci/run", "uv run ruff format --check .\n"),
-    "uv run python main.py --seeds 3 --output-dir runs/three": (
-        "tests/launch/test_seeds.py",
-        "def test_real_runs_of_two_seeds(",
-    ),
-    "python main.py --num-gpus 4 --num-nodes 2 --node-rank 0 --master-addr 10.0.0.1 --output-dir SHARED/run": (
-        TWO_HOSTS,
-        "def test_main_on_each_host(",
-    ),
-    "deepspeed --hostfile hosts --no_ssh --node_rank=R --master_addr=10.0.0.1 cifar10_deepspeed.py": (
-        TWO_HOSTS,
-        "def test_deepspeed_without_ssh(",
-    ),
-    "deepspeed --hostfile hosts cifar10_deepspeed.py": (TWO_HOSTS, "def test_deepspeed_over_ssh_from_the_first_host("),
-    "torchrun --nnodes=2 --node-rank=R --nproc_per_node=4 --master-addr=10.0.0.1 cifar10_deepspeed.py": (
-        TWO_HOSTS,
-        "def test_torchrun(",
-    ),
-    "sbatch run_deepspeed.sh --epochs 10": (SLURM, "def test_sbatch_as_the_document_types_it_trains_on_both_gpus("),
-    "sbatch --nodes=2 --gres=gpu:4 run_deepspeed.sh": (SLURM, "def test_sbatch_on_two_nodes("),
+PRINTED, LOG = "epoch 1/50 ", "records/2026-11-21_bn_cnn_cpu/seed_2/console.log"  # a block's start, the file with its lines
+CI = ("uv run pytest", "uv run pytest -m slow", "uv run ruff check .", "uv run ruff format --check .")  # run by .ci/run
+MAIN = "python main.py --num-gpus 4 --num-nodes 2 --node-rank 0 --master-addr 10.0.0.1 --output-dir SHARED/run"
+DEEPSPEED = "deepspeed --hostfile hosts --no_ssh --node_rank=R --master_addr=10.0.0.1 cifar10_deepspeed.py"
+TORCHRUN = "torchrun --nnodes=2 --node-rank=R --nproc_per_node=4 --master-addr=10.0.0.1 cifar10_deepspeed.py"
+TIED = {  # a line of shell, or the first line of another block -> the test in tests/launch that runs it
+    "pip install uv && uv run python main.py": "test_launchers.py test_a_launcher_runs_to_a_finished_summary",
+    "runs/bn_cnn-20261121-101500/": "test_launchers.py test_the_run_folder_says_what_was_run",
+    "uv run python main.py --seeds 3 --output-dir runs/three": "test_seeds.py test_real_runs_of_two_seeds",
+    MAIN: "test_two_hosts.py test_main_on_each_host",
+    DEEPSPEED: "test_two_hosts.py test_deepspeed_without_ssh",
+    "deepspeed --hostfile hosts cifar10_deepspeed.py": "test_two_hosts.py test_deepspeed_over_ssh_from_the_first_host",
+    TORCHRUN: "test_two_hosts.py test_torchrun",
+    "sbatch run_deepspeed.sh --epochs 10": "test_slurm.py test_sbatch_as_the_document_types_it_trains_on_both_gpus",
+    "sbatch --nodes=2 --gres=gpu:4 run_deepspeed.sh": "test_slurm.py test_sbatch_on_two_nodes",
 }
 OTHERS = "--nnodes --nproc_per_node --no_ssh --hostfile --nodes --gres --logdir --check"  # flags of other programs
 OTHERS += " --deepspeed --no-amp --num-workers --extra"  # read before our own flags are
 
-BLOCKS = [(page, *block) for page in PAGES for block in re.findall(r"^```(\w*)\n(.*?)^```$", TEXTS[page], re.M | re.S)]
-PYTHON = [code for _, kind, code in BLOCKS if kind == "python"]
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+BLOCKS = [block for text in TEXTS.values() for block in FENCED.findall(text)]
+PYTHON = [code for kind, code in BLOCKS if kind == "python"]
 
 
 def tied_lines(kind: str, code: str) -> list[str]:
-    """What of a block has to be accounted for: all lines of shell, nothing of Python (which is run), else the first line."""
+    """The lines of a block that must be accounted for: all of shell, none of Python (which is run), else the first."""
     lines = [" ".join(line.split(" #")[0].split()) for line in code.splitlines()]
     return lines if kind == "bash" else [] if kind == "python" else lines[:1]
 
 
 def test_every_line_of_code_is_run_or_tied_to_a_test_and_nothing_else_is():
-    lines = {line for _, kind, code in BLOCKS for line in tied_lines(kind, code)}
-    printed = {line for line in lines if line.startswith(tuple(PRINTED))}
-    assert lines - printed == {*RUN, *TIED}
-    assert len(printed) == len(PRINTED)
+    lines = {line for kind, code in BLOCKS for line in tied_lines(kind, code)}
+    assert {line for line in lines if not line.startswith(PRINTED)} == {*RUN, *CI, *TIED}
+    assert {*CI} <= {*(PROJECT / ".ci" / "run").read_text(encoding="utf-8").splitlines()}
+    for file, test in map(str.split, TIED.values()):
+        assert f"def {test}(" in (PROJECT / "tests" / "launch" / file).read_text(encoding="utf-8")
 
 
 def test_all_code_stands_between_fences():
     for page, text in TEXTS.items():
-        outside = re.sub(r"^```(\w*)\n(.*?)^```$", "", text, flags=re.M | re.S)
-        assert not re.search(r"^( {4}|\t|~~~|```)", outside, re.M), page
+        assert not re.search(r"^( {4}|\t|~~~|```)", FENCED.sub("", text), re.M), page
 
 
-@pytest.mark.parametrize(("file", "words"), sorted(set(TIED.values())))
-def test_the_tests_that_code_is_tied_to_are_there(file, words):
-    assert words in (PROJECT / file).read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("start", PRINTED)
-def test_output_was_printed(start):
-    [code] = [code for _, _, code in BLOCKS if code.startswith(start)]
-    log = (PROJECT / PRINTED[start]).read_text(encoding="utf-8").splitlines()
-    assert [line for line in code.splitlines() if line != "..." and line not in log] == []
+def test_output_was_printed():
+    [code] = [code for _, code in BLOCKS if code.startswith(PRINTED)]
+    assert {*code.splitlines()} <= {"...", *(PROJECT / LOG).read_text(encoding="utf-8").splitlines()}
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -131,7 +110,7 @@ def test_flags_exist(capsys):
     assert [flag for flag in named if flag.replace("_", "-") not in known] == []
 
 
-def test_the_code_map_has_the_floors_of_the_house():
+def test_the_code_map_has_the_layers_of_the_packages():
     rows = re.findall(r"^\| (\d+) \| ([^|]*) \|", TEXTS[PROJECT / "docs" / "code_map.md"], re.M)
     assert {int(floor): set(re.findall(r"\[`(\w+)`\]", cell)) for floor, cell in rows} == dict(enumerate(FLOORS, 1))
 
@@ -150,14 +129,14 @@ def test_one_version():
 
 
 @pytest.fixture
-def there(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder with the runs that the pages name, runs/mine and runs/three/seed_0, small and real."""
+def documented_runs(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working folder with the runs that the pages name, small and real."""
     for folder in ("runs/mine", "runs/three/seed_0"):
         shutil.copytree(trained / "colour", tmp_path / folder)
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.usefixtures("there")
+@pytest.mark.usefixtures("documented_runs")
 @pytest.mark.parametrize("line", RUN)
 def test_a_line_of_shell_does_what_it_says(line, monkeypatch, capsys):
     words = shlex.split(line.removeprefix("uv run python -m "))
@@ -169,7 +148,7 @@ def test_a_line_of_shell_does_what_it_says(line, monkeypatch, capsys):
     assert reports or "| [bn_cnn" in printed
 
 
-@pytest.mark.usefixtures("there")
+@pytest.mark.usefixtures("documented_runs")
 @pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.splitlines()[0])
 def test_python_runs(code):
     names: dict = {}

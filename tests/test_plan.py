@@ -1,22 +1,20 @@
-"""and device.py: which precision is taken, and what else is settled before anything starts."""
+"""What is resolved before anything starts: precision, SyncBatchNorm, learning rate scaling, the log interval."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from cifar10 import UsageError
 from cifar10 import plan as plan_module
 from cifar10.config import cli
-from cifar10.config.cli import without_launcher_flags
 from cifar10.config.recipe import Experiment, Recipe
 from cifar10.distributed import device
-from cifar10.models.registry import build_model
 from cifar10.plan import Plan, choose_precision, make_plan
 from tests.launching import run
 
@@ -40,7 +38,7 @@ def about_precision(made: Plan) -> list[str]:
 
 @pytest.fixture
 def native(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A machine that computes in fp32 and bf16; `native.setattr(device, "native_precisions", ...)` makes another of it."""
+    """A GPU that computes in fp32 and bf16; `native.setattr(device, "native_precisions", ...)` makes it another one."""
     monkeypatch.setattr(device, "native_precisions", lambda: ("fp32", "bf16"))
     monkeypatch.setattr(device, "name", lambda: "GPU")
     return monkeypatch
@@ -58,30 +56,25 @@ def json_file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "taken", "line"),
+    ("wanted", "taken", "num_notes"),
     [
-        ((), None, []),
-        (("fp32",), "fp32", []),
-        (("fp16",), "fp16", []),  # one alone is taken as it is, native or not
-        (("bf16", "fp16", "fp32"), "bf16", ["precision: bf16 of bf16, fp16, fp32 (the first choice)"]),
-        (("fp16", "bf16"), "bf16", ["precision: bf16 of fp16, bf16 (this GPU is not fast in fp16)"]),
-        (("fp16", "fp32", "bf16"), "fp32", ["precision: fp32 of fp16, fp32, bf16 (this GPU is not fast in fp16)"]),
+        ((), None, 0),
+        (("fp32",), "fp32", 0),
+        (("fp16",), "fp16", 0),  # one alone is taken as it is, native or not
+        (("bf16", "fp16", "fp32"), "bf16", 1),
+        (("fp16", "bf16"), "bf16", 1),
+        (("fp16", "fp32", "bf16"), "fp32", 1),
     ],
 )
-def test_of_several_precisions_the_first_that_is_native_is_taken(native, wanted, taken, line):
-    assert choose_precision(wanted) == (taken, line)
-
-
-def test_all_that_was_passed_over_is_named(native):
-    native.setattr(device, "native_precisions", lambda: ("fp32",))
-    _, (line,) = choose_precision(("bf16", "fp16", "fp32"))
-    assert line == "precision: fp32 of bf16, fp16, fp32 (this GPU is not fast in bf16, fp16)"
+def test_of_several_precisions_the_first_that_is_native_is_taken(native, wanted, taken, num_notes):
+    precision, notes = choose_precision(wanted)
+    assert (precision, len(notes)) == (taken, num_notes)
+    assert all(", ".join(wanted) in note for note in notes)
 
 
 def test_where_none_is_native_the_list_is_refused_with_what_to_add(native):
     native.setattr(device, "native_precisions", lambda: ("fp32",))
-    message = r"^--precision bf16 fp16: this GPU is fast in none of them; add fp32 at the end$"
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=r"--precision.* bf16 fp16.*fp32"):
         plan("--precision", "bf16", "fp16")
     assert precision_of(plan("--precision", "bf16", "fp16", "fp32")) == "fp32"
 
@@ -105,7 +98,7 @@ def test_a_cpu_that_claims_native_fp16_trains_in_bf16(intel, recipe):
     assert precision_of(plan("--precision", "fp16", "fp32")) == "fp32"
 
 
-def test_fp16_on_a_cpu_is_taken_if_asked_for_by_name_with_a_word_on_its_cost(intel):
+def test_fp16_on_a_cpu_is_taken_if_asked_for_by_name_with_a_note_on_its_cost(intel):
     asked = plan("--precision", "fp16")
     assert precision_of(asked) == "fp16"
     assert any("fp16 on a CPU" in note and "--precision bf16" in note for note in asked.notes)
@@ -135,7 +128,7 @@ def test_the_command_line_beats_the_json(native, json_file, argv, due, world_siz
 
 
 @pytest.mark.parametrize(
-    ("argv", "due", "said"),
+    ("argv", "due", "num_notes"),
     [
         ("", "bf16", 1),
         ("--precision fp32", "fp32", 0),
@@ -145,7 +138,7 @@ def test_the_command_line_beats_the_json(native, json_file, argv, due, world_siz
         ("--deepspeed_config FP32 --precision fp16 bf16", "bf16", 1),
     ],
 )
-def test_a_recipes_preference_goes_with_its_own_json(native, json_file, tmp_path, argv, due, said):
+def test_a_recipes_preference_goes_with_its_own_json(native, json_file, tmp_path, argv, due, num_notes):
     (tmp_path / "fp32.json").write_text(json.dumps({"train_batch_size": 32, "optimizer": SGD}))
     small = Recipe(epochs=1, warmup_epochs=0, val_images=0)
     own = Experiment(small, {"train_batch_size": 32, "optimizer": SGD}, precision=("fp16", "bf16", "fp32"))
@@ -153,18 +146,13 @@ def test_a_recipes_preference_goes_with_its_own_json(native, json_file, tmp_path
         native.setattr(module, "load", lambda name: own)
     made = plan(*argv.replace("JSON", str(json_file)).replace("FP32", str(tmp_path / "fp32.json")).split())
     assert precision_of(made) == due
-    assert len(about_precision(made)) == said
+    assert len(about_precision(made)) == num_notes
 
 
 @pytest.mark.parametrize("argv", ["--precision fp64", "--precision bf16 fp8", "--precision="])
-def test_a_precision_that_there_is_not_is_refused(argv):
+def test_an_unknown_precision_is_refused(argv):
     with pytest.raises(UsageError, match="--precision"):
         plan(*argv.split())
-
-
-def test_no_amp_is_a_word_for_fp32_in_any_place():
-    assert without_launcher_flags(["--no-amp", "--seed", "1"]) == ["--precision", "fp32", "--seed", "1"]
-    assert without_launcher_flags(["--local_rank=0", "--seed", "1", "--no-amp"]) == ["--seed", "1", "--precision", "fp32"]
 
 
 # --- what this machine computes in ----------------------------------------------------------------------------------------
@@ -175,7 +163,6 @@ CPUS = {
     "x86, both": ("flags : fpu amx_bf16 avx512_fp16\n", ("fp32", "bf16")),
     "arm": ("processor\t: 0\nFeatures\t: fp asimd fphp asimdhp bf16\n", ("fp32", "bf16")),
     "no flags": ("processor\t: 0\nmodel name\t: bf16 asimdhp\n", ("fp32",)),
-    "empty": ("", ("fp32",)),
     "absent": (None, ("fp32",)),
 }
 
@@ -188,16 +175,15 @@ def test_a_cpus_precisions_are_read_from_its_flags(cpu, tmp_path, monkeypatch):
         cpuinfo.write_text(text)
     monkeypatch.setattr(device, "Path", lambda path: cpuinfo if path == "/proc/cpuinfo" else Path(path))
     monkeypatch.setattr(device, "count_gpus", lambda: 0)
-    assert device.native_precisions.__wrapped__() == due  # the answer is kept for the process: here without
+    assert device.native_precisions.__wrapped__() == due  # without the process-wide cache
     assert device.name() == "CPU"
 
 
-@pytest.mark.parametrize(("capability", "due"), [((7, 5), ("fp32", "fp16")), ((8, 0), ("fp32", "fp16", "bf16")), ((9, 0), 3)])
+@pytest.mark.parametrize(("capability", "due"), [((7, 5), ("fp32", "fp16")), ((8, 0), ("fp32", "fp16", "bf16"))])
 def test_a_gpus_precisions_are_those_of_its_generation(capability, due, monkeypatch):
     monkeypatch.setattr(device, "count_gpus", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    found = device.native_precisions.__wrapped__()
-    assert found == due if due != 3 else len(found) == 3
+    assert device.native_precisions.__wrapped__() == due
     assert device.name() == "GPU"
 
 
@@ -205,27 +191,16 @@ def test_a_gpus_precisions_are_those_of_its_generation(capability, due, monkeypa
 
 
 def test_sync_bn_on_a_cpu_is_refused_in_one_line(tmp_path):
-    folder = tmp_path / "run"
-    flags = ["--dataset", "synthetic", "--sync-bn", "--output-dir", str(folder)]
+    flags = ["--dataset", "synthetic", "--sync-bn", "--output-dir", str(tmp_path / "run")]
     process = run([sys.executable, "cifar10_deepspeed.py", *flags])
     assert (process.returncode, process.stdout) == (2, "")
-    assert process.stderr == (
-        "error: --sync-bn needs GPUs: PyTorch shares statistics between ranks on GPUs only; leave it out\n"
-    )
-    assert not folder.exists()
+    assert re.fullmatch("error: --sync-bn .*GPUs.*\n", process.stderr)
+    assert not (tmp_path / "run").exists()
 
 
 def test_sync_bn_on_gpus_is_allowed(monkeypatch):
     monkeypatch.setattr(device, "count_gpus", lambda: 2)
     assert plan("--sync-bn", world_size=2).recipe.sync_bn
-
-
-def test_a_model_with_sync_bn_has_the_names_and_values_of_the_one_without():
-    """So a checkpoint of the one is read by the other."""
-    plain, converted = build_model("bn_cnn", 0, 10), nn.SyncBatchNorm.convert_sync_batchnorm(build_model("bn_cnn", 0, 10))
-    assert sum(isinstance(module, nn.SyncBatchNorm) for module in converted.modules()) == 2
-    assert list(converted.state_dict()) == list(plain.state_dict())
-    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in converted.state_dict().items())
 
 
 # --- the learning rate and the batch --------------------------------------------------------------------------------------
@@ -237,30 +212,30 @@ def test_the_linear_scaling_rule(reference, images, due):
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_the_linear_scaling_rule_is_said_where_it_is_used(world_size):
-    """It goes by the global batch, which does not depend on the number of ranks; the JSON's own rate stays in the settings."""
+def test_the_linear_scaling_rule_is_noted_where_it_is_used(world_size):
+    """It follows the global batch, not the number of ranks; the JSON's own rate stays in the settings."""
     scaled = plan("--lr-reference-batch", "128", "--global-batch-size", "256", "--lr", "0.1", world_size=world_size)
     (note,) = (note for note in scaled.notes if note.startswith("learning rate"))
-    assert note == "learning rate: the config's x global batch 256 / 128"
+    assert "256 / 128" in note
     assert scaled.ds_config["optimizer"]["params"]["lr"] == 0.1
     assert not any(note.startswith("learning rate") for note in plan("--global-batch-size", "256").notes)
 
 
-# --- how often --------------------------------------------------------------------------------------------------------------
+# --- the log interval ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("steps_per_print", "argv", "due"),
     [(None, "", 100), (7, "", 7), (7, "--log-every-steps 3", 3), (None, "--log-every-steps 3", 3)],
 )
-def test_steps_per_print_is_the_log_interval_unless_a_flag_says_another(json_file, steps_per_print, argv, due):
-    said = {} if steps_per_print is None else {"steps_per_print": steps_per_print}
-    json_file.write_text(json.dumps({"train_batch_size": 32, "optimizer": SGD, **said}))
+def test_steps_per_print_is_the_log_interval_unless_a_flag_sets_another(json_file, steps_per_print, argv, due):
+    given = {} if steps_per_print is None else {"steps_per_print": steps_per_print}
+    json_file.write_text(json.dumps({"train_batch_size": 32, "optimizer": SGD, **given}))
     assert plan("--deepspeed_config", str(json_file), *argv.split()).options.log_every_steps == due
 
 
 @pytest.mark.parametrize(
-    ("said", "precision"),
+    ("section", "precision"),
     [
         ({}, "fp32"),
         ({"bf16": {"enabled": True}}, "bf16"),
@@ -271,8 +246,6 @@ def test_steps_per_print_is_the_log_interval_unless_a_flag_says_another(json_fil
         *[({"torch_autocast": {"enabled": True, "dtype": name}}, "fp16") for name in ("float16", "fp16", "half")],
     ],
 )
-def test_the_precision_that_a_json_comes_to(tmp_path, said, precision):
-    config = {"train_batch_size": 32, "optimizer": SGD, **said}
-    file = tmp_path / "ds.json"
-    file.write_text(json.dumps(config))
-    assert plan(f"--deepspeed_config={file}").precision == precision
+def test_the_precision_of_a_json(json_file, section, precision):
+    json_file.write_text(json.dumps({"train_batch_size": 32, "optimizer": SGD, **section}))
+    assert plan(f"--deepspeed_config={json_file}").precision == precision

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LOOPS = ["plain PyTorch", "stock DeepSpeed", "this program", "bn_cnn_fast"]
 
 
+@pytest.mark.slow
 def test_the_tables_and_the_numbers_behind_them(tmp_path: Path) -> None:
     written = tmp_path / "bench.json"
     flags = "--dataset synthetic --rounds 2 --steps 5 --warmup-steps 2 --threads 1 --json".split()
@@ -135,6 +136,7 @@ def test_ranks_are_compared_with_the_first(monkeypatch: pytest.MonkeyPatch) -> N
     assert [row["peak_memory_mib"] for row in rows.values()] == [[52], [42, 41], [31] * 4]
 
 
+@pytest.mark.slow
 def test_a_run_on_two_ranks_says_how_fast_it_was_and_in_how_much_memory() -> None:
     flags = "--dataset synthetic --max-steps 3 --threads 1 --val-images 0 --test-images 0".split()
     summary = scaling.summary_of_run(flags, 2)

@@ -1,4 +1,4 @@
-"""glibc's malloc keeps freed memory. (Native precisions: tests/test_plan.py.)"""
+"""Freed memory stays in the process. (Native precisions: tests/test_plan.py.)"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COUNT = """
 import resource
 import torch
 from cifar10.run import trained
-from cifar10.distributed import device, world
+from cifar10.distributed import world
 
 def faults(rounds):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -28,10 +28,10 @@ print(faults(20))
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc")
-@pytest.mark.parametrize("how", ["device.keep_freed_memory()", "world.join(1)", "trained.alone(1)", ""])
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc has the setting")
+@pytest.mark.parametrize("how", ["world.join(1)", "trained.alone(1)", ""])
 def test_a_step_takes_no_new_pages_for_what_the_last_one_freed(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it, even with huge pages of 2 MB, 20 times 80 MB are 800 page faults."""
+    """20 times 80 MB are 800 huge pages of 2 MB, or more small ones: what a process takes without the setting."""
     for name in [name for name in os.environ if name.startswith("MALLOC_") or name in ("LD_PRELOAD", "GLIBC_TUNABLES")]:
         monkeypatch.delenv(name)
     ended = run([sys.executable, "-c", COUNT.replace("HOW", how)], DS_ACCELERATOR="cpu")

@@ -132,6 +132,7 @@ def tiny_net() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(256, 10))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPILES, reason="needs a C++ compiler and Python.h")
 def test_compiled_steps_are_the_eager_ones() -> None:
     """To rounding, after two hundred, a bad one among them; names, counters, and evaluation stay as they are."""

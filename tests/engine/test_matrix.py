@@ -13,6 +13,8 @@ import pytest
 from tests.helpers import largest_difference, measured
 from tests.workers.matrix import DTYPES, NORMS_AT, SMOOTH_STEPS, STAGES, STEPS
 
+pytestmark = pytest.mark.slow
+
 NUM_RANKS = (1, 2)
 CELLS = [(precision, stage, accumulation) for precision in DTYPES for stage in STAGES for accumulation in (1, 2)]
 LARGEST_ERROR = {"fp32": 1e-5, "bf16": 1e-4, "fp16": 1e-4}  # of the gradient norm, relative

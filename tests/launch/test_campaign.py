@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import sys
 
+import pytest
+
 from cifar10.run.checkpoint import PAUSES
 from tests.launching import run
+
+pytestmark = pytest.mark.slow
 
 
 def test_runs_that_are_killed_at_any_moment_go_on_to_the_right_end(tmp_path) -> None:

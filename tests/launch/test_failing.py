@@ -74,6 +74,7 @@ def test_no_key_of_the_environment_is_written_or_said(whole_run: tuple[Path, str
     assert not [path for path in folder.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_run_with_the_rank_the_step_and_the_reason(tmp_path: Path) -> None:
     launcher = start("--timeout-minutes", "0.1", "--output-dir", str(tmp_path / "run"))
     wait_until(lambda: has_trained(tmp_path / "run"), "the first steps")
@@ -88,6 +89,7 @@ def test_a_rank_that_hangs_ends_the_run_with_the_rank_the_step_and_the_reason(tm
     assert not [p for p in everyone if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run_and_a_restart_goes_on_to_the_same_weights(tmp_path: Path, uninterrupted: str) -> None:
     launcher = start("--max-restarts", "1", "--output-dir", str(tmp_path / "run"))
     wait_until(lambda: has_trained(tmp_path / "run"), "the first steps")
@@ -99,6 +101,7 @@ def test_a_killed_rank_ends_the_run_and_a_restart_goes_on_to_the_same_weights(tm
     assert summary(tmp_path / "run")["weights_sha256"] == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_each_time_is_started_so_often_and_no_oftener(tmp_path: Path) -> None:
     """A learning rate of 1e30 makes every step skip, and 25 in a row end a run."""
     flags = ["--max-restarts", "1", "--lr", "1e30", "--output-dir", str(tmp_path / "run")]
@@ -211,6 +214,7 @@ def test_max_minutes_stop_a_run(tmp_path: Path) -> None:
     assert request.reason == "--max-minutes 0.001"
 
 
+@pytest.mark.slow
 def test_a_stop_file_stops_two_ranks_which_then_go_on(tmp_path: Path, uninterrupted: str) -> None:
     launcher = start("--output-dir", str(tmp_path / "run"))
     wait_until(lambda: has_trained(tmp_path / "run"), "the first steps")

@@ -99,6 +99,7 @@ def ended(launchers: list[subprocess.Popen[str]]) -> tuple[list[int], list[str],
     return [launcher.returncode for launcher in launchers], [out for out, _ in said], [err for _, err in said]
 
 
+@pytest.mark.slow
 def test_two_machines_train_one_run(runs, tmp_path) -> None:
     folder = tmp_path / "run"
     codes, printed, errors = ended(start_on_two_machines(SHORT, folder))
@@ -110,6 +111,7 @@ def test_two_machines_train_one_run(runs, tmp_path) -> None:
     assert printed[1] == "", "the first machine speaks for both"
 
 
+@pytest.mark.slow
 def test_a_run_on_two_machines_is_stopped_and_goes_on(tmp_path) -> None:
     folder, flags = tmp_path / "run", [*LONG, "--max-steps", "120"]
     launchers = start_on_two_machines(flags, folder)
@@ -178,7 +180,7 @@ def test_a_finished_run_is_not_run_again(runs) -> None:
     assert (folder / "summary.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_stops_the_run_resumable_and_the_same_command_finishes_it(tmp_path, number) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     flags = [*LONG, "--max-steps", "120", "--num-gpus", "2" if number == signal.SIGTERM else "1"]
@@ -203,6 +205,7 @@ def test_a_signal_stops_the_run_resumable_and_the_same_command_finishes_it(tmp_p
     assert (stopped / "steps.csv").read_text() == (whole / "steps.csv").read_text()
 
 
+@pytest.mark.slow
 def test_killing_main_leaves_no_rank_behind(tmp_path) -> None:
     folder = tmp_path / "run"
     launcher = subprocess.Popen(
@@ -218,6 +221,7 @@ def test_killing_main_leaves_no_rank_behind(tmp_path) -> None:
     assert summary(folder)["status"] == "stopped"
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_fails_with_the_reason(tmp_path) -> None:
     folder = tmp_path / "run"
     flags = [*LONG, "--lr", "1e30", "--max-skipped-in-a-row", "5", "--output-dir", str(folder)]

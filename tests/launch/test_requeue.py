@@ -1,10 +1,8 @@
 """A job of run_deepspeed.sh that SLURM moves on, in each way it has, ends with the weights of a run that nobody disturbed.
 
-Two of the ways are tried every time; all others, which take minutes, with CIFAR10_TESTS_SLOW set: `pytest -s` then shows
-what became of each job. records/2026-11-21_slurm holds what it showed.
+`pytest -n 0 -s -m slow tests/launch/test_requeue.py` shows what became of each job, as records/2026-11-21_slurm does.
 """
 
-import os
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +21,7 @@ MINUTE_LONG = (*COMMON, "--max-steps", "300", "--global-batch-size", "256")  # 1
 ONE_RANK = ("--gres=gpu:1", "--cpus-per-task=2", "--mem=8G")
 EXPORTED = {"OMP_NUM_THREADS": "1", "VENV": str(BIN.parent)}
 
-slow = pytest.mark.skipif(not os.environ.get("CIFAR10_TESTS_SLOW"), reason="takes minutes; set CIFAR10_TESTS_SLOW to run it")
+pytestmark = pytest.mark.slow
 
 
 @contextmanager
@@ -91,9 +89,6 @@ def check_finished(job: dict[str, str], folder: Path, ranks: int, weights: str) 
     return results
 
 
-# --- tried every time -------------------------------------------------------------------------------------------------
-
-
 def test_scontrol_requeue(cluster, weights, tmp_path) -> None:
     """It is queued again from outside: no warning, but SIGTERM to all of its processes."""
     folder = tmp_path / "run"
@@ -104,7 +99,7 @@ def test_scontrol_requeue(cluster, weights, tmp_path) -> None:
     assert 0 < results["resumed_at_steps"][0] < 300
 
 
-@pytest.mark.parametrize("signal", ["SIGTERM", pytest.param("user signal", marks=slow)])
+@pytest.mark.parametrize("signal", ["SIGTERM", "user signal"])
 def test_a_job_of_a_partition_that_matters_more(signal, weights, tmp_path) -> None:
     """Preemption with a time of grace: SIGTERM goes to the steps of the job and not to its script, or the script is warned."""
     folder = tmp_path / "run"
@@ -117,17 +112,12 @@ def test_a_job_of_a_partition_that_matters_more(signal, weights, tmp_path) -> No
     assert 0 < results["resumed_at_steps"][0] < 300
 
 
-# --- by hand ----------------------------------------------------------------------------------------------------------
-
-
-@slow
 def test_a_time_limit(cluster, weights, tmp_path) -> None:
     folder = tmp_path / "run"
     number = submit(cluster, folder, (*ONE_RANK, "--time=2", "--signal=B:USR1@60"), *MINUTE_LONG)
     check_finished(follow(cluster, number), folder, 1, weights(1, *MINUTE_LONG))
 
 
-@slow
 def test_a_node_fails(cluster, weights, tmp_path) -> None:
     """It goes on from the last checkpoint."""
     folder = tmp_path / "run"
@@ -143,7 +133,6 @@ def test_a_node_fails(cluster, weights, tmp_path) -> None:
     assert results["resumed_at_steps"][0] >= 175  # a node that is only said to fail still saves
 
 
-@slow
 @pytest.mark.parametrize("warned", [False, True])
 def test_scancel(warned, cluster, weights, tmp_path) -> None:
     """It is saved, not queued again, and the command that was printed goes on with it."""
@@ -169,7 +158,6 @@ def test_scancel(warned, cluster, weights, tmp_path) -> None:
     assert results["weights_sha256"] == weights(1, *SECONDS_LONG)
 
 
-@slow
 def test_an_array(cluster, weights, tmp_path) -> None:
     """Two tasks at a time on one node, %a in a flag; the last to be warned bears the number of the array itself."""
     requests = ("--array=0-1", f"--output={tmp_path}/%a.log", *ONE_RANK)

@@ -145,6 +145,7 @@ def test_after_a_launch_signals_are_what_they_were():
     assert [signal.getsignal(number) for number in supervise.SIGNALS] == before
 
 
+@pytest.mark.slow
 def test_real_runs_of_two_seeds(tmp_path):
     process = run([sys.executable, "main.py", *SHORT, "--seeds", "2", "--output-dir", str(tmp_path)], OMP_NUM_THREADS="1")
     assert process.returncode == 0, process.stderr

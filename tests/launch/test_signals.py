@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.signals import AT_ONCE, Cell, carry_out, command_for, fault_of, undisturbed, weights_of
+
+pytestmark = pytest.mark.slow
 
 CHAIN = [
     Cell("main.py", "SIGUSR1", AT_ONCE),

@@ -11,6 +11,8 @@ import pytest
 from tests.cluster import Hosts, Slurm, need_cluster
 from tests.launching import BIN, PROJECT, SHORT, has_trained, summary, wait_until
 
+pytestmark = pytest.mark.slow
+
 LONG = ("--dataset", "synthetic", "--max-steps", "120", "--log-every-steps", "5", "--test-images", "200", "--threads", "1")
 PYTHON = [sys.executable, "cifar10_deepspeed.py"]
 # One thread each, and a CPU: the GPUs of these nodes are not real.

@@ -12,6 +12,8 @@ import pytest
 from tests.cluster import ADDRESSES, Hosts, need_cluster
 from tests.launching import BIN, DEADLINE_SECONDS, SHORT, free_port, has_trained, run, summary, wait_until
 
+pytestmark = pytest.mark.slow
+
 DEEPSPEED = str(BIN / "deepspeed")
 FIRST, SECOND = ADDRESSES
 LONG = ("--dataset", "synthetic", "--log-every-steps", "5", "--test-images", "200", "--threads", "1", "--epochs", "1")

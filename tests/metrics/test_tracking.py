@@ -251,6 +251,7 @@ sink.close()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["dies", "is terminated"])
 def test_after_a_kill_wandb_has_every_row_once(tmp_path, end) -> None:
     """All rows that wandb-core had when the process was killed, or its children were, and none twice."""
@@ -277,6 +278,7 @@ def processes_with(name: str, value: str) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_ctrl_c_with_wandb_saves_and_leaves_no_process(tmp_path) -> None:
     folder = tmp_path / "run"
     flags = (
@@ -426,6 +428,7 @@ def test_without_the_package_training_goes_on(tmp_path, monkeypatch, capsys) -> 
 # --- the sweep ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_sweep_files_command_trains_and_all_its_keys_are_flags(tmp_path) -> None:
     from wandb.sdk.launch.sweeps import utils  # what `wandb agent` makes its command line with
 

@@ -16,6 +16,8 @@ import torch
 from tests.helpers import WORKERS, launch
 from tests.workers.resumes import CASES, MORE_STEPS, OPTIMIZERS, WORLDS, sources
 
+pytestmark = pytest.mark.slow
+
 # --- engines ----------------------------------------------------------------------------------------------------------------
 
 
