@@ -336,7 +336,7 @@ def test_a_damaged_pointer_is_named_and_the_newest_sound_checkpoint_is_taken(
     assert "is damaged: " in damaged
     assert len(damaged) < 1_000
     assert damaged.isprintable()
-    assert going_on == f"going on from {TAG}"
+    assert going_on == f"resuming from {TAG}"
     assert json.loads((run / "summary.json").read_text())["resumed_at_steps"] == [10]
 
 
@@ -346,7 +346,7 @@ def test_a_damaged_pointer_to_damaged_checkpoints_is_refused(program: Program, s
     (run / "checkpoints" / "latest").write_bytes(POINTERS[name])
     cut(run / "checkpoints" / TAG / "state.pt", 0.5)
     line = refusal(program, tmp_path, *SMALL, "--output-dir", str(run))
-    assert "no sound one is left there" in line
+    assert "no intact one is left" in line
     assert line.isprintable()
 
 

@@ -5,7 +5,6 @@ Network trouble is a ConnectionError here, so that any other OSError is the disk
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import os
 import sys
@@ -16,21 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cifar10.files import TIMEOUT_SECONDS
+from cifar10.files import TIMEOUT_SECONDS, file_digest
 
 CHUNK_BYTES = 1 << 18
 
 
 def has_md5(path: Path, md5: str) -> bool:
-    """Whether `path` is a file with this md5; read in pieces, for the archive is large. Raises OSError if unreadable."""
-    digest = hashlib.md5(usedforsecurity=False)
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
-    except FileNotFoundError:
-        return False
-    return digest.hexdigest() == md5
+    """Whether `path` is a file with this md5. Raises OSError if it is unreadable."""
+    return path.exists() and file_digest(path, "md5") == md5
 
 
 def say(line: str) -> None:

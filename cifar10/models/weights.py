@@ -6,7 +6,6 @@ is executed. torch is imported only where a file is opened, so that the launcher
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import json
 import os
@@ -17,12 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar10 import UsageError, reason
-from cifar10.files import one_process_at_a_time, talking_to_stderr_and_not_for_ever
+from cifar10.files import file_digest, one_process_at_a_time, talking_to_stderr_and_not_for_ever
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-CHUNK_BYTES = 1 << 20
 METADATA_KEY = "about"  # of a safetensors file's header: JSON of what else the file says
 
 
@@ -54,29 +52,22 @@ def _hash_prefix(url: str) -> str:
     return found[1] if found else ""
 
 
-def _is_sound(file: Path, hash_prefix: str) -> bool:
-    digest = hashlib.sha256()
-    try:
-        with open(file, "rb") as content:
-            while chunk := content.read(CHUNK_BYTES):
-                digest.update(chunk)
-    except FileNotFoundError:
-        return False
-    return digest.hexdigest().startswith(hash_prefix)
-
-
 def _ensure_imagenet(model_name: str) -> None:
     """Return once torch.hub's cache holds torchvision's weights with the right hash; they are downloaded if it does not."""
     from torch import hub
 
     url = _imagenet_url(model_name)
     file, hash_prefix = _cached(url), _hash_prefix(url)
+
+    def is_sound() -> bool:
+        return file.exists() and file_digest(file, "sha256").startswith(hash_prefix)
+
     try:
-        if _is_sound(file, hash_prefix):
+        if is_sound():
             return
         file.parent.mkdir(parents=True, exist_ok=True)
         with one_process_at_a_time(file.with_name(f".{file.name}.lock"), f"fetching {file.name}"):
-            if not _is_sound(file, hash_prefix):  # else another process was faster
+            if not is_sound():  # else another process was faster
                 sys.stderr.write(f"fetching ImageNet weights from {url} to {file}\n")
                 with talking_to_stderr_and_not_for_ever():
                     hub.download_url_to_file(url, str(file), hash_prefix, progress=sys.stderr.isatty())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from cifar10.run.checkpoint import PAUSES
+from tests.campaign import PAUSES
 from tests.launching import run
 
 

@@ -136,7 +136,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(
     named, going_on = capsys.readouterr().err.splitlines()
     assert named.startswith(f"checkpoint {folder / TAGS[2]} is damaged: ")
     assert fault in named
-    assert going_on == f"going on from {TAGS[1]}"
+    assert going_on == f"resuming from {TAGS[1]}"
 
 
 @pytest.mark.parametrize("content", POINTERS)
@@ -152,7 +152,7 @@ def test_a_damaged_pointer_is_named_and_the_newest_checkpoint_is_taken(
     assert " is damaged: " in named
     assert named.isprintable()
     assert len(named) < 300
-    assert going_on == f"going on from {TAGS[2]}"
+    assert going_on == f"resuming from {TAGS[2]}"
 
 
 def test_without_a_pointer_the_newest_checkpoint_is_taken(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,7 +166,7 @@ def test_where_all_are_damaged_the_first_is_named_and_nothing_is_started(folder:
         truncate(folder / tag)
     message = refusal(folder)
     assert f"{folder / TAGS[2]} is damaged: state.pt has" in message
-    assert "no sound one is left" in message
+    assert "no intact one is left" in message
 
 
 # --- another's --------------------------------------------------------------------------------------------------------------

@@ -174,7 +174,7 @@ def test_the_program_names_damage_and_goes_on_or_refuses_in_one_line(base: Path)
     checkpoints = {name: base / name / "checkpoints" for name in names}
     went_on, refused, foreign = (said[name] for name in names)
     assert went_on[0].startswith(f"checkpoint {checkpoints['newest damaged'] / tags[1]} is damaged: state.pt has ")
-    assert went_on[1] == f"going on from {tags[0]}"
+    assert went_on[1] == f"resuming from {tags[0]}"
     last = read(base / "newest damaged" / "summary.json")
     assert (last["status"], last["resumed_at_steps"]) == ("finished", [15])
     assert len(refused) == len(foreign) == 1
