@@ -208,7 +208,7 @@ def test_a_checkpoint_of_another_experiment_is_refused_with_the_difference(folde
 def test_another_runs_checkpoint_on_other_images_is_refused_before_anything_starts(folder: Path, tmp_path: Path) -> None:
     flags = ["--dataset", "synthetic", "--output-dir"]
     theirs = make_plan([*flags, str(tmp_path)], 1, "a test")
-    recipe = json.dumps({"settings": theirs.settings["recipe"]})
+    recipe = json.dumps({"format": FORMAT, "settings": theirs.settings["recipe"]})
     open_run(tmp_path, recipe, theirs.ds_config, "auto", ["a test"])
     before = tree(tmp_path)
     make_plan([*flags, str(tmp_path / "new"), "--resume", str(tmp_path)], 1, "a test")
