@@ -428,13 +428,13 @@ def test_an_augmentation_has_one_spelling(text: str, due: str) -> None:
         ("RandomCrop", "RandomCrop(padding, padding_mode)"),
         ("RandomCrop(1.5)", "whole number"),
         ("RandomCrop(True)", "whole number"),
-        ("RandomCrop(4, mirror)", "constant, reflect"),
+        ("RandomCrop(4, mirror)", "constant or reflect"),
         ("RandomCrop(4, 4, 4)", "RandomCrop(padding"),
         ("RandomCrop(4", "RandomCrop(4"),
         ("__import__('os')", "__import__"),
         ("Cutout(4) Cutout(5)", "Cutout is given twice"),
         ("RandomHorizontalFlip AlternatingFlip", "twice"),
-        ("Cutout(4) RandomCrop(4)", "come first"),
+        ("Cutout(4) RandomCrop(4)", "must come first"),
     ],
 )
 def test_an_invalid_augmentation_is_refused_in_one_line(text: str, named: str) -> None:
