@@ -648,7 +648,7 @@ def test_unequal_classes_keep_their_proportions():
 
 @pytest.mark.parametrize("val_images", [-1, 100, 101])
 def test_an_impossible_split_says_what_to_type(val_images):
-    with pytest.raises(UsageError, match=f"--val-images {val_images} .* from 0 to 99"):
+    with pytest.raises(UsageError, match=f"--val-images: {val_images}, .* from 0 to 99"):
         stratified_split(np.arange(100) % 10, val_images, seed=0)
 
 
