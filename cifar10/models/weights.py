@@ -69,8 +69,7 @@ def _ensure_imagenet(model_name: str) -> None:
     except (OSError, RuntimeError, http.client.HTTPException) as error:  # the network, the disk; a wrong hash
         reason = " ".join(str(getattr(error, "reason", error)).split())
         raise UsageError(
-            f"--weights imagenet: {url} cannot be downloaded to {file}: {reason}; put that file there, or choose --weights none"
-            " or a file"
+            f"--weights imagenet: cannot download {url} to {file}: {reason}; put it there, or choose --weights none or a file"
         ) from None
 
 
