@@ -103,7 +103,7 @@ REFUSED = {
     "a weight that is none": (lambda run: with_weight(run, "fc2.bias", [0.0] * 10), "holds no state dict"),
     "NaN": (
         lambda run: with_weight(run, "fc2.bias", torch.full((10,), torch.nan)),
-        "fc2.bias holds values that are not finite",
+        "values that are not finite",
     ),
     "an accuracy in words": (lambda run: changed(run, val_accuracy="good"), "val_accuracy is not a number"),
 }
