@@ -49,7 +49,7 @@ class Plan:
 
     def images(self, split: Split) -> Images:
         """The data set's train or test images, all of them in their fixed order: uint8 [N, S, S, C], and labels."""
-        return registry.find(self.recipe.dataset).load(split, self.options.data_dir, self.recipe.split_seed)
+        return registry.load(self.recipe.dataset, split, self.options.data_dir, self.recipe.split_seed)
 
     @property
     def settings(self) -> dict[str, Any]:

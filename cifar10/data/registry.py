@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cifar10 import UsageError, nearest
 from cifar10.data import cifar, cifar100, mnist, synthetic
-from cifar10.data.dataset import DataSet
+from cifar10.data.dataset import DataSet, Images, Split
 
 DATASETS: dict[str, DataSet] = {
     "cifar10": cifar.CIFAR10,
@@ -29,3 +29,8 @@ def find(name: str) -> DataSet:
 def folder(data_dir: Path | None) -> Path:
     """--data-dir, else $CIFAR10_DIR, else data/."""
     return data_dir or Path(os.environ.get("CIFAR10_DIR") or "data")
+
+
+def load(name: str, split: Split, data_dir: Path, seed: int) -> Images:
+    """A whole split of the data set called `name`, in its fixed order."""
+    return find(name).load(split, data_dir, seed)

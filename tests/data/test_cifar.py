@@ -53,14 +53,19 @@ def make_files() -> dict[str, bytes]:
     return files
 
 
-def make_archive(members: dict[str, bytes], links: dict[str, str] | None = None) -> bytes:
-    """A .tar.gz of these paths, in this order, after these symbolic links (path -> target)."""
+def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    """A member that is not a file."""
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname, member.devmajor, member.devminor = kind, target, 1, 5
+    return member
+
+
+def make_archive(members: dict[str, bytes], *first: tarfile.TarInfo) -> bytes:
+    """A .tar.gz of these paths, in this order, after these special members."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for name, target in (links or {}).items():
-            link = tarfile.TarInfo(name)
-            link.type, link.linkname = tarfile.SYMTYPE, target
-            tar.addfile(link)
+        for member in first:
+            tar.addfile(member)
         for name, content in members.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)
@@ -389,7 +394,9 @@ def test_a_hostile_member_is_never_written(tiny, server, tmp_path, monkeypatch):
     data_dir = tmp_path / "a" / "data"
     evil = {f"{CIFAR10.folder}/../../evil": b"1", "../evil": b"2", str(tmp_path / "evil"): b"3", "data_batch_1": b"4"}
     links = {f"{CIFAR10.folder}/data_batch_2": "/etc/passwd", CIFAR10.folder: str(tmp_path)}
-    archive = make_archive(evil | in_folder(tiny.files), links)
+    archive = make_archive(
+        evil | in_folder(tiny.files), *(special(name, tarfile.SYMTYPE, target) for name, target in links.items())
+    )
     believe(monkeypatch, archive_md5=md5(archive))
     server.bodies = [archive]
     ensure(data_dir, need_test=True)

@@ -293,11 +293,7 @@ def test_a_run_can_start_from_another_only_if_its_position_fits(tmp_path):
     begin(tmp_path / "run", "--epochs", "2")
     settings = plan("--epochs", "9", "--lr", "0.5").settings
     run_folder.refuse_other_position(tmp_path / "run", settings)  # a longer run at another learning rate
-    for flags, named in (
-        ("--global-batch-size 32", "train_batch_size"),
-        ("--seed 1", "seed"),
-        ("--val-images 0", "val_images"),
-    ):
+    for flags, named in (("--global-batch-size 32", "train_batch_size"), ("--seed 1", "seed is 0"), ("--val-images 0", "val")):
         with pytest.raises(UsageError, match=named):
             run_folder.refuse_other_position(tmp_path / "run", plan(*flags.split()).settings)
 
