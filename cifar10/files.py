@@ -1,5 +1,6 @@
 """Atomic writes, and downloads by one process while the others wait."""
 
+import hashlib
 import os
 import socket
 import sys
@@ -11,6 +12,15 @@ from typing import BinaryIO
 from filelock import FileLock, Timeout
 
 TIMEOUT_SECONDS = 10.0  # without a response, or without a byte during a transfer
+
+
+def file_digest(path: Path, algorithm: str) -> str:
+    """A file's hex digest, read in pieces. (hashlib.file_digest needs Python 3.11.)"""
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

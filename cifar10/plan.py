@@ -150,7 +150,7 @@ def make_plan(
     if options.output_dir is not None:
         run_folder.refuse_unwritable(options.output_dir)
         run_folder.refuse_if_never(options.output_dir, options.resume)
-        run_folder.refuse_other_settings(options.output_dir, plan.settings, RECIPE_DEFAULTS)
+        run_folder.refuse_other_settings(options.output_dir, plan.settings)
         read_summary(options.output_dir)  # refuses a damaged one
     dataset.ensure(options.data_dir, need_test=options.test_images != 0)
     weights.ensure(recipe.weights, recipe.model)

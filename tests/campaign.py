@@ -3,7 +3,7 @@
     python -m tests.campaign --kills 100 --seed 0 --json FILE
 
 A small run, on 1 rank and on 2, is trained once without a fault. Then it is started again and again in other folders; half of
-the kills come at a random moment, the other half at the named points of a save (checkpoint.PAUSES). A start that refuses, or
+the kills come at a random moment, the other half at the named points of a save (PAUSES). A start that refuses, or
 that does not go on from what was saved, is a lost run; a run whose weights, rows or best model are not those of the
 undisturbed one has a wrong result. Exit code 0: neither was found. Ranks are forked when the slow imports are done.
 """
@@ -22,21 +22,24 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 import cifar10_deepspeed as script
 from cifar10.engine.engine import prepare
 from cifar10.engine.full_state import weights_sha256
+from cifar10.files import written_whole
 from cifar10.run import checkpoint
-from cifar10.run.checkpoint import PAUSES
 from tests.workers.small_runs import free_port, shrink_the_data_sets
 
 SMALL = "--dataset synthetic --val-images 100 --test-images 100 --global-batch-size 50 --lr 0.05 --threads 1 --epochs 5"
 FLAGS = [*SMALL.split(), *"--log-every-steps 4 --save-every-epochs 1 --save-frequency 2 --keep-checkpoints 2".split()]
+PAUSES = ("before state", "after state", "after manifest", "after rename", "between pointers", "after pointers")  # of a save
 RANDOM = "at random"
 KILLS_OF_A_RUN = 6  # then it is left to finish
 SECONDS_ALONE = 5.0  # for a rank to notice that the other has gone; then it is ended, as a launcher would
@@ -69,6 +72,35 @@ class Found:
     wrong: list[str] = field(default_factory=list)
 
 
+def pause_at(moment: str, paused: Path) -> None:
+    """Let this process stop at that point of a save and create `paused`: a random kill almost never hits a save."""
+
+    def point(name: str) -> None:
+        if name == moment:
+            paused.touch()
+            time.sleep(3600)
+
+    def around(function: Callable[..., Any], before: str, after: str) -> Callable[..., Any]:
+        def replaced(*arguments: Any) -> None:
+            point(before)
+            function(*arguments)
+            point(after)
+
+        return replaced
+
+    @contextmanager
+    def write(path: Path) -> Iterator[BinaryIO]:
+        point("before state" if path.name == "state.pt" else "")
+        with written_whole(path) as file:
+            yield file
+        after = {"state.pt": "after state", "manifest.json": "after manifest", checkpoint.PORTABLE_FILE: ""}
+        point(after.get(path.name, "between pointers"))
+
+    checkpoint.written_whole = write
+    checkpoint.sync_folder = around(checkpoint.sync_folder, "", "after rename")
+    checkpoint._prune = around(checkpoint._prune, "after pointers", "")
+
+
 # --- one start --------------------------------------------------------------------------------------------------------
 
 
@@ -97,7 +129,7 @@ class Start:
                 where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": ranks, "RANK": rank, "LOCAL_RANK": rank}
                 os.environ.update({name: str(value) for name, value in where.items()})
             if moment != RANDOM:
-                os.environ.update(CIFAR10_TEST_PAUSE=moment, CIFAR10_TEST_PAUSED=str(self.paused))
+                pause_at(moment, self.paused)
             sys.argv[1:] = [*FLAGS, "--output-dir", str(folder)]
             code = script.main()
         except BaseException as error:

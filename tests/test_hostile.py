@@ -1,14 +1,10 @@
-"""Hostile and damaged files, met by the program itself: refused in one line with exit code 2, and nothing in them is executed,
-overwritten or deleted. What goes on from an older checkpoint instead says which one it has passed over.
-
-Each case is a start of its own in a folder of its own. Those of single functions are in test_bad_input.py, test_data.py,
-test_ds_json.py, test_recipe.py, test_run_folder.py and test_weights.py.
+"""Hostile and damaged files given to the whole program: refused in one line with exit code 2; nothing in them is executed,
+overwritten or deleted. Each case is a start of its own in a folder of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import pickle
@@ -17,7 +13,6 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,66 +23,59 @@ import torch
 from cifar10.config.recipe import FORMAT
 from cifar10.data.cifar import CIFAR10
 from cifar10.run.checkpoint import PORTABLE_FILE
+from tests.data.test_cifar import make_archive, special
 from tests.launching import PROJECT, environment
 
 SMALL = "--dataset synthetic --val-images 100 --test-images 100 --global-batch-size 50 --lr 0.05 --threads 1 --epochs 2".split()
 
 
 class Program:
-    """The program, forked from a process that has done the slow imports."""
+    """The program, forked from a process with the slow imports done."""
 
     def __init__(self) -> None:
         command = [sys.executable, str(PROJECT / "tests" / "workers" / "starts.py")]
-        surroundings = environment(PYTHONPATH=str(PROJECT), OMP_NUM_THREADS="1", no_proxy="*")
+        variables = environment(PYTHONPATH=str(PROJECT), OMP_NUM_THREADS="1", no_proxy="*")
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self._process = subprocess.Popen(command, cwd=PROJECT, env=surroundings, **pipes)
+        self._process = subprocess.Popen(command, cwd=PROJECT, env=variables, **pipes)
 
     def start(self, folder: Path, *flags: str, **asked: Any) -> dict[str, Any]:
         self._process.stdin.write(json.dumps({"flags": flags, "folder": str(folder), **asked}) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def close(self) -> None:
-        self._process.communicate()
-
 
 @pytest.fixture(scope="module")
 def program() -> Iterator[Program]:
     program = Program()
     yield program
-    program.close()
+    program._process.communicate()
 
 
-@dataclass(frozen=True)
-class Sound:
-    """A run that --max-steps has ended after its first epoch, so that the same command without it goes on."""
-
-    folder: Path
-
-    def copy(self, folder: Path) -> Path:
-        """A copy of it for a test of its own."""
-        shutil.copytree(self.folder, folder)
-        return folder
-
-
-def made(program: Program, folder: Path, *flags: str) -> Sound:
+def made(program: Program, folder: Path, *flags: str) -> Path:
+    """A run that --max-steps has ended after its first epoch; the same command without it would resume it."""
     answer = program.start(folder.parent, *SMALL, "--max-steps", "10", *flags, "--output-dir", str(folder))
     assert answer["code"] == 0, answer
-    return Sound(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def sound(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Sound:
-    return made(program, tmp_path_factory.mktemp("sound") / "run")
+def intact(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(program, tmp_path_factory.mktemp("intact") / "run")
+
+
+@pytest.fixture
+def run(intact: Path, tmp_path: Path) -> Path:
+    """A copy of an intact run, to be damaged."""
+    return Path(shutil.copytree(intact, tmp_path / "run"))
 
 
 @pytest.fixture(scope="module")
-def other(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Sound:
+def other(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made(program, tmp_path_factory.mktemp("other") / "run", "--seed", "7")
 
 
 TAG = "step_00000010"
-MAY_CHANGE = ("environment.json", ".lock")  # a start is written down before anything is resumed
+MAY_CHANGE = ("environment.json", ".lock")  # a start is recorded before anything is resumed
 
 
 def tree(folder: Path, *but: str) -> dict[str, Any]:
@@ -101,7 +89,7 @@ def tree(folder: Path, *but: str) -> dict[str, Any]:
 
 
 def refusal(program: Program, base: Path, *flags: str, but: tuple[str, ...] = MAY_CHANGE, **asked: Any) -> str:
-    """The one line with which the program refuses; whatever lies below `base` is then as it was."""
+    """The line with which the program refuses; everything below `base` is unchanged."""
     before = tree(base, *but)
     answer = program.start(base, *flags, **asked)
     lines = answer["stderr"].splitlines()
@@ -123,18 +111,18 @@ class Bomb:
         return os.mkdir, (str(self._marker),)
 
 
-# --- the checkpoint that a run goes on from -----------------------------------------------------------------------------
+# --- the checkpoint that a run resumes from -----------------------------------------------------------------------------
 
 
 def sealed(tag: Path) -> None:
-    """Write the manifest that fits what state.pt is now."""
+    """Write the manifest for the present state.pt."""
     content = (tag / "state.pt").read_bytes()
     facts = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (tag / "manifest.json").write_text(json.dumps({"state.pt": facts}))
 
 
 def flipped(path: Path, at: float) -> None:
-    """Turn over one bit, at this share of the file."""
+    """Flip one bit, at this share of the file."""
     content = bytearray(path.read_bytes())
     content[min(int(at * len(content)), len(content) - 1)] ^= 4
     path.write_bytes(content)
@@ -160,106 +148,79 @@ def link_for(path: Path, target: str) -> None:
     path.symlink_to(target)
 
 
-def endless(tag: Path) -> None:
-    """A device that gives bytes for ever, under a manifest that says it has none."""
-    link_for(tag / "state.pt", "/dev/zero")
-    (tag / "manifest.json").write_text(json.dumps({"state.pt": {"bytes": 0, "sha256": "0" * 64}}))
-
-
-def silent(tag: Path) -> None:
-    """A pipe into which nobody writes."""
+def not_a_file(tag: Path, make: Callable[[Path], Any]) -> None:
+    """A device or a pipe in place of a state, with a manifest that says it is empty."""
     (tag / "state.pt").unlink()
-    os.mkfifo(tag / "state.pt")
+    make(tag / "state.pt")
     (tag / "manifest.json").write_text(json.dumps({"state.pt": {"bytes": 0, "sha256": "0" * 64}}))
 
 
 DEEP = "[" * 200_000
 DAMAGE: dict[str, Callable[[Path], Any]] = {
     "state empty": lambda tag: cut(tag / "state.pt", 0),
-    "state of one byte": lambda tag: (tag / "state.pt").write_bytes(b"P"),
     "half a state": lambda tag: cut(tag / "state.pt", 0.5),
     "state without its last byte": lambda tag: cut(tag / "state.pt", 1, less=1),
     "a bit of the state's first byte": lambda tag: flipped(tag / "state.pt", 0),
-    "a bit in the middle of the state": lambda tag: flipped(tag / "state.pt", 0.5),
     "a bit of the state's last byte": lambda tag: flipped(tag / "state.pt", 1),
     "state too long": lambda tag: (tag / "state.pt").open("ab").write(bytes(1 << 20)),
     "no state": lambda tag: (tag / "state.pt").unlink(),
     "state a folder": lambda tag: folder_for(tag / "state.pt"),
     "state a link to nothing": lambda tag: link_for(tag / "state.pt", "nowhere"),
-    "state an endless device": endless,
-    "state a silent pipe": silent,
+    "state an endless device": lambda tag: not_a_file(tag, lambda path: path.symlink_to("/dev/zero")),
+    "state a silent pipe": lambda tag: not_a_file(tag, os.mkfifo),
     "no manifest": lambda tag: (tag / "manifest.json").unlink(),
-    "manifest empty": lambda tag: cut(tag / "manifest.json", 0),
     "half a manifest": lambda tag: cut(tag / "manifest.json", 0.5),
     "a bit of the manifest": lambda tag: flipped(tag / "manifest.json", 0.7),
     "manifest a folder": lambda tag: folder_for(tag / "manifest.json"),
     "manifest not UTF-8": lambda tag: (tag / "manifest.json").write_bytes(b"\xff\xfe\x00"),
     "manifest null": lambda tag: (tag / "manifest.json").write_text("null"),
-    "manifest a list": lambda tag: (tag / "manifest.json").write_text("[[]]"),
-    "manifest of nothing": lambda tag: (tag / "manifest.json").write_text("{}"),
     "manifest of strange facts": lambda tag: (tag / "manifest.json").write_text('{"state.pt": [1, 2]}'),
     "manifest nested without end": lambda tag: (tag / "manifest.json").write_text(DEEP),
-    "manifest of a huge number": lambda tag: (tag / "manifest.json").write_text(
-        '{"state.pt": {"bytes": 1' + "0" * 9_999 + "}}"
-    ),
+    "manifest of digits": lambda tag: (tag / "manifest.json").write_text('{"state.pt": {"bytes": 1' + "0" * 9_999 + "}}"),
     "manifest that names another folder": lambda tag: (tag / "manifest.json").write_text('{"../../recipe.json": {"bytes": 1}}'),
     "tag a file": file_for,
 }
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_checkpoint_is_refused(program: Program, sound: Sound, tmp_path: Path, name: str) -> None:
-    run = sound.copy(tmp_path / "run")
+def test_a_damaged_checkpoint_is_refused(program: Program, run: Path, tmp_path: Path, name: str) -> None:
     DAMAGE[name](run / "checkpoints" / TAG)
     line = refusal(program, tmp_path, *SMALL, "--output-dir", str(run))
     assert f"{TAG} is damaged: " in line
-    assert "restore one, or name another --output-dir" in line
 
 
 def changed(*keys: Any, to: Any) -> Callable[[dict[str, Any]], Any]:
-    """Replace a value deep in what a checkpoint holds; `to` may be a function of the old one."""
+    """Replace a value deep in a checkpoint, or delete it if `to` is DELETED."""
 
     def change(content: dict[str, Any]) -> dict[str, Any]:
         inner = content
         for key in keys[:-1]:
             inner = inner[key]
-        inner[keys[-1]] = to(inner[keys[-1]]) if callable(to) else to
+        inner[keys[-1]] = to
+        if to is DELETED:
+            del inner[keys[-1]]
         return content
 
     return change
 
 
-def without(*keys: str) -> Callable[[dict[str, Any]], Any]:
-    def change(content: dict[str, Any]) -> dict[str, Any]:
-        inner = content
-        for key in keys[:-1]:
-            inner = inner[key]
-        del inner[keys[-1]]
-        return content
-
-    return change
-
-
+DELETED = object()
 CONTENT: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a list": lambda content: [1, 2],
-    "a tensor": lambda content: torch.zeros(3),
     "nothing": lambda content: {},
-    "no settings": without("settings"),
     "settings that are a number": changed("settings", to=5),
-    "no engine": without("engine"),
     "a step in words": changed("run_state", "step", to="ten"),
     "a step that is not finite": changed("run_state", "step", to=float("nan")),
     "a negative step": changed("run_state", "step", to=-10),
     "a huge step": changed("run_state", "epoch_step", to=10**30),
-    "a step that is a tensor": changed("run_state", "step", to=torch.zeros(3)),
     "sums of words": changed("run_state", "epoch_sums", "loss", to="much"),
-    "no sums": without("run_state", "epoch_sums"),
+    "no sums": changed("run_state", "epoch_sums", to=DELETED),
     "a field too many": lambda content: {**content, "run_state": {**content["run_state"], "extra": 1}},
     "a list that is none": changed("run_state", "resumed_at_steps", to="ten"),
     "an lr that is not finite": changed("run_state", "lr_factor", to=float("nan")),
     "weights of another shape": changed("engine", "parameters", "fc2.bias", to=torch.zeros(11)),
     "weights that are words": changed("engine", "parameters", "fc2.bias", to="zeros"),
-    "a weight missing": without("engine", "parameters", "fc2.bias"),
+    "a weight missing": changed("engine", "parameters", "fc2.bias", to=DELETED),
     "momentum of another shape": changed("engine", "optimizer", "momentum_buffer", "fc2.bias", to=torch.zeros(1)),
     "momentum of nothing": changed("engine", "optimizer", to={"momentum_buffer": {"nothing": torch.zeros(1)}}),
     "momentum that is words": changed("engine", "optimizer", "momentum_buffer", "fc2.bias", to="zeros"),
@@ -267,28 +228,25 @@ CONTENT: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no buffers": changed("engine", "buffers", to=[]),
     "buffers of another shape": changed("engine", "buffers", 0, "bn1.running_mean", to=torch.zeros(3)),
     "no counters": changed("engine", "counters", to={}),
-    "counters in words": changed("engine", "counters", to=lambda counters: dict.fromkeys(counters, "many")),
+    "counters in words": changed("engine", "counters", to={"global_steps": "many"}),
     "pointers that are a number": changed("pointers", to=5),
 }
 
 
 @pytest.mark.parametrize("name", CONTENT)
-def test_a_checkpoint_whose_manifest_fits_but_whose_content_does_not(
-    program: Program, sound: Sound, tmp_path: Path, name: str
+def test_a_checkpoint_with_a_valid_manifest_and_foreign_content_is_refused(
+    program: Program, run: Path, tmp_path: Path, name: str
 ) -> None:
-    run = sound.copy(tmp_path / "run")
     state = run / "checkpoints" / TAG / "state.pt"
     torch.save(CONTENT[name](torch.load(state, weights_only=True)), state)
     sealed(state.parent)
-    line = refusal(program, tmp_path, *SMALL, "--output-dir", str(run))
-    assert "checkpoint" in line
+    assert "checkpoint" in refusal(program, tmp_path, *SMALL, "--output-dir", str(run))
 
 
 @pytest.mark.parametrize("kind", ["of torch.save", "plain"])
-def test_a_hostile_checkpoint_with_a_manifest_that_fits_is_not_executed(
-    program: Program, sound: Sound, tmp_path: Path, kind: str
+def test_a_hostile_checkpoint_with_a_valid_manifest_is_not_executed(
+    program: Program, run: Path, tmp_path: Path, kind: str
 ) -> None:
-    run = sound.copy(tmp_path / "run")
     state, bomb = run / "checkpoints" / TAG / "state.pt", {"run_state": Bomb(tmp_path / "exploded")}
     if kind == "plain":
         state.write_bytes(pickle.dumps(bomb))
@@ -301,12 +259,11 @@ def test_a_hostile_checkpoint_with_a_manifest_that_fits_is_not_executed(
 
 @pytest.mark.parametrize("how", ["copied", "linked"])
 def test_a_checkpoint_of_another_run_is_refused_by_its_settings(
-    program: Program, sound: Sound, other: Sound, tmp_path: Path, how: str
+    program: Program, run: Path, other: Path, tmp_path: Path, how: str
 ) -> None:
-    run = sound.copy(tmp_path / "run")
     tag = run / "checkpoints" / TAG
     shutil.rmtree(tag)
-    theirs = other.folder / "checkpoints" / TAG
+    theirs = other / "checkpoints" / TAG
     shutil.copytree(theirs, tag) if how == "copied" else tag.symlink_to(theirs)
     line = refusal(program, tmp_path, *SMALL, "--output-dir", str(run))
     assert "is a checkpoint of another experiment (seed 7 there, 0 here)" in line
@@ -314,7 +271,6 @@ def test_a_checkpoint_of_another_run_is_refused_by_its_settings(
 
 POINTERS = {
     "not UTF-8": b"\xff\xfe\xfd",
-    "empty": b"",
     "of another folder": b"../../../elsewhere/step_00000010",
     "of many lines": b"step_1\nerror: no\n",
     "of an escape sequence": b"\x1b[2Jstep_00000010",
@@ -325,33 +281,25 @@ POINTERS = {
 
 
 @pytest.mark.parametrize("name", POINTERS)
-def test_a_damaged_pointer_is_named_and_the_newest_sound_checkpoint_is_taken(
-    program: Program, sound: Sound, tmp_path: Path, name: str
+def test_a_damaged_pointer_is_named_and_the_newest_intact_checkpoint_is_taken(
+    program: Program, run: Path, tmp_path: Path, name: str
 ) -> None:
-    run = sound.copy(tmp_path / "run")
     (run / "checkpoints" / "latest").write_bytes(POINTERS[name])
     answer = program.start(tmp_path, *SMALL, "--max-steps", "11", "--output-dir", str(run))
     assert answer["code"] == 0, answer
-    damaged, going_on = answer["stderr"].splitlines()
+    damaged, resumed = answer["stderr"].splitlines()
     assert "is damaged: " in damaged
     assert len(damaged) < 1_000
     assert damaged.isprintable()
-    assert going_on == f"going on from {TAG}"
+    assert resumed == f"resuming from {TAG}"
     assert json.loads((run / "summary.json").read_text())["resumed_at_steps"] == [10]
-
-
-@pytest.mark.parametrize("name", ["of many lines", "too long for a name", "of an escape sequence"])
-def test_a_damaged_pointer_to_damaged_checkpoints_is_refused(program: Program, sound: Sound, tmp_path: Path, name: str) -> None:
-    run = sound.copy(tmp_path / "run")
-    (run / "checkpoints" / "latest").write_bytes(POINTERS[name])
     cut(run / "checkpoints" / TAG / "state.pt", 0.5)
-    line = refusal(program, tmp_path, *SMALL, "--output-dir", str(run))
-    assert "no sound one is left there" in line
-    assert line.isprintable()
+    (run / "checkpoints" / "latest").write_bytes(POINTERS[name])
+    shutil.rmtree(run / "checkpoints" / "step_00000011")
+    assert "no intact one is left" in refusal(program, tmp_path, *SMALL, "--output-dir", str(run))
 
 
-def test_pointers_that_a_checkpoint_asks_for_stay_in_its_folder(program: Program, sound: Sound, tmp_path: Path) -> None:
-    run = sound.copy(tmp_path / "run")
+def test_pointers_that_a_checkpoint_asks_for_stay_in_its_folder(program: Program, run: Path, tmp_path: Path) -> None:
     state = run / "checkpoints" / TAG / "state.pt"
     content = torch.load(state, weights_only=True)
     names = ["../../escaped", str(tmp_path / "absolute"), "final", "best_model", ".lock", "epoch_001"]
@@ -370,19 +318,15 @@ WEIGHTS: dict[str, Callable[[Path, Path], Any]] = {
     "hostile, plain": lambda file, marker: file.write_bytes(pickle.dumps({"module": Bomb(marker)})),
     "half": lambda file, marker: cut(file, 0.5),
     "empty": lambda file, marker: cut(file, 0),
-    "text": lambda file, marker: file.write_text("weights\nand more"),
     "a folder": lambda file, marker: folder_for(file),
-    "of other shapes": lambda file, marker: torch.save(
-        {"format": FORMAT, "module": {"fc2.bias": torch.zeros(3)}, "step": 10}, file
-    ),
+    "of other shapes": lambda file, _: torch.save({"format": FORMAT, "module": {"fc2.bias": torch.zeros(3)}, "step": 10}, file),
     "no dict": lambda file, marker: torch.save([torch.zeros(3)], file),
 }
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_a_best_model_that_is_none_is_not_tested(program: Program, sound: Sound, tmp_path: Path, name: str) -> None:
-    """The run has no step left: it takes its best model, and tests it."""
-    run = sound.copy(tmp_path / "run")
+def test_a_damaged_best_model_is_not_tested(program: Program, run: Path, tmp_path: Path, name: str) -> None:
+    """The run has no step left, and tests its best model."""
     (run / "summary.json").unlink()
     WEIGHTS[name](run / "checkpoints" / "best_model" / PORTABLE_FILE, tmp_path / "exploded")
     flags = [*SMALL, "--max-steps", "10", "--output-dir", str(run), "--no-tensorboard"]
@@ -395,9 +339,9 @@ def test_a_best_model_that_is_none_is_not_tested(program: Program, sound: Sound,
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_weights_that_are_none_are_not_trained(program: Program, sound: Sound, tmp_path: Path, name: str) -> None:
+def test_damaged_weights_are_not_trained(program: Program, intact: Path, tmp_path: Path, name: str) -> None:
     file = tmp_path / "mine.pt"
-    shutil.copy(sound.folder / "checkpoints" / "best_model" / PORTABLE_FILE, file)
+    shutil.copy(intact / "checkpoints" / "best_model" / PORTABLE_FILE, file)
     WEIGHTS[name](file, tmp_path / "exploded")
     line = refusal(program, tmp_path, *SMALL, "--weights", str(file), "--output-dir", str(tmp_path / "run"))
     assert f"--weights {file}" in line
@@ -405,19 +349,16 @@ def test_weights_that_are_none_are_not_trained(program: Program, sound: Sound, t
 
 
 @pytest.mark.parametrize("name", ["hostile", "half", "a folder", "no dict"])
-def test_another_runs_best_model_that_is_none_is_not_taken_along(
-    program: Program, sound: Sound, tmp_path: Path, name: str
-) -> None:
-    source = sound.copy(tmp_path / "source")
-    WEIGHTS[name](source / "checkpoints" / "best_model" / PORTABLE_FILE, tmp_path / "exploded")
-    before = tree(source)
-    flags = [*SMALL, "--resume", str(source), "--output-dir", str(tmp_path / "run")]
+def test_another_runs_damaged_best_model_is_not_copied(program: Program, run: Path, tmp_path: Path, name: str) -> None:
+    WEIGHTS[name](run / "checkpoints" / "best_model" / PORTABLE_FILE, tmp_path / "exploded")
+    before = tree(run)
+    flags = [*SMALL, "--resume", str(run), "--output-dir", str(tmp_path / "new")]
     answer = program.start(tmp_path, *flags)
     assert answer["code"] == 2, answer
     (line,) = answer["stderr"].splitlines()
     assert line.startswith("error: ")
     assert "best_model" in line
-    assert tree(source) == before
+    assert tree(run) == before
     assert not (tmp_path / "exploded").exists()
 
 
@@ -437,15 +378,14 @@ JSONS = {
     "summary.json of words": ("summary.json", '{"status": "finished", "ended_by": "max_steps", "steps": "ten"}'),
     "environment.json nested without end": ("environment.json", DEEP),
     "environment.json of a number": ("environment.json", '{"starts": 5}'),
-    "environment.json of words": ("environment.json", '{"starts": "five"}'),
     "environment.json not an object": ("environment.json", "[]"),
     "environment.json not UTF-8": ("environment.json", "\udcff\udcfe"),
 }
 
 
 @pytest.mark.parametrize("name", JSONS)
-def test_a_damaged_file_of_the_runs_folder_is_refused(program: Program, sound: Sound, tmp_path: Path, name: str) -> None:
-    run, (file, content) = sound.copy(tmp_path / "run"), JSONS[name]
+def test_a_damaged_file_of_the_runs_folder_is_refused(program: Program, run: Path, tmp_path: Path, name: str) -> None:
+    file, content = JSONS[name]
     (run / file).write_bytes(content.encode(errors="surrogateescape"))
     flags = [*SMALL, "--max-steps", "10"] if file == "summary.json" else SMALL
     line = refusal(program, tmp_path, *flags, "--output-dir", str(run), but=(".lock",))
@@ -454,8 +394,7 @@ def test_a_damaged_file_of_the_runs_folder_is_refused(program: Program, sound: S
     assert len(line) < 1_000
 
 
-def test_a_lock_that_is_a_folder(program: Program, sound: Sound, tmp_path: Path) -> None:
-    run = sound.copy(tmp_path / "run")
+def test_a_lock_that_is_a_folder(program: Program, run: Path, tmp_path: Path) -> None:
     (run / ".lock").unlink(missing_ok=True)
     (run / ".lock").mkdir()
     assert str(run) in refusal(program, tmp_path, *SMALL, "--output-dir", str(run))
@@ -472,7 +411,7 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_that_is_none(program: Program, tmp_path: Path, name: str) -> None:
+def test_a_damaged_recipe_json_is_refused(program: Program, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text(RECIPES[name])
     line = refusal(program, tmp_path, "--recipe", str(tmp_path / name), "--output-dir", "run")
     assert line.isprintable()
@@ -493,7 +432,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_deepspeed_json_that_is_none(program: Program, tmp_path: Path, name: str) -> None:
+def test_a_damaged_deepspeed_config_is_refused(program: Program, tmp_path: Path, name: str) -> None:
     (tmp_path / "mine.json").write_bytes(CONFIGS[name])
     flags = [word for word in SMALL if word not in ("--global-batch-size", "50", "--lr", "0.05")]
     line = refusal(program, tmp_path, *flags, "--deepspeed_config", "mine.json", "--output-dir", "run")
@@ -502,30 +441,11 @@ def test_a_deepspeed_json_that_is_none(program: Program, tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize("flags", ["--epochs 1e308", "--epochs 1e30", "--warmup-epochs 1e999", "--seed 99999999999999999999"])
-def test_a_number_beyond_all_use(program: Program, tmp_path: Path, flags: str) -> None:
+def test_a_number_out_of_range_is_refused(program: Program, tmp_path: Path, flags: str) -> None:
     assert flags.split()[0] in refusal(program, tmp_path, *SMALL, *flags.split(), "--output-dir", "run")
 
 
 # --- the data set -----------------------------------------------------------------------------------------------------------
-
-
-def packed(members: dict[str, bytes], *first: tarfile.TarInfo) -> bytes:
-    """A .tar.gz of these special members, and these files after them."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for special in first:
-            tar.addfile(special)
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
-    member = tarfile.TarInfo(name)
-    member.type, member.linkname, member.devmajor, member.devminor = kind, target, 1, 5
-    return member
 
 
 @pytest.fixture(scope="module")
@@ -539,7 +459,7 @@ def batches() -> dict[str, bytes]:
 
 
 def known(batches: dict[str, bytes], archive: bytes) -> dict[str, Any]:
-    """What the program is told to believe in."""
+    """Facts of the data set for the program."""
     files = {name: hashlib.md5(content).hexdigest() for name, content in batches.items()}
     return {"files": files, "archive_md5": hashlib.md5(archive).hexdigest()}
 
@@ -555,19 +475,19 @@ MEMBERS = {
 
 
 @pytest.mark.parametrize("name", MEMBERS)
-def test_an_archive_with_something_else_in_place_of_a_file(
+def test_an_archive_with_something_else_in_place_of_a_file_is_refused(
     program: Program, batches: dict[str, bytes], tmp_path: Path, name: str
 ) -> None:
     files = {f"{CIFAR10.folder}/{one}": content for one, content in batches.items() if one != "data_batch_2"}
     evil = {f"{CIFAR10.folder}/../../escaped": b"1", str(tmp_path / "absolute"): b"2"}
-    archive = packed({**evil, **files}, MEMBERS[name])
+    archive = make_archive({**evil, **files}, MEMBERS[name])
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / CIFAR10.archive).write_bytes(archive)
     written = ("run", CIFAR10.folder, ".cifar10.lock", *batches)
     flags = ["--data-dir", str(folder), "--output-dir", "run"]
     line = refusal(program, tmp_path, *flags, but=written, cifar10=known(batches, archive))
-    assert "lacks a sound data_batch_2" in line
+    assert "has no intact data_batch_2" in line
     assert not os.path.lexists(folder / CIFAR10.folder / "data_batch_2")
 
 
@@ -579,6 +499,11 @@ def placed(batches: dict[str, bytes], base: Path) -> Path:
     return folder
 
 
+def made_folder(data_dir: Path) -> Path:
+    (data_dir / CIFAR10.archive).mkdir()
+    return data_dir / CIFAR10.archive
+
+
 PLACES: dict[str, Callable[[Path, Path], Any]] = {
     "a hostile file": lambda folder, marker: (folder / "data_batch_2").write_bytes(pickle.dumps(Bomb(marker))),
     "a bit": lambda folder, marker: flipped(folder / "data_batch_2", 0.5),
@@ -586,10 +511,7 @@ PLACES: dict[str, Callable[[Path, Path], Any]] = {
     "a link to a device": lambda folder, marker: link_for(folder / "data_batch_2", "/dev/null"),
     "a link to nothing": lambda folder, marker: link_for(folder / "data_batch_2", "nowhere"),
     "a file for the folder": lambda folder, marker: file_for(folder),
-    "a folder for the archive": lambda folder, marker: (
-        (folder.parent / CIFAR10.archive).mkdir(),
-        (folder / "data_batch_2").unlink(),
-    ),
+    "a folder for the archive": lambda folder, marker: shutil.move(folder / "data_batch_2", made_folder(folder.parent)),
 }
 
 

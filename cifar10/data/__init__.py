@@ -1,1 +1,1 @@
-"""Images: where they come from, how a batch is drawn and augmented."""
+"""Data sets, augmentation and loading."""

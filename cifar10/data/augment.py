@@ -1,11 +1,9 @@
 """Augmentations as values: `--augment "RandomCrop(4) RandomHorizontalFlip Cutout(12)"`, or a recipe's `augment`.
 
-Each is a frozen operation, named as torchvision names it, that is called with a batch of normalized images. Its random numbers
-come from `Draws`, a pure function of seed, epoch and image, so that a batch is the same on any number of ranks and after a
-resume. To add one, write a class here; the command line, the console, the loader and the report find it by its name.
-
-Importing this file does not import torch, so that a command line can be checked without it: operations use tensor methods, or
-import what they need when they are called.
+Each is a frozen operation, named as in torchvision, that is called with a batch of normalized images. Its random numbers come
+from `Draws`, a pure function of seed, epoch and image: the same on any number of ranks and after a resume. To add one, write a
+class here; everything else finds it by its name. Importing this file does not import torch, which checks of a command line
+do not need.
 """
 
 from __future__ import annotations
@@ -15,9 +13,11 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from inspect import signature
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from cifar10 import UsageError, nearest
+from cifar10.config.recipe import is_a
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,24 +31,23 @@ class Operation:
     """One augmentation; its fields are its arguments on the command line."""
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        """Normalized images [B, C, S, S] -> the same shape and type; the input is left as it was."""
+        """Normalized images [B, C, S, S] -> new images of the same shape and type."""
         raise NotImplementedError
 
     def describe(self) -> str:
-        """What it does, in a few words for the console and the report."""
+        """What it does, in a few words."""
         raise NotImplementedError
 
     def check(self, size: int) -> None:
         """Raise ValueError unless the arguments are valid for images of `size` pixels a side."""
 
     def __str__(self) -> str:
-        given = [getattr(self, f.name) for f in dataclasses.fields(self)]
-        defaults = [f.default for f in dataclasses.fields(self)]
-        while given and given[-1] == defaults[-1]:
-            given.pop(), defaults.pop()
-        return f"{type(self).__name__}({', '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in given)})".removesuffix(
-            "()"
-        )
+        fields = dataclasses.fields(self)
+        given = [getattr(self, field.name) for field in fields]
+        while given and given[-1] == fields[len(given) - 1].default:
+            given.pop()
+        arguments = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in given)
+        return type(self).__name__ + (f"({arguments})" if given else "")
 
 
 # --- crop and flip: one gather does both (see pixels.py), so they come first ------------------------------------------------
@@ -76,7 +75,7 @@ class RandomHorizontalFlip(Operation):
     """Flip each image with probability 1/2."""
 
     def flipped(self, cell: Tensor, cells: int, draws: Draws) -> Tensor:
-        """1 for an image that is flipped, else 0, from its draw below `cells`: int64 [B] -> int64 [B]."""
+        """1 for images to flip, else 0, from their draws below `cells`: int64 [B] -> int64 [B]."""
         return cell % 2
 
     def describe(self) -> str:
@@ -98,10 +97,7 @@ GATHERED = (RandomCrop, RandomHorizontalFlip)
 
 
 def crop_and_flip(operations: tuple[Operation, ...], store: PixelStore, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each image is cropped, and whether it is flipped: top, left, flipped, int64 [B] each.
-
-    One draw per image picks one of (side - size + 1)^2 crops, times two with a flip.
-    """
+    """Where each image is cropped, and whether it is flipped, from one draw per image: top, left, flipped, int64 [B] each."""
     crop, flip = find(operations, RandomCrop), find(operations, RandomHorizontalFlip)
     offsets, sides = store.side - store.size + 1 if crop else 1, 2 if flip else 1
     cells = offsets * offsets * sides
@@ -116,7 +112,7 @@ def crop_and_flip(operations: tuple[Operation, ...], store: PixelStore, draws: D
 
 @dataclass(frozen=True)
 class BrightnessContrast(Operation):
-    """Add up to +-brightness to an image's normalized pixels, then multiply them by 1 +- contrast, computed in float32.
+    """Add up to +-brightness to normalized pixels, then multiply them by 1 +- contrast, in float32.
 
     As in github.com/hiverge/cifar10-speedrun; torchvision's ColorJitter works on pixels that are not normalized.
     """
@@ -139,10 +135,7 @@ class BrightnessContrast(Operation):
 
 @dataclass(frozen=True)
 class Cutout(Operation):
-    """Paint a black square of `size` pixels somewhere inside the image (DeVries & Taylor 2017, arXiv 1708.04552).
-
-    On smaller images (--first-sizes) the square is smaller in proportion.
-    """
+    """Black out a square of `size` pixels, in proportion on smaller images (DeVries & Taylor 2017, arXiv 1708.04552)."""
 
     size: int
 
@@ -206,42 +199,35 @@ def _classes(base: type[Operation] = Operation) -> dict[str, type[Operation]]:
     return found
 
 
-def _argument(value: Any, kind: Any) -> Any:
-    """A value from the command line as the type of its field. Raises ValueError."""
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise ValueError(f"{value} is not one of {', '.join(get_args(kind))}")
-        return value
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or (kind is int and not isinstance(value, int)):
-        raise ValueError(f"{value} is not {'a whole number' if kind is int else 'a number'}")
-    return kind(value)
+def _value(node: ast.expr) -> Any:
+    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
 
 
 def _operation(text: str) -> Operation:
     """`Cutout(12)` -> Cutout(size=12). Raises ValueError; nothing in the text is executed."""
     try:
         node = ast.parse(text, mode="eval").body
-        name = node if isinstance(node, ast.Name) else node.func
-        args = [] if isinstance(node, ast.Name) else node.args
-        keywords = {} if isinstance(node, ast.Name) else {keyword.arg: keyword.value for keyword in node.keywords}
-        values = [one.id if isinstance(one, ast.Name) else ast.literal_eval(one) for one in (*args, *keywords.values())]
-        kind = _classes().get(name.id)
+        call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+        args, keywords = [_value(arg) for arg in call.args], {word.arg: _value(word.value) for word in call.keywords}
+        kind = _classes().get(call.func.id)
     except (SyntaxError, AttributeError, ValueError, TypeError):
         raise ValueError("expected a name with arguments in parentheses") from None
     if kind is None:
-        raise ValueError(f"unknown augmentation{nearest(name.id, sorted(_classes()))}")
-    fields = [f.name for f in dataclasses.fields(kind)]
-    given = dict(zip([*fields[: len(args)], *keywords], values, strict=False))
-    hints = get_type_hints(kind)
-    required = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
-    if len(values) != len(given) or not required <= given.keys() <= set(fields):
-        raise ValueError(f"expected {kind.__name__}({', '.join(fields)})")
-    return kind(**{field: _argument(value, hints[field]) for field, value in given.items()})
+        raise ValueError(f"unknown augmentation{nearest(call.func.id, sorted(_classes()))}")
+    try:
+        given = signature(kind).bind(*args, **keywords).arguments
+    except TypeError:
+        raise ValueError(f"expected {kind.__name__}({', '.join(signature(kind).parameters)})") from None
+    for name, value in given.items():
+        wanted = get_type_hints(kind)[name]
+        if not is_a(value, wanted):
+            allowed = {int: "a whole number", float: "a number"}.get(wanted) or " or ".join(get_args(wanted))
+            raise ValueError(f"{name} is {value}, expected {allowed}")
+    return kind(**given)
 
 
 def parse(text: str) -> tuple[Operation, ...]:
-    """The operations that `--augment` names, in order; none for "none". Raises UsageError, one line with an example."""
+    """The operations that `--augment` names, in order; () for "none". Raises UsageError, one line with an example."""
     operations = []
     for word in re.findall(r"[^\s()]+(?:\s*\([^)]*\)?)?|\S", "" if text.strip() == "none" else text):
         try:
@@ -255,7 +241,7 @@ def parse(text: str) -> tuple[Operation, ...]:
         raise UsageError(f"invalid value for --augment: {twice.__name__} is given twice")
     gathered = [kind in GATHERED for kind in kinds]
     if gathered != sorted(gathered, reverse=True):
-        raise UsageError("invalid value for --augment: RandomCrop and the flips come first, as in RandomCrop(4) Cutout(12)")
+        raise UsageError("invalid value for --augment: RandomCrop and flips must come first, as in RandomCrop(4) Cutout(12)")
     return tuple(operations)
 
 
@@ -274,7 +260,7 @@ def check(operations: tuple[Operation, ...], smallest: int) -> None:
 
 
 def as_text(operations: tuple[Operation, ...]) -> str:
-    """What `parse` reads again, the same for the same operations however they were written."""
+    """The canonical spelling, which `parse` reads."""
     return " ".join(map(str, operations)) or "none"
 
 
@@ -284,7 +270,7 @@ def describe(operations: tuple[Operation, ...]) -> str:
 
 
 def with_old_flags(operations: tuple[Operation, ...], old: dict[str, Any]) -> tuple[Operation, ...]:
-    """The operations that the flags of 0.1 mean (--crop-padding, --flip, --cutout, ...); to be removed after 0.2."""
+    """The operations with the flags of 0.1 applied (--crop-padding, --flip, --cutout, ...); to be removed after 0.2."""
     crop, jitter = find(operations, RandomCrop), find(operations, BrightnessContrast)
     cutout, flip = find(operations, Cutout), find(operations, RandomHorizontalFlip)
     padding = old.get("crop_padding", crop.padding if crop else 0)  # 0 crops only if --image-size is smaller than the image

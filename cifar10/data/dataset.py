@@ -1,7 +1,4 @@
-"""What a data set is: a description, and two splits of images as uint8 arrays; and how validation images are held out.
-
-A new data set is a file with a `DataSet` in it, and a line in registry.py.
-"""
+"""What a data set is, and how validation images are held out. A new one is a file with a `DataSet`, added to registry.py."""
 
 from __future__ import annotations
 
@@ -32,77 +29,71 @@ class Images:
 
 @dataclass(frozen=True)
 class Description:
-    """The facts of a data set that the rest of the program works with."""
+    """The facts of a data set."""
 
     train_images: int
     test_images: int
     size: int  # height and width of an image
     channels: int
     classes: tuple[str, ...]
-    mean: tuple[float, ...]  # suggested where a recipe was made for other images
+    mean: tuple[float, ...]  # suggested if a recipe does not fit
     std: tuple[float, ...]
-    tiers: tuple[float, float, float] | None = None  # least test accuracies of Excellent, Good and Fair; None: no tiers
-    note: str | None = None  # what everyone who reads an accuracy on it should know
+    tiers: tuple[float, float, float] | None = None  # lowest test accuracies of Excellent, Good and Fair
+    note: str | None = None  # shown at the start of a run
 
     def num_images(self, split: Split) -> int:
         return self.train_images if split == "train" else self.test_images
 
 
 def description_from(values: dict[str, Any]) -> Description:
-    """A description as it comes back from JSON. Raises TypeError or ValueError for anything else."""
+    """A description from JSON. Raises TypeError or ValueError for anything else."""
     found = Description(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
     counts = found.train_images, found.test_images, found.size, found.channels
     if not all(type(count) is int and count > 0 for count in counts):
-        raise ValueError(f"{counts} are not numbers of images, pixels and channels")
+        raise ValueError(f"images, size and channels are {counts}, expected whole numbers above 0")
     if not found.classes or not all(isinstance(name, str) for name in found.classes):
         raise ValueError("its classes are not names")
     return found
 
 
 class DataSet:
-    """One data set. `describe` may look at `data_dir`, so nothing else knows a data set's facts by its name."""
+    """One data set; `describe` may look into `data_dir`."""
 
     def describe(self, data_dir: Path) -> Description:
         raise NotImplementedError
 
     def load(self, split: Split, data_dir: Path, seed: int) -> Images:
-        """A whole split in its fixed order, after `ensure`; `seed` is for images that are generated."""
+        """A whole split in its fixed order, after `ensure`; `seed` is for generated images."""
         raise NotImplementedError
 
     def ensure(self, data_dir: Path, *, need_test: bool) -> None:
-        """Return once `data_dir` holds sound files, fetched if need be. Raises UsageError (one line) if it cannot be done."""
+        """Return once `data_dir` holds intact files, downloaded if needed; else raise UsageError."""
 
 
 def about_model(recipe: Recipe, classes: Sequence[str], channels: int, size: int) -> dict[str, Any]:
-    """What a file of weights says of itself, in plain values: how to feed the model, and what its outputs mean.
-
-    `channels` and `size` are those of the data set's images.
-    """
-    seen = {"channels": channels, "size": recipe.network_size(size), "resize": recipe.resize, "dataset_size": size}
+    """How to feed a model, and what its outputs mean, as plain values; `channels` and `size` are the data set's."""
+    image = {"channels": channels, "size": recipe.network_size(size), "resize": recipe.resize, "dataset_size": size}
     return {
         "model": recipe.model,
         "classes": list(classes),
         "normalization": {"mean": list(recipe.mean), "std": list(recipe.std)},
-        "image": seen,
+        "image": image,
         "recipe": json.loads(json.dumps(asdict(recipe))),
     }
 
 
 def philox(key: int, stream: int) -> np.random.Philox:
-    """A source of random 64-bit words, by counter: the same on every platform and in every version of NumPy."""
+    """A counter-based source of random 64-bit words, the same on every platform and in every version of NumPy."""
     return np.random.Philox(key=np.array([key, stream], np.uint64))
 
 
 def stratified_split(labels: np.ndarray, val_images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (train, val), both sorted int64: a choice fixed by `seed`, with the classes as equal as can be in val.
+    """Sorted int64 indices (train, val), fixed by `seed`, with the classes of val in proportion.
 
-    Of two sizes with one seed, the larger val contains the smaller. Raises UsageError unless 0 <= val_images < N.
+    For one seed, a larger val contains a smaller one. Raises UsageError unless 0 <= val_images < N.
     """
     if not 0 <= val_images < len(labels):
-        raise UsageError(
-            f"--val-images {val_images} is impossible with {len(labels)} training images; "
-            f"type a number from 0 to {len(labels) - 1}"
-        )
+        raise UsageError(f"invalid value for --val-images: {val_images}, expected a number from 0 to {len(labels) - 1}")
     shuffled = np.argsort(philox(seed, 0).random_raw(len(labels)), kind="stable")
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]  # class after class, each in random order
     counts = np.bincount(labels)

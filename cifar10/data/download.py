@@ -1,11 +1,10 @@
-"""Downloads that survive a bad network: resumed where they broke, verified as a whole, renamed last.
+"""Downloads that are resumed where they broke off, verified by md5, and renamed last.
 
-Network trouble is a ConnectionError here, so that any other OSError is the disk's.
+Network errors are ConnectionErrors, so that any other OSError is the disk's.
 """
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import os
 import sys
@@ -16,21 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cifar10.files import TIMEOUT_SECONDS
+from cifar10.files import TIMEOUT_SECONDS, file_digest
 
 CHUNK_BYTES = 1 << 18
 
 
 def has_md5(path: Path, md5: str) -> bool:
-    """Whether `path` is a file with this md5; read in pieces, for the archive is large. Raises OSError if unreadable."""
-    digest = hashlib.md5(usedforsecurity=False)
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
-    except FileNotFoundError:
-        return False
-    return digest.hexdigest() == md5
+    """Whether `path` is a file with this md5. Raises OSError if it is unreadable."""
+    return path.exists() and file_digest(path, "md5") == md5
 
 
 def say(line: str) -> None:
@@ -40,7 +32,7 @@ def say(line: str) -> None:
 
 @contextmanager
 def _network() -> Iterator[None]:
-    """Turn whatever a network call raises into a ConnectionError with a one-line reason."""
+    """Turn errors of network calls into ConnectionErrors with a one-line reason."""
     try:
         yield
     except urllib.error.HTTPError as error:
@@ -50,19 +42,6 @@ def _network() -> Iterator[None]:
         if isinstance(reason, TimeoutError):
             reason = f"no answer for {TIMEOUT_SECONDS:g} seconds"
         raise ConnectionError(" ".join(str(reason).split()) or type(error).__name__) from error
-
-
-def _connect(url: str, offset: int) -> tuple[http.client.HTTPResponse, int] | None:
-    """Ask for `url` from byte `offset` on -> (response, bytes it announces; 0 = unknown), or None: nothing lies there."""
-    headers = {"User-Agent": "cifar10-deepspeed"} | ({"Range": f"bytes={offset}-"} if offset else {})
-    with _network():
-        try:
-            response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS)
-        except urllib.error.HTTPError as error:
-            if offset and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-                return None
-            raise
-        return response, int(response.headers.get("Content-Length") or 0)
 
 
 @contextmanager
@@ -85,15 +64,20 @@ def _size(path: Path) -> int:
 
 
 def _transfer(url: str, part: Path) -> None:
-    """Append to `part` what it lacks of `url`, or write it anew where the server cannot resume.
+    """Append to `part` what it lacks of `url`, or write it again where the server cannot resume.
 
-    Raises ConnectionError if the transfer fails, stalls or ends early; `part` then keeps what came.
+    Raises ConnectionError if the transfer fails, stalls or ends early; `part` keeps what has arrived.
     """
     done = _size(part)
-    connection = _connect(url, done)
-    if connection is None:  # `part` already reaches to the end; its md5 will tell
-        return
-    response, announced = connection
+    headers = {"User-Agent": "cifar10-deepspeed"} | ({"Range": f"bytes={done}-"} if done else {})
+    with _network():
+        try:
+            response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS)
+        except urllib.error.HTTPError as error:
+            if done and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                return  # nothing is missing at the end of `part`; its md5 is checked below
+            raise
+        announced = int(response.headers.get("Content-Length") or 0)
     with response:
         resumed = response.status == http.HTTPStatus.PARTIAL_CONTENT
         done = done if resumed else 0
@@ -101,7 +85,7 @@ def _transfer(url: str, part: Path) -> None:
         with open(part, "ab" if resumed else "wb") as file, _progress_bar(done, total) as advance:
             while True:
                 with _network():
-                    chunk = response.read1(CHUNK_BYTES)  # what is there: read() would lose it if the rest never came
+                    chunk = response.read1(CHUNK_BYTES)  # read() would lose what has arrived if the rest never comes
                 if not chunk:
                     break
                 file.write(chunk)
@@ -110,29 +94,24 @@ def _transfer(url: str, part: Path) -> None:
         raise ConnectionError(f"the connection closed after {_size(part)} of {total} bytes")
 
 
-def _fetch(url: str, part: Path) -> None:
-    """`_transfer`, and once more from where it broke. If nothing came at all, no second try keeps the user waiting."""
-    before = _size(part)
-    try:
-        _transfer(url, part)
-    except ConnectionError:
-        if _size(part) == before:
-            raise
-        _transfer(url, part)
-
-
 def download(url: str, archive: Path, md5: str, what: str) -> None:
     """Fetch `what` to a `.part` file beside `archive`, verify its md5, rename it. Raises ConnectionError."""
     part = archive.with_name(archive.name + ".part")
     resuming = f", of which {_size(part) / 1e6:.1f} MB are there" if _size(part) else ""
     say(f"fetching {what} from {url} to {archive}{resuming}")
     began = time.monotonic()
-    for _ in range(2):  # a .part that turns out wrong is thrown away once, and all of it fetched anew
-        _fetch(url, part)
+    for _ in range(2):  # a wrong .part is deleted once, and all of it fetched again
+        before = _size(part)
+        try:
+            _transfer(url, part)
+        except ConnectionError:
+            if _size(part) == before:  # nothing came: a second try would only keep the user waiting
+                raise
+            _transfer(url, part)
         if has_md5(part, md5):
             break
         part.unlink()
-        say(f"{part} was not the archive (its md5 differs) and is thrown away")
+        say(f"{part} was not the archive (its md5 differs) and is deleted")
     else:
         raise ConnectionError(f"what it sends is not {archive.name} (its md5 differs)")
     os.replace(part, archive)

@@ -1,7 +1,4 @@
-"""MNIST, torchvision's: fetched, unpacked and read by it, in its own folders below the data folder.
-
-torchvision is imported only where it is needed: files that are there and of the right size are checked without it.
-"""
+"""MNIST, downloaded and read by torchvision, which is not imported to check files that are there."""
 
 from __future__ import annotations
 
@@ -38,41 +35,34 @@ def _missing(folder: Path) -> list[str]:
 
 
 def _damaged(folder: Path) -> list[str]:
-    """Those that are there with another size, with what is wrong."""
+    """Files with another size, with what is wrong."""
     sizes = {name: (folder / name).stat().st_size for name in FILES if (folder / name).exists()}
     return [f"{name} ({sizes[name]} of {FILES[name]} bytes)" for name in sizes if sizes[name] != FILES[name]]
 
 
-def _fetch(data_dir: Path) -> None:
-    """Let torchvision download and unpack what is missing; raises what it raises."""
-    from torchvision.datasets import MNIST
-
-    with download_limits():
-        MNIST(data_dir, download=True)
-
-
 class Mnist(DataSet):
-    """All four files are checked, since torchvision reads none without the others."""
+    """All four files are needed: torchvision reads none without the others."""
 
     def describe(self, data_dir: Path) -> Description:
         return DESCRIPTION
 
     def ensure(self, data_dir: Path, *, need_test: bool) -> None:
-        """Files of the right size are not touched; missing ones are fetched."""
+        """Download missing files; a damaged one is a UsageError."""
         folder = data_dir / FOLDER
         if _missing(folder) and not _damaged(folder):
+            from torchvision.datasets import MNIST
+
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 with one_process_at_a_time(data_dir / ".mnist.lock", f"fetching MNIST to {data_dir}"):
                     if _missing(folder):  # else another process was faster
-                        _fetch(data_dir)
+                        with download_limits():
+                            MNIST(data_dir, download=True)
             except (OSError, RuntimeError, EOFError) as error:  # the network, the disk; a wrong md5; an archive cut short
                 reason = " ".join(str(error).split())
-                raise UsageError(f"no MNIST in {data_dir}, and it cannot be fetched: {reason}; {INSTEAD}") from None
+                raise UsageError(f"no MNIST in {data_dir}, and it cannot be downloaded: {reason}; {INSTEAD}") from None
         if faults := _damaged(folder):
-            raise UsageError(
-                f"MNIST in {folder} is damaged: {', '.join(faults)}; delete that file to have it restored, or {INSTEAD}"
-            )
+            raise UsageError(f"MNIST in {folder} is damaged: {', '.join(faults)}; delete that file to restore it, or {INSTEAD}")
 
     def load(self, split: Split, data_dir: Path, seed: int) -> Images:
         from torchvision.datasets import MNIST
@@ -82,7 +72,7 @@ class Mnist(DataSet):
             pixels, labels = files.data.numpy(), files.targets.numpy()
             expected = (DESCRIPTION.num_images(split), DESCRIPTION.size, DESCRIPTION.size)
             if pixels.shape != expected or labels.shape != expected[:1] or labels.max() >= len(DESCRIPTION.classes):
-                raise ValueError(f"{pixels.shape} images and {labels.shape} labels up to {labels.max()}")
+                raise ValueError(f"images {pixels.shape}, labels {labels.shape} up to {labels.max()}")
         except (OSError, RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UsageError(f"MNIST in {data_dir / FOLDER} is damaged: {reason}; delete that folder, or {INSTEAD}") from None

@@ -1,4 +1,4 @@
-"""The data sets by name, and where their files lie."""
+"""Data sets by name, and the folder of their files."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ DATASETS: dict[str, DataSet] = {
 
 
 def find(name: str) -> DataSet:
-    """The data set called `name`. Raises UsageError, which names the nearest one."""
+    """The data set called `name`. Raises UsageError with the nearest name."""
     if name not in DATASETS:
         raise UsageError(f"--dataset {name} is unknown{nearest(name, list(DATASETS))}")
     return DATASETS[name]
 
 
 def folder(data_dir: Path | None) -> Path:
-    """Where data sets lie: --data-dir, else $CIFAR10_DIR, else data/."""
+    """--data-dir, else $CIFAR10_DIR, else data/."""
     return data_dir or Path(os.environ.get("CIFAR10_DIR") or "data")
 
 

@@ -1,4 +1,4 @@
-"""Images made in memory, the same on every platform: learnable ones in CIFAR-10's or MNIST's shape, and noise."""
+"""Generated images, the same on every platform: learnable classes in CIFAR-10's or MNIST's shape, and noise."""
 
 from __future__ import annotations
 
@@ -18,10 +18,7 @@ MAX_SHIFT = 16  # pixels
 
 
 def _patterns() -> np.ndarray:
-    """The synthetic classes, the same for every seed: smooth colour fields -> int16 [10, PATTERNS, 48, 48, 3], -128..127.
-
-    Whole numbers throughout: floating point may round differently on another machine.
-    """
+    """Smooth color fields, the same for every seed: int16 [10, PATTERNS, 48, 48, 3], -128..127, without float rounding."""
     cells = philox(0, SYNTHETIC_STREAMS["patterns"]).random_raw(10 * PATTERNS_PER_CLASS * 4 * 4 * 3) & np.uint64(255)
     field = cells.astype(np.int64).reshape(10, PATTERNS_PER_CLASS, 4, 4, 3) - 128
     for axis in (2, 3):  # bilinear, 4 cells -> 32 pixels, periodic
@@ -32,10 +29,9 @@ def _patterns() -> np.ndarray:
 
 
 def synthetic(split: Split, num_images: int, seed: int) -> Images:
-    """Ten learnable classes in memory: image i is a pattern of class i % 10, shifted, dimmed, brightened, with noise.
+    """Ten learnable classes: image i is a pattern of class i % 10, shifted, dimmed, brightened, with noise.
 
-    Image i is a function of (seed, split, i) alone, not of `num_images`, and is the same on every platform. The seed
-    draws the images; the classes stay the same, so what is learned from one seed holds for another.
+    Image i is a function of (seed, split, i) alone. All seeds share the classes, so what is learned from one holds for others.
     """
     labels = np.arange(num_images, dtype=np.int64) % 10
     pixels = np.empty((num_images, 32, 32, 3), np.uint8)
@@ -54,16 +50,13 @@ def synthetic(split: Split, num_images: int, seed: int) -> Images:
 
 
 def synthetic_grey(split: Split, num_images: int, seed: int) -> Images:
-    """The synthetic images in MNIST's shape: the middle of their green channel, uint8 [N, 28, 28, 1]."""
+    """Synthetic images in MNIST's shape: the middle of the green channel, uint8 [N, 28, 28, 1]."""
     images = synthetic(split, num_images, seed)
     return Images(np.ascontiguousarray(images.pixels[:, 2:30, 2:30, 1:2]), images.labels)
 
 
 def noise(split: Split, num_images: int, seed: int) -> Images:
-    """Uniform noise in MNIST's shape with uniformly random labels: nothing can be learned, everything can be memorised.
-
-    Image i and its label are a function of (seed, split, i) alone, the same on every platform.
-    """
+    """Uniform noise in MNIST's shape with random labels, functions of (seed, split, i) alone: it can only be memorized."""
     pixels = 28 * 28  # 98 words of 8 bytes; one more for the label
     words = philox(seed, NOISE_STREAMS[split]).random_raw((num_images, pixels // 8 + 1)).astype("<u8")
     labels = (words[:, -1] % np.uint64(10)).astype(np.int64)
@@ -88,9 +81,7 @@ class Generated(DataSet):
 
 
 _GRAY = replace(mnist.DESCRIPTION, train_images=10_000, test_images=2_000)
-_NOTE = (
-    "the labels of random_mnist are random: train accuracy measures memorizing, and test accuracy is expected to be chance, 10%"
-)
+_NOTE = "the labels of random_mnist are random: train accuracy measures memorizing, test accuracy should be chance, 10%"
 
 SYNTHETIC = Generated(cifar.CIFAR10.description, synthetic)
 SYNTHETIC_MNIST = Generated(_GRAY, synthetic_grey)

@@ -1,7 +1,6 @@
 """Networks by name: every public function in the other files of this folder builds one, like torchvision's `resnet18()`.
 
-A new network is a new file with such a function; nothing else has to know of it. The names are read from the sources, so that
-a command line can be checked without importing torch.
+A new network is a new file with such a function. Names are read from the sources, without importing torch.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ def _files() -> dict[str, str]:
 
 
 def model_names() -> list[str]:
-    """What `--model` takes."""
+    """Valid values of --model."""
     return sorted(_files())
 
 
 def refuse_unknown_model(name: str) -> None:
-    """Raise UsageError, which names the nearest network, unless `name` is one."""
+    """Raise UsageError with the nearest name unless `name` is a network."""
     if name not in _files():
         raise UsageError(f"--model {name} is unknown{nearest(name, model_names())}")
 
@@ -48,7 +47,7 @@ def source_file(name: str) -> Path:
 
 
 def build_model(name: str, seed: int, num_classes: int) -> nn.Module:
-    """The network called `name` with a head for `num_classes`, its initial weights drawn from `seed`. Raises UsageError."""
+    """The network called `name` with a head for `num_classes` and initial weights from `seed`. Raises UsageError."""
     import torch
 
     refuse_unknown_model(name)

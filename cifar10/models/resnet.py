@@ -7,8 +7,8 @@ from torchvision import models
 def resnet18(num_classes: int = 10) -> nn.Module:
     """float32 [B, 3, S, S] -> logits [B, classes]; 11,173,962 parameters at 10 classes.
 
-    torchvision's, but for the stem: 3x3 filters without stride and no pooling, so that 32x32 images keep their size in
-    the first stage. Published reference: 94.82% on CIFAR-10 after 200 epochs (mmpretrain, ResNet-18).
+    torchvision's but for the stem: 3x3 filters without stride and no pooling, so that 32x32 images keep their size in the first
+    stage. Published reference: 94.82% on CIFAR-10 after 200 epochs (mmpretrain, ResNet-18).
     """
     model = models.resnet18(weights=None, num_classes=num_classes)
     model.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)

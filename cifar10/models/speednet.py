@@ -1,12 +1,9 @@
-"""The network of the speed-run recipes: wide, shallow, and started so that it learns from the first step.
+"""The network of the speed-run recipes: wide, shallow, and initialized to learn from the first step.
 
-What is taken from airbench94 (Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU", arXiv 2404.00498) and the
-entries that followed it, none of it their code:
-- a first layer of frozen 2x2 filters that whiten patches of the training images, each with its negative;
-- filters that begin as a partial identity, so that signals pass through all layers from the first step;
-- BatchNorm without a trained scale and with a short memory, SiLU, and a head on the largest value of each channel.
-
-The global maximum makes it indifferent to the size of the images: it can train on small ones first.
+Ideas of airbench94 (Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU", arXiv 2404.00498) and later entries, none
+of it their code: frozen 2x2 filters that whiten patches of the training images, each with its negative; filters that start as
+a partial identity; BatchNorm without scale and with a short memory; SiLU; a head on each channel's global maximum, so that it
+accepts images of any size and can train on small ones first.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ PATCH = 2  # pixels a side
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """A trained bias, no trained scale, and statistics that follow the last few steps."""
+    """BatchNorm with a trained bias, no trained scale, and statistics of the last few steps."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-12, momentum=0.4)
@@ -28,7 +25,7 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class Conv(nn.Conv2d):
-    """3x3 filters; the first ones pass their input channels on."""
+    """3x3 filters; the first ones start as the identity."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__(channels_in, channels_out, kernel_size=3, padding=1, bias=False)
@@ -51,13 +48,11 @@ class Group(nn.Module):
         return F.silu(self.norm2(self.conv2(x)))
 
 
-class DeepGroup(nn.Module):
-    """Three convolutions, the first followed by pooling, the other two beside a shortcut: shapes as in Group."""
+class DeepGroup(Group):
+    """Three convolutions, the first followed by pooling, the others with a shortcut; shapes as in Group."""
 
     def __init__(self, channels_in: int, width: int) -> None:
-        super().__init__()
-        self.conv1, self.norm1 = Conv(channels_in, width), BatchNorm(width)
-        self.conv2, self.norm2 = Conv(width, width), BatchNorm(width)
+        super().__init__(channels_in, width)
         self.conv3, self.norm3 = Conv(width, width), BatchNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,9 +77,9 @@ class SpeedNet(nn.Module):
 
     @torch.no_grad()
     def start_from_images(self, images: Tensor) -> None:
-        """Make the first layer whiten: normalized training images float32 [N, 3, S, S], of which the first 5,000 are used.
+        """Let the first layer whiten normalized images float32 [N, 3, S, S], of which the first 5,000 are used.
 
-        The filters are the eigenvectors of the patches' covariance over the root of their eigenvalues, and the negatives.
+        Its filters are the eigenvectors of the patches' covariance over the root of their eigenvalues, and the negatives.
         """
         images = images[: self.patch_images].float()
         patches = F.unfold(images, PATCH).transpose(1, 2).reshape(-1, 3 * PATCH**2)
@@ -110,5 +105,5 @@ def speednet_small(num_classes: int) -> SpeedNet:
 
 
 def speednet_large(num_classes: int) -> SpeedNet:
-    """The size for 96%: twice as wide, with a third convolution beside a shortcut in each group; 9,915,392 parameters."""
+    """The size for 96%: twice as wide, a third convolution and a shortcut in each group; 9,915,392 parameters at 10 classes."""
     return SpeedNet((128, 384, 512), DeepGroup, num_classes)

@@ -1,12 +1,11 @@
-"""Files of weights: the one reader and comparer of state dicts, and the weights that training starts from.
+"""Files of weights: reading and comparing state dicts, and the weights that training starts from.
 
-Weights that are asked for are the weights that are used, or the run does not start. Files are read as data: nothing in them
-is executed. torch is imported only where a file is opened, so that the launcher can check without it that there is one.
+Files are read as data: nothing in them is executed. torch is imported only where a file is opened, so that the launcher can
+check without it that there is one.
 """
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import json
 import os
@@ -17,20 +16,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar10 import UsageError, reason
-from cifar10.files import download_limits, one_process_at_a_time
+from cifar10.files import download_limits, file_digest, one_process_at_a_time
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-CHUNK_BYTES = 1 << 20
-METADATA_KEY = "about"  # of a safetensors file's header: JSON of what else the file says
+METADATA_KEY = "about"  # of a safetensors file's header: JSON of everything but the weights
 
 
 # --- ImageNet ---------------------------------------------------------------------------------------------------------
 
 
 def _imagenet_url(model_name: str) -> str:
-    """Where torchvision has its weights for this network. Raises UsageError if it has none."""
+    """The URL of torchvision's weights for this network. Raises UsageError if it has none."""
     from torchvision.models import get_model_weights
 
     try:
@@ -42,68 +40,54 @@ def _imagenet_url(model_name: str) -> str:
 
 
 def _cached(url: str) -> Path:
-    """The place of a download in torch.hub's cache, $TORCH_HOME/hub/checkpoints."""
+    """The path of a download in torch.hub's cache, $TORCH_HOME/hub/checkpoints."""
     from torch import hub
 
     return Path(hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
 
 
-def _hash_prefix(url: str) -> str:
-    """The first digits of a download's sha256, which torchvision writes into its name: vgg19-dcbb9e9d.pth."""
-    found = re.search(r"-([a-f0-9]{8,})\.", url)
-    return found[1] if found else ""
-
-
-def _is_sound(file: Path, hash_prefix: str) -> bool:
-    digest = hashlib.sha256()
-    try:
-        with open(file, "rb") as content:
-            while chunk := content.read(CHUNK_BYTES):
-                digest.update(chunk)
-    except FileNotFoundError:
-        return False
-    return digest.hexdigest().startswith(hash_prefix)
-
-
 def _ensure_imagenet(model_name: str) -> None:
-    """Return once torch.hub's cache holds torchvision's weights with the right hash; they are downloaded if it does not."""
+    """Return once torch.hub's cache holds torchvision's weights with the right hash, downloaded if needed."""
     from torch import hub
 
     url = _imagenet_url(model_name)
-    file, hash_prefix = _cached(url), _hash_prefix(url)
+    file, found = _cached(url), re.search(r"-([a-f0-9]{8,})\.", url)  # torchvision's names: vgg19-dcbb9e9d.pth
+    hash_prefix = found[1] if found else ""  # of the sha256
+
+    def is_sound() -> bool:
+        return file.exists() and file_digest(file, "sha256").startswith(hash_prefix)
+
     try:
-        if _is_sound(file, hash_prefix):
+        if is_sound():
             return
         file.parent.mkdir(parents=True, exist_ok=True)
         with one_process_at_a_time(file.with_name(f".{file.name}.lock"), f"fetching {file.name}"):
-            if not _is_sound(file, hash_prefix):  # else another process was faster
+            if not is_sound():  # else another process was faster
                 sys.stderr.write(f"fetching ImageNet weights from {url} to {file}\n")
                 with download_limits():
                     hub.download_url_to_file(url, str(file), hash_prefix, progress=sys.stderr.isatty())
     except (OSError, RuntimeError, http.client.HTTPException) as error:  # the network, the disk; a wrong hash
         reason = " ".join(str(getattr(error, "reason", error)).split())
         raise UsageError(
-            f"--weights imagenet: {url} cannot be fetched to {file}: {reason}; put that file there by hand,"
-            " or choose --weights none or a file"
+            f"--weights imagenet: cannot download {url} to {file}: {reason}; put it there, or choose --weights none or a file"
         ) from None
 
 
 def ensure(weights: str, model_name: str) -> None:
-    """Return once the weights that --weights names are on this machine. Raises UsageError, one line, if they cannot be."""
+    """Return once the weights that --weights names are on this machine; else raise UsageError."""
     if weights == "imagenet":
         _ensure_imagenet(model_name)
     elif weights != "none" and not os.path.isfile(weights):
         raise UsageError(f"--weights {weights} is not a file; choose a file of weights, imagenet, or none")
 
 
-# --- reading, comparing, loading ----------------------------------------------------------------------------------------
+# --- reading, comparing, loading --------------------------------------------------------------------------------------
 
 
 def read_weights(path: Path, what: str, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict in a .pt or .safetensors file, and what else the file says. Nothing in the file is executed.
+    """The state dict in a .pt file (plain or under "module") or a .safetensors file, and what else the file says.
 
-    A .pt file holds it plain, or under "module" as this program and DeepSpeed write it. A corrupt or foreign file is a
-    UsageError, `<what> ...; <remedy>`.
+    Raises UsageError, `<what> ...; <remedy>`, for a corrupt or foreign file.
     """
     import torch
 
@@ -116,7 +100,7 @@ def read_weights(path: Path, what: str, remedy: str) -> tuple[dict[str, Tensor],
                 about = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
         else:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about a file that is refused below
+                warnings.simplefilter("ignore")  # about files that are refused below
                 content, about = torch.load(path, map_location="cpu", weights_only=True), {}
     except MemoryError:
         raise UsageError(f"{what} does not fit into this machine's memory; use a larger one") from None
@@ -130,7 +114,7 @@ def read_weights(path: Path, what: str, remedy: str) -> tuple[dict[str, Tensor],
 
 
 def first_difference(ours: dict[str, Tensor], saved: dict[str, Tensor], *, finite: bool = True) -> str | None:
-    """The first thing that keeps `saved` from being (finite) weights of our shapes; None if nothing does."""
+    """The first reason why `saved` are not (finite) weights with our names and shapes; None if they are."""
     for name, tensor in ours.items():
         if name not in saved:
             return f"it has no {name}"
@@ -142,51 +126,39 @@ def first_difference(ours: dict[str, Tensor], saved: dict[str, Tensor], *, finit
     return f"it holds {extra}, which the model does not have" if extra else None
 
 
-def _head(model: nn.Module) -> list[str]:
-    """The names of the last linear layer's parameters: those that depend on the number of classes."""
-    from torch import nn
-
-    name, layer = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1]
-    return [f"{name}.{parameter}" for parameter, _ in layer.named_parameters()]
-
-
-def _is_for_other_classes(ours: dict[str, Tensor], saved: dict[str, Tensor], head: list[str]) -> bool:
-    """Whether the saved head is ours but for the number of its rows."""
-    return all(
-        name in saved and saved[name].shape[1:] == ours[name].shape[1:] and saved[name].shape != ours[name].shape
-        for name in head
-    )
-
-
 def load(model: nn.Module, model_name: str, weights: str) -> list[str]:
-    """Put the weights that --weights names into `model`; returns what to know of that, a line each.
+    """Load the weights that --weights names into `model`, after `ensure`; returns lines about them for the console.
 
-    A file for another number of classes, as ImageNet's, keeps the model's fresh last layer. Any other difference is a
-    UsageError that names the first one. Call `ensure` before.
+    Of a file for another number of classes, such as ImageNet's, all but the last linear layer is loaded. Any other difference
+    is a UsageError.
     """
     if weights == "none":
         return []
+    from torch import nn
+
     file = _cached(_imagenet_url(model_name)) if weights == "imagenet" else Path(weights)
     saved, _ = read_weights(file, f"--weights {weights}", "choose another file")
-    ours, head, notes = model.state_dict(), _head(model), [f"initial weights: {weights}"]
-    if _is_for_other_classes(ours, saved, head):
-        there, here = len(saved[head[0]]), len(ours[head[0]])
-        notes = [f"initial weights: {weights}, but for its head of {there} classes: {head[0]} is new, with {here}"]
+    ours, notes = model.state_dict(), [f"initial weights: {weights}"]
+    name, layer = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1]
+    head = [f"{name}.{parameter}" for parameter, _ in layer.named_parameters()]
+    shapes = [(saved[name].shape, ours[name].shape) for name in head if name in saved]
+    if len(shapes) == len(head) and all(theirs[1:] == own[1:] and theirs != own for theirs, own in shapes):
+        (theirs, *_), (own, *_) = shapes[0]
+        notes = [f"initial weights: {weights}, but for its head of {theirs} classes: {head[0]} is new, with {own}"]
         saved = {**saved, **{name: ours[name] for name in head}}
     if difference := first_difference(ours, saved):
         raise UsageError(
-            f"--weights {weights} does not fit --model {model_name}: {difference}; choose a file of that model, or"
-            " --weights none"
+            f"--weights {weights} does not fit --model {model_name}: {difference}; choose another file, or --weights none"
         )
     model.load_state_dict(saved)
     return notes
 
 
-# --- the network and the images ------------------------------------------------------------------------------------------
+# --- checks -----------------------------------------------------------------------------------------------------------
 
 
 def check_initial_weights(model: nn.Module, model_name: str) -> None:
-    """Raise UsageError if training would start from a weight that is not finite. (What a file holds, `load` has checked.)"""
+    """Raise UsageError if training would start from weights that are not finite."""
     if bad := next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None):
         raise UsageError(f"--model {model_name} starts with values in {bad} that are not finite; correct its initialization")
 
@@ -200,7 +172,7 @@ def check_shapes(model: nn.Module, model_name: str, shape: tuple[int, int, int],
         with torch.no_grad():
             outputs: Any = model.eval()(torch.zeros(1, *shape)).shape[-1]
         fault = "" if outputs == num_classes else f"its output has {outputs} classes, expected {num_classes}"
-    except RuntimeError as error:  # of a convolution or a linear layer
+    except RuntimeError as error:  # from a layer
         fault = str(error).strip().splitlines()[0].split("; ")[0]
     model.train(was_training)
     if fault:

@@ -1,17 +1,18 @@
-"""A run's own folder: which one it is, whether this command may use it, and the files that say what the run is.
+"""A run's folder: which one it is, whether this command may use it, and its settings.
 
 recipe.json  ds_config.json     the settings; `--recipe <run>/recipe.json` runs them again
-environment.json                versions, commit, hardware, command of each start
-metrics.csv  steps.csv          what was measured; tensorboard/ and wandb/ hold the same for their viewers
+environment.json                versions, commit, hardware and command of each start
+metrics.csv  steps.csv          metrics; tensorboard/ and wandb/ hold the same for their viewers
 wandb_run.json                  the run's id at Weights & Biases
-summary.json                    how it stands: running, stopped, failed or finished, and the results
-test_predictions.npz            what best_model answered; evaluate leaves those of other splits beside it
-report.html  report/            the run as a page, and its pictures
+summary.json                    status (running, stopped, failed or finished) and results
+test_predictions.npz            best_model's logits; evaluate writes those of other splits beside it
+report.html  report/            the run as a page, and its plots
 checkpoints/                    see checkpoint.py; export/ is made from one
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -19,7 +20,6 @@ import shlex
 import subprocess
 import time
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,47 +31,46 @@ from cifar10.config.settings import differences, is_deep
 from cifar10.files import written_whole
 
 LOCK = ".lock"
-_held: dict[Path, FileLock] = {}  # a lock is let go when its object goes
+_held: dict[Path, FileLock] = {}  # a lock is released when its object is deleted
 
 
 def choose(output_dir: Path | None, recipe: str) -> Path:
-    """The folder asked for, or a new one that is made here, so that no other run can choose it: runs/<recipe>-<time>."""
+    """The given folder, or a new runs/<recipe>-<time>, created at once so that no other run can choose it."""
     if output_dir is not None:
         return output_dir
     name = Path(recipe).parent.name if recipe.endswith(".json") else recipe
     stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    tries = (stem if n == 1 else stem.with_name(f"{stem.name}-{n}") for n in range(1, 1_000))
-    for folder in tries:
+    for number in itertools.count(1):
+        folder = stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
         try:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
             continue
         except OSError as error:
-            raise UsageError(f"{folder} cannot be made ({error.strerror}); name an --output-dir") from None
-    raise UsageError("runs/ is full of runs of this second; name an --output-dir")
+            raise UsageError(f"{folder} cannot be created ({error.strerror}); choose an --output-dir") from None
 
 
 def title(folder: Path) -> str:
-    """What people call a run: its folder's name, with the one above it where that is needed to know a seed_0 from another."""
-    place = folder.absolute()
-    return f"{place.parent.name}/{place.name}" if place.name.startswith("seed_") else place.name
+    """A run's display name: its folder's, after the campaign's for a seed_0."""
+    folder = folder.absolute()
+    return f"{folder.parent.name}/{folder.name}" if folder.name.startswith("seed_") else folder.name
 
 
 def refuse_unwritable(folder: Path) -> None:
-    """Raise UsageError unless `folder`, or the nearest folder above it that exists, can be written to."""
+    """Raise UsageError unless `folder`, or its nearest existing parent, is writable."""
     try:
         existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     except OSError as error:
-        raise UsageError(f"--output-dir {folder}: {error.strerror}; name another folder") from None
+        raise UsageError(f"--output-dir {folder}: {error.strerror}; choose another folder") from None
     if not existing.is_dir():
-        raise UsageError(f"--output-dir {folder}: {existing} is a file; name a folder")
+        raise UsageError(f"--output-dir {folder}: {existing} is a file; choose a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UsageError(f"--output-dir {folder}: {existing} cannot be written to; name another folder")
+        raise UsageError(f"--output-dir {folder}: {existing} is not writable; choose another folder")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file of ours; None if there is no such file. Raises UsageError if it is not whole."""
+    """The object in a JSON file of a run; None if there is no such file. Raises UsageError if it is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -81,42 +80,43 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise damaged(path, "not an object")
     if is_deep(content):
-        raise damaged(path, "nested too deep")
+        raise damaged(path, "nested too deeply")
     return content
 
 
 def damaged(path: Path, how: str) -> UsageError:
-    return UsageError(f"{path} is damaged ({how}); move it away, or name another --output-dir")
+    return UsageError(f"{path} is damaged ({how}); move it away, or choose another --output-dir")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write strict JSON so that readers see the old file or the new one, never a part."""
+    """Write strict JSON; readers see the old file or the new one, never a part."""
     with written_whole(path) as file:
         file.write((json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
-def refuse_other_settings(folder: Path, settings: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Raise UsageError, naming the differences, if `folder` holds a run of other settings than `settings`.
+def read_recipe(folder: Path) -> dict[str, Any] | None:
+    """The content of a run's recipe.json, with "settings"; None if there is none. Raises UsageError for another format."""
+    content = read_json(folder / "recipe.json")
+    if content is not None:
+        refuse_other_format(content, folder / "recipe.json")
+        if not isinstance(content.get("settings"), dict):
+            raise damaged(folder / "recipe.json", "no settings")
+    return content
 
-    `settings` is {"recipe": ..., "deepspeed": ...}; `defaults` are those of recipe fields, which an older run's recipe.json
-    may not know.
-    """
-    saved_recipe, saved_config = read_json(folder / "recipe.json"), read_json(folder / "ds_config.json")
-    if saved_recipe is None or saved_config is None:
+
+def refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Raise UsageError with the differences if `folder` holds a run with other settings, {"recipe": ..., "deepspeed": ...}."""
+    recipe, config = read_recipe(folder), read_json(folder / "ds_config.json")
+    if recipe is None or config is None:
         return
-    refuse_other_format(saved_recipe, folder / "recipe.json")
-    if not isinstance(saved_recipe.get("settings"), dict):
-        raise damaged(folder / "recipe.json", "no settings")
-    saved = {"recipe": {**defaults, **saved_recipe["settings"]}, "deepspeed": saved_config}
-    if shown := differences(saved, settings):
-        raise UsageError(f"--output-dir {folder} holds a run with other settings ({shown}); name another --output-dir")
+    if shown := differences({"recipe": recipe["settings"], "deepspeed": config}, settings):
+        raise UsageError(f"--output-dir {folder} holds a run with other settings ({shown}); choose another --output-dir")
 
 
 def find_checkpoint(where: str) -> tuple[Path, str]:
-    """--resume PATH -> (a run's folder of checkpoints, the name of a pointer in it).
+    """--resume PATH -> (a run's checkpoints folder, the name of a pointer in it). Raises UsageError if there is none.
 
-    PATH is the folder, or a pointer in its checkpoints/: latest, best, epoch_005, with or without the .pth of other programs.
-    Raises UsageError if there is no such checkpoint.
+    PATH is the run's folder, or a pointer in its checkpoints/: latest, best, epoch_005, with or without .pth.
     """
     path = Path(where)
     path = path.with_suffix("") if path.suffix in (".pth", ".pt") else path
@@ -124,37 +124,33 @@ def find_checkpoint(where: str) -> tuple[Path, str]:
     try:
         pointers = sorted(p.name for p in (folder / "checkpoints").glob("*") if p.is_file())
     except OSError as error:  # a name that is too long
-        raise UsageError(f"--resume {where}: {error.strerror}; type auto, never, or a run's folder") from None
+        raise UsageError(f"--resume {where}: {error.strerror}; use auto, never, or a run's folder") from None
     if name in pointers:
         return folder / "checkpoints", name
     there = f"there are {', '.join(pointers)}" if pointers else "it has none"
     raise UsageError(
-        f"--resume {where}: no checkpoint there named {name}; {there}; type auto, never, a run's folder, or one of these"
+        f"--resume {where}: no checkpoint named {name}; {there}; use auto, never, a run's folder, or a checkpoint in it"
     )
 
 
 def refuse_other_position(source: Path, settings: dict[str, Any]) -> None:
-    """--resume PATH: a position counts steps of one global batch through one order of one split, so these must be the same."""
-    saved, config = read_json(source / "recipe.json") or {}, read_json(source / "ds_config.json") or {}
+    """--resume PATH: a position counts global batches through one order of one split, so these settings must be equal."""
+    saved, config = read_recipe(source) or {"settings": {}}, read_json(source / "ds_config.json") or {}
     ours = {**settings["recipe"], "train_batch_size": settings["deepspeed"]["train_batch_size"]}
-    if not isinstance(saved.get("settings", {}), dict):
-        raise damaged(source / "recipe.json", "no settings")
-    theirs = {**saved.get("settings", {}), "train_batch_size": config.get("train_batch_size")}
+    theirs = {**saved["settings"], "train_batch_size": config.get("train_batch_size")}
     for key in ("model", "dataset", "val_images", "seed", "split_seed", "train_batch_size"):
         if theirs.get(key) != ours[key]:
-            raise UsageError(
-                f"--resume {source}: {key} is {theirs.get(key)} there, {ours[key]} here, so its position fits no step"
-            )
+            raise UsageError(f"--resume {source}: {key} is {theirs.get(key)} there, {ours[key]} here; set it to the same value")
 
 
 def refuse_if_never(folder: Path, resume: str) -> None:
     """--resume never: raise UsageError if the folder has anything in it but a lock."""
     if resume == "never" and folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
-        raise UsageError(f"--resume never, but --output-dir {folder} is not empty; name another folder, or use --resume auto")
+        raise UsageError(f"--resume never, but --output-dir {folder} is not empty; choose another folder, or use --resume auto")
 
 
 def _commit() -> str | None:
-    """This program's commit, marked where files differ from it; None outside a git checkout."""
+    """This program's commit, with -dirty if files were changed; None outside a git checkout."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -171,7 +167,7 @@ def _processor() -> str:
 
 
 def environment(argv: list[str], facts: dict[str, Any]) -> dict[str, Any]:
-    """When, by which command, with which versions, on what: one start of a run."""
+    """The entry of environment.json for one start: time, command, versions, hardware."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join(argv),
@@ -184,16 +180,16 @@ def environment(argv: list[str], facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hold(folder: Path) -> None:
-    """Keep every other process from training in `folder` for as long as this one lives."""
+    """Lock `folder` against other processes for as long as this one lives."""
     lock = _held.setdefault(folder.resolve(), FileLock(folder / LOCK))
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise UsageError(f"another process is training in {folder}; wait for it, or name another --output-dir") from None
+        raise UsageError(f"another process is training in {folder}; wait for it, or choose another --output-dir") from None
 
 
 def open_run(folder: Path, recipe_json: str, ds_config: dict[str, Any], resume: str, argv: list[str], **facts: Any) -> None:
-    """Make the folder, write down its settings unless an earlier start did, and add this start to environment.json."""
+    """Create the folder, write its settings unless an earlier start did, and add this start to environment.json."""
     refuse_if_never(folder, resume)
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -206,19 +202,19 @@ def open_run(folder: Path, recipe_json: str, ds_config: dict[str, Any], resume: 
             raise damaged(folder / "environment.json", "no list of starts")
         write_json(folder / "environment.json", {"starts": [*starts, environment(argv, facts)]})
     except OSError as error:
-        raise UsageError(f"--output-dir {folder} cannot be written to ({error.strerror}); name another folder") from None
+        raise UsageError(f"--output-dir {folder} is not writable ({error.strerror}); choose another folder") from None
 
 
 def command_to_continue(start: str, argv: list[str], folder: Path) -> str:
-    """The command line that goes on with the run in `folder`: `start` is how the program was started, without its flags."""
-    start = os.environ.get("CIFAR10_STARTED_BY", start)  # main.py says how it was started
+    """The command line that resumes the run in `folder`; `start` is the start command without flags."""
+    start = os.environ.get("CIFAR10_STARTED_BY", start)  # set by main.py
     if "UV_RUN_RECURSION_DEPTH" in os.environ and not start.startswith("uv run"):
         start = f"uv run {start}"
     words, rest = [], iter(argv)
     for word in rest:
         flag, equals, _ = word.replace("_", "-").partition("=")
-        pair = [word] if equals or flag not in ("--output-dir", "--resume", "--stop-at") else [word, *islice(rest, 1)]
-        never = flag == "--resume" and pair[-1].removeprefix("--resume=") == "never"  # the folder is not empty any more
+        pair = [word] if equals or flag not in ("--output-dir", "--resume", "--stop-at") else [word, *itertools.islice(rest, 1)]
+        never = flag == "--resume" and pair[-1].removeprefix("--resume=") == "never"  # the folder is no longer empty
         if flag not in ("--output-dir", "--stop-at") and not never:
             words += pair
     return f"{start} {shlex.join([*words, '--output-dir', str(folder)])}"

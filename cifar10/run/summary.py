@@ -1,4 +1,4 @@
-"""summary.json: how a run stands and what it has measured. Accuracies are fractions, and each name says its split."""
+"""summary.json: a run's status and results. Accuracies are fractions, and each name says its split."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TIERS = ("Excellent", "Good", "Fair", "Poor")  # the reference documents'
 
 @dataclass(frozen=True)
 class SplitResult:
-    """A split's mean loss and accuracy (a fraction) over `images` images, each counted once, in `seconds` seconds."""
+    """Mean loss and accuracy over a split, each image counted once."""
 
     loss: float
     accuracy: float
@@ -38,7 +38,7 @@ class SplitResult:
 
 @dataclass(frozen=True)
 class Summary:
-    """The content of summary.json; None is what has not been measured (yet)."""
+    """The content of summary.json; None is what has not been measured."""
 
     status: Status
     recipe: str = "?"
@@ -56,7 +56,7 @@ class Summary:
     val_accuracy: float | None = None  # of best_model
     best_step: int | None = None
     train_seconds: float = 0.0  # of training steps
-    process_seconds: float = 0.0  # since the process began, imports included
+    process_seconds: float = 0.0  # since the process started, imports included
     images_per_second: float | None = None
     resumed_at_steps: list[int] | None = None
     test_accuracy: float | None = None  # of best_model
@@ -72,13 +72,12 @@ class Summary:
     reason: str | None = None  # why the run failed
 
     def is_complete(self, max_steps: int | None) -> bool:
-        """Whether nothing is left to train; a run ended by --max-steps goes on if more steps are allowed now."""
-        if self.status != "finished":
-            return False
-        return self.ended_by != "max_steps" or (max_steps is not None and max_steps <= self.steps)
+        """Whether nothing is left to train; a run ended by --max-steps can go on to a larger --max-steps."""
+        more_steps = self.ended_by == "max_steps" and (max_steps is None or max_steps > self.steps)
+        return self.status == "finished" and not more_steps
 
     def write(self, folder: Path) -> None:
-        """Write summary.json. A full disk does not end the run: it is reported, and the earlier file stays."""
+        """Write summary.json. A full disk does not end the run: it is reported, and the earlier file is kept."""
         try:
             write_json(folder / FILE, asdict(self))
         except OSError as error:
@@ -86,7 +85,7 @@ class Summary:
 
 
 def read_summary(folder: Path) -> Summary | None:
-    """What `write` wrote in a run's folder; None if there is nothing. Raises UsageError for a damaged file."""
+    """The summary in a run's folder, or None. Raises UsageError for a damaged file."""
     content = read_json(folder / FILE)
     if content is None:
         return None
@@ -98,7 +97,7 @@ def read_summary(folder: Path) -> Summary | None:
 
 
 def quality_tier(test_accuracy: float, bounds: tuple[float, float, float] | None) -> str | None:
-    """The documents' word for a test accuracy (a fraction): `bounds` are the lower ends of all tiers but the last, if any."""
+    """The documents' word for a test accuracy (a fraction); `bounds` are the lower ends of all tiers but the last."""
     if bounds is None:
         return None
     return next(name for bound, name in zip((*bounds, 0.0), TIERS, strict=True) if test_accuracy >= bound)

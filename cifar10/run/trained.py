@@ -1,7 +1,6 @@
-"""A trained model, from wherever it lies: a run's folder, its best_model or final, one file of weights, or an export.
+"""Loading a trained model for evaluate, predict and export: from a run's folder, its best_model or final, or an export.
 
-Files are read as data: nothing in them is executed. What evaluate, predict and export have in common is here, and they are
-the only ones to use it; like them it sees the whole program.
+Files are read as data: nothing in them is executed.
 """
 
 from __future__ import annotations
@@ -16,52 +15,51 @@ from torch import nn
 from cifar10 import UsageError, reason
 from cifar10.config.recipe import FORMAT, Recipe, from_settings, refuse_other_format
 from cifar10.data.dataset import about_model
-from cifar10.distributed import world
 from cifar10.distributed.device import count_gpus, keep_freed_memory
-from cifar10.distributed.world import World
+from cifar10.distributed.world import World, cores
 from cifar10.models.registry import build_model
 from cifar10.models.weights import check_shapes, first_difference, read_weights
 from cifar10.run.checkpoint import PORTABLE_FILE
 
 Which = Literal["best_model", "final"]
 SAFETENSORS_FILE = "model.safetensors"
-LARGEST = 8192  # pixels a side of an image that a file may name
-HOW = "type the folder of a run, its checkpoints/best_model or checkpoints/final, a file in them, or the folder of an export"
+LARGEST_SIZE = 8192  # pixels a side of the images that a file may claim
+HOW = "choose the folder of a run or of an export, checkpoints/best_model or checkpoints/final, or a file in them"
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A network in evaluation mode, fp32, on the CPU or the GPU, with what its file says of its inputs and outputs."""
+    """An fp32 network in evaluation mode, with what its file says of its inputs and outputs."""
 
     model: nn.Module
     recipe: Recipe
     classes: tuple[str, ...]
     channels: int
     dataset_size: int  # pixels a side of the data set's images
-    step: int  # of the optimizer, at which these weights were taken
-    val_accuracy: float | None  # a fraction; None where it was not measured for these weights
-    file: Path  # where the weights were read
-    run: Path | None  # the folder of the run that they belong to, if they lie in one
+    step: int  # of the optimizer
+    val_accuracy: float | None  # a fraction; None if it was not measured for these weights
+    file: Path
+    run: Path | None  # the folder of the run, if the file is in one
     which: str  # best_model, final, or the file's name elsewhere
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """What the network sees of an image: [C, S, S]."""
+        """The shape of the network's input: [C, S, S]."""
         size = self.recipe.network_size(self.dataset_size)
         return self.channels, size, size
 
     @property
     def about(self) -> dict[str, Any]:
-        """How to feed the model, and what its outputs mean: plain values, which `load` reads again."""
+        """How to feed the model and what its outputs mean: plain values, which `load` can read."""
         described = about_model(self.recipe, self.classes, self.channels, self.dataset_size)
         return {"format": FORMAT, **described, "step": self.step, "val_accuracy": self.val_accuracy}
 
 
 def alone(threads: int | None = None) -> World:
-    """This process as the only rank, on the GPU if there is one; nothing is started. Raises UsageError for bad `threads`."""
+    """This process as the only rank, on the GPU if there is one, without a process group."""
     if threads is not None and threads < 1:
-        raise UsageError(f"--threads {threads} is impossible; type a whole number from 1 up")
-    torch.set_num_threads(threads or world.cores())
+        raise UsageError(f"invalid value for --threads: {threads}, expected a whole number from 1 up, for example --threads 1")
+    torch.set_num_threads(threads or cores())
     device = torch.device("cuda" if count_gpus() else "cpu")
     if device.type == "cpu":
         keep_freed_memory()
@@ -69,68 +67,49 @@ def alone(threads: int | None = None) -> World:
     return World(rank=0, local_rank=0, size=1, local_size=1, device=device, launcher="python")
 
 
-# --- finding it -------------------------------------------------------------------------------------------------------
-
-
-def _names_in(folder: Path) -> list[str]:
-    return [name for name in (PORTABLE_FILE, SAFETENSORS_FILE) if (folder / name).is_file()]
-
-
 def find(where: Path, which: Which) -> Path:
     """The file of weights that `where` means. Raises UsageError, which says what there is instead."""
     try:
         if where.is_file():
             return where
-        if names := _names_in(where):
-            return where / names[0]
+        for name in (PORTABLE_FILE, SAFETENSORS_FILE):
+            if (where / name).is_file():
+                return where / name
         folder = where if where.name == "checkpoints" else where / "checkpoints"
-        if (folder / which / PORTABLE_FILE).is_file():
-            return folder / which / PORTABLE_FILE
         there = [name for name in ("best_model", "final") if (folder / name / PORTABLE_FILE).is_file()]
         is_run, exists = (where / "recipe.json").is_file(), where.exists()
-    except (OSError, ValueError) as error:  # a name that is too long; one with a zero byte
+    except (OSError, ValueError) as error:  # a name that is too long, or with a zero byte
         raise UsageError(f"{where}: {getattr(error, 'strerror', None) or error}; {HOW}") from None
+    if which in there:
+        return folder / which / PORTABLE_FILE
     if there:
-        raise UsageError(f"{where} has no {which} yet; type --which {there[0]}")
+        raise UsageError(f"{where} has no {which} yet; use --which {there[0]}")
     if is_run:
-        raise UsageError(f"{where} is a run without a trained model yet; let it finish an epoch with the command that began it")
+        raise UsageError(f"{where} is a run without a trained model yet; resume it with the command that started it")
     raise UsageError(f"{where} {'holds no trained model' if exists else 'does not exist'}; {HOW}")
 
 
-def _run_of(file: Path) -> Path | None:
-    """The run's folder, if the file is its best_model or final."""
-    folder = file.parent.parent
-    is_one = file.name == PORTABLE_FILE and folder.name == "checkpoints" and (folder.parent / "recipe.json").is_file()
-    return folder.parent if is_one else None
-
-
-# --- reading it -------------------------------------------------------------------------------------------------------
-
-
 def _facts(about: dict[str, Any]) -> dict[str, Any]:
-    """What a file says of its model, as fields of Trained. Raises whatever foreign values lead to."""
+    """What a file says of its model, as fields of Trained. Raises all kinds of errors for foreign values."""
     classes, image, val_accuracy = tuple(about["classes"]), about["image"], about.get("val_accuracy")
     if not classes or not all(isinstance(name, str) for name in classes):
         raise TypeError("its classes are not names")
     if val_accuracy is not None and not isinstance(val_accuracy, (int, float)):
         raise TypeError("its val_accuracy is not a number")
     channels, size = image["channels"], image["dataset_size"]
-    if not all(isinstance(value, int) and 1 <= value <= LARGEST for value in (channels, size)):
+    if not all(isinstance(value, int) and 1 <= value <= LARGEST_SIZE for value in (channels, size)):
         raise ValueError(f"its images have {channels} channels and {size} pixels a side")
     facts = {"classes": classes, "channels": channels, "dataset_size": size}
     return {**facts, "recipe": from_settings(about["recipe"]), "step": int(about["step"]), "val_accuracy": val_accuracy}
 
 
-def load(where: Path, which: Which = "best_model", here: World | None = None) -> Trained:
-    """The trained model in `where`: a run's folder (then `which` picks), best_model's or final's, a file, or an export's.
-
-    Raises UsageError, one line with the remedy, for whatever is not one.
-    """
+def load(where: Path, which: Which = "best_model", world: World | None = None) -> Trained:
+    """The trained model in `where`; of a run's folder, `which`. Raises UsageError for anything else."""
     file = find(where, which)
     weights, about = read_weights(file, str(file), HOW)
     try:
         if not about:
-            raise ValueError("a plain state dict says nothing of how to use it: choose the folder that holds it")
+            raise ValueError("a plain state dict does not say which network it is of")
         refuse_other_format(about, file)
         facts = _facts(about)
     except UsageError:
@@ -140,10 +119,11 @@ def load(where: Path, which: Which = "best_model", here: World | None = None) ->
     recipe, num_classes = facts["recipe"], len(facts["classes"])
     model = build_model(recipe.model, recipe.seed, num_classes)
     if difference := first_difference(model.state_dict(), weights):
-        raise UsageError(f"{file} does not hold weights of {recipe.model}: {difference}; restore it, or choose another run")
+        raise UsageError(f"{file} does not hold weights of {recipe.model}: {difference}; choose another file")
     model.load_state_dict(weights)
     size = recipe.network_size(facts["dataset_size"])
     check_shapes(model, recipe.model, (facts["channels"], size, size), num_classes)
-    model = model.eval().to(here.device if here else "cpu").requires_grad_(False)
-    run = _run_of(file)
+    model = model.eval().to(world.device if world else "cpu").requires_grad_(False)
+    folder, is_in_checkpoints = file.parent.parent.parent, file.parent.parent.name == "checkpoints"
+    run = folder if file.name == PORTABLE_FILE and is_in_checkpoints and (folder / "recipe.json").is_file() else None
     return Trained(model, file=file, run=run, which=file.parent.name if run else file.name, **facts)

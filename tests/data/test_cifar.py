@@ -1,4 +1,4 @@
-"""verification, repair and download against a real local server; splits; synthetic images."""
+"""CIFAR-10: verification, restoring and download from a local server; validation splits."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ import pytest
 import torchvision
 
 from cifar10 import UsageError
-from cifar10.data import download, synthetic
+from cifar10.data import download
 from cifar10.data.cifar import CIFAR10, Cifar
 from cifar10.data.dataset import Images, Split, stratified_split
 from cifar10.data.registry import DATASETS
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES_PER_FILE = 4
-PATIENCE_SECONDS = 60  # only so that a broken test ends; nothing is timed
+PATIENCE_SECONDS = 60  # after which a broken test ends
 
 
 # --- a tiny CIFAR-10, and a server that has it ------------------------------------------------------------------------
@@ -53,14 +53,19 @@ def make_files() -> dict[str, bytes]:
     return files
 
 
-def make_archive(members: dict[str, bytes], links: dict[str, str] | None = None) -> bytes:
-    """A .tar.gz of these paths, in this order, after these symbolic links (path -> target)."""
+def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    """A member that is not a file."""
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname, member.devmajor, member.devminor = kind, target, 1, 5
+    return member
+
+
+def make_archive(members: dict[str, bytes], *first: tarfile.TarInfo) -> bytes:
+    """A .tar.gz of these paths, in this order, after these special members."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for name, target in (links or {}).items():
-            link = tarfile.TarInfo(name)
-            link.type, link.linkname = tarfile.SYMTYPE, target
-            tar.addfile(link)
+        for member in first:
+            tar.addfile(member)
         for name, content in members.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)
@@ -74,7 +79,7 @@ def in_folder(files: dict[str, bytes]) -> dict[str, bytes]:
 
 @dataclass
 class Tiny:
-    """The tiny data set that is taken for CIFAR-10."""
+    """The tiny data set in place of CIFAR-10."""
 
     files: dict[str, bytes]
     archive: bytes
@@ -94,7 +99,7 @@ class Tiny:
 
 
 def believe(monkeypatch: pytest.MonkeyPatch, **facts: Any) -> None:
-    """Let these be the facts of CIFAR-10."""
+    """Replace facts of CIFAR-10."""
     monkeypatch.setitem(DATASETS, "cifar10", replace(DATASETS["cifar10"], **facts))
 
 
@@ -134,13 +139,13 @@ class Server:
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        told: Server = self.server.told
-        body = told.bodies.pop(0) if len(told.bodies) > 1 else told.bodies[0]
+        state: Server = self.server.state
+        body = state.bodies.pop(0) if len(state.bodies) > 1 else state.bodies[0]
         wanted = self.headers.get("Range")
-        told.ranges.append(wanted)
-        if told.held:
-            told.gate.wait(PATIENCE_SECONDS)
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and told.honours_range else 0
+        state.ranges.append(wanted)
+        if state.held:
+            state.gate.wait(PATIENCE_SECONDS)
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and state.honours_range else 0
         if start and start >= len(body):
             self.send_error(416)
             return
@@ -149,11 +154,11 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
         self.send_header("Content-Length", str(len(body) - start))
         self.end_headers()
-        end = next((start + n for n in (told.stall_after, told.close_after) if n is not None), len(body))
+        end = next((start + n for n in (state.stall_after, state.close_after) if n is not None), len(body))
         self.wfile.write(body[start:end])
-        told.sent.append(len(body[start:end]))
-        if told.stall_after is not None:
-            told.gate.wait(PATIENCE_SECONDS)
+        state.sent.append(len(body[start:end]))
+        if state.stall_after is not None:
+            state.gate.wait(PATIENCE_SECONDS)
 
     def log_message(self, *args) -> None:
         pass
@@ -164,12 +169,12 @@ def server(tiny, monkeypatch) -> Iterator[Server]:
     """A server of the tiny archive, at CIFAR10_URL."""
     listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     listener.daemon_threads = True
-    told = listener.told = Server(f"http://127.0.0.1:{listener.server_port}/{CIFAR10.archive}", [tiny.archive])
-    monkeypatch.setenv("CIFAR10_URL", told.url)
+    state = listener.state = Server(f"http://127.0.0.1:{listener.server_port}/{CIFAR10.archive}", [tiny.archive])
+    monkeypatch.setenv("CIFAR10_URL", state.url)
     thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    yield told
-    told.gate.set()
+    yield state
+    state.gate.set()
     listener.shutdown()
     thread.join()
     listener.server_close()
@@ -195,7 +200,7 @@ def open_folder() -> Iterator[Path]:
 
 @contextmanager
 def read_only(folder: Path, mode: int = 0o555) -> Iterator[None]:
-    """Nothing below `folder` (of `open_folder`) can be written, even if the tests run as root; mode 0: nor read."""
+    """Nothing below `folder` (of `open_folder`) is writable, even by root; mode 0: nor readable."""
     folders = [folder, *(path for path in folder.iterdir() if path.is_dir())]
     for path in reversed(folders):
         path.chmod(mode)
@@ -211,17 +216,15 @@ def read_only(folder: Path, mode: int = 0o555) -> Iterator[None]:
 
 
 def refusal(data_dir: Path, need_test: bool = True) -> str:
-    """The one line with which `ensure` refuses."""
+    """The message, one line, with which `ensure` refuses."""
     with pytest.raises(UsageError) as error:
         ensure(data_dir, need_test=need_test)
     assert len(str(error.value).splitlines()) == 1
     return str(error.value)
 
 
-def assert_three_ways_out(line: str, data_dir: Path) -> None:
-    for words in ("https://www.cs.toronto.edu/~kriz/cifar.html", CIFAR10.archive, f"into {data_dir}", "CIFAR10_DIR"):
-        assert words in line
-    for words in ("--data-dir", "CIFAR10_URL", "--dataset synthetic"):
+def assert_remedies(line: str, data_dir: Path) -> None:
+    for words in (CIFAR10.archive, f"into {data_dir}", "CIFAR10_DIR", "--data-dir", "CIFAR10_URL", "--dataset synthetic"):
         assert words in line
 
 
@@ -256,9 +259,6 @@ def child(data_dir: Path, need_test: bool = True, print_opened: bool = False, **
     return subprocess.Popen([sys.executable, "-c", CHILD, json.dumps(settings)], cwd=ROOT, text=True, **popen)
 
 
-# --- what the file promises about itself ------------------------------------------------------------------------------
-
-
 def assert_torchvisions_facts(ours: Cifar, theirs: Any) -> None:
     """`theirs` is a class of torchvision.datasets."""
     assert (theirs.base_folder, theirs.filename, theirs.url) == (ours.folder, ours.archive, ours.url)
@@ -273,7 +273,7 @@ def test_the_facts_are_torchvisions():
     assert_torchvisions_facts(CIFAR10, torchvision.datasets.CIFAR10)
 
 
-def test_importing_it_is_light():
+def test_importing_it_does_not_import_torch():
     heavy = "{'torch', 'torchvision', 'deepspeed', 'rich'}"
     code = f"import sys, cifar10.data.cifar; print({heavy} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "set()"
@@ -319,7 +319,7 @@ def test_without_need_test_the_test_file_is_neither_required_nor_opened(tiny, tm
     assert "test_batch (missing)" in refusal(tmp_path)
 
 
-def test_repairing_train_does_not_touch_the_test_file(tiny, server, tmp_path):
+def test_restoring_train_does_not_touch_the_test_file(tiny, server, tmp_path):
     folder = tiny.write(tmp_path, leave_out=("data_batch_1",))
     (folder / "test_batch").write_bytes(b"not looked at")
     ensure(tmp_path, need_test=False)
@@ -353,35 +353,30 @@ def test_wrong_bytes_are_never_unpickled(tiny, tmp_path, split):
 # --- repair -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("damage", ["truncated", "altered", "missing", "empty"])
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
 @pytest.mark.parametrize("name", ["data_batch_3", "test_batch"])
-def test_a_damaged_file_is_repaired_from_the_archive_without_a_request(tiny, server, tmp_path, capfd, damage, name):
+def test_a_damaged_file_is_restored_from_the_archive_without_a_request(tiny, server, tmp_path, capfd, damage, name):
     path = tiny.write(tmp_path) / name
     good = path.read_bytes()
-    if damage == "missing":
-        path.unlink()
-    else:
-        path.write_bytes({"truncated": good[:100], "altered": good[:-1] + b"!", "empty": b""}[damage])
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes({"truncated": good[:100], "altered": good[:-1] + b"!"}[damage])
     (tmp_path / CIFAR10.archive).write_bytes(tiny.archive)
     ensure(tmp_path, need_test=True)
     tiny.assert_whole(tmp_path)
     assert server.ranges == []
-    if damage != "missing":
-        assert name in capfd.readouterr().err
+    assert (name in capfd.readouterr().err) == (damage != "missing")
 
 
-@pytest.mark.parametrize(
-    ("content", "fault"),
-    [(None, "missing"), (b"x", "corrupt: 1 bytes with another md5")],
-)
-def test_what_cannot_be_repaired_is_named(tiny, tmp_path, no_network, content, fault):
+@pytest.mark.parametrize(("content", "fault"), [(None, "missing"), (b"x", "corrupt: 1 bytes with another md5")])
+def test_what_cannot_be_restored_is_named(tiny, tmp_path, no_network, content, fault):
     path = tiny.write(tmp_path) / "data_batch_2"
     path.unlink() if content is None else path.write_bytes(content)
     before = leftovers(tmp_path)
     line = refusal(tmp_path)
     assert f"data_batch_2 ({fault})" in line
     assert "data_batch_1" not in line
-    assert_three_ways_out(line, tmp_path)
+    assert_remedies(line, tmp_path)
     assert leftovers(tmp_path) == before
 
 
@@ -389,7 +384,9 @@ def test_a_hostile_member_is_never_written(tiny, server, tmp_path, monkeypatch):
     data_dir = tmp_path / "a" / "data"
     evil = {f"{CIFAR10.folder}/../../evil": b"1", "../evil": b"2", str(tmp_path / "evil"): b"3", "data_batch_1": b"4"}
     links = {f"{CIFAR10.folder}/data_batch_2": "/etc/passwd", CIFAR10.folder: str(tmp_path)}
-    archive = make_archive(evil | in_folder(tiny.files), links)
+    archive = make_archive(
+        evil | in_folder(tiny.files), *(special(name, tarfile.SYMTYPE, target) for name, target in links.items())
+    )
     believe(monkeypatch, archive_md5=md5(archive))
     server.bodies = [archive]
     ensure(data_dir, need_test=True)
@@ -418,10 +415,8 @@ def test_fresh_download(tiny, server, tmp_path, capfd):
     assert (data_dir / CIFAR10.archive).read_bytes() == tiny.archive
     assert server.ranges == [None]
     assert leftovers(data_dir) == {CIFAR10.archive, *tiny.files}
-    lines = capfd.readouterr().err.splitlines()
-    assert lines[0] == f"fetching CIFAR-10 from {server.url} to {data_dir / CIFAR10.archive}"
-    assert lines[1].startswith("fetched 0.1 MB in ")
-    ensure(data_dir, need_test=True)  # the second time nothing happens and nothing is said
+    assert f"{server.url} to {data_dir / CIFAR10.archive}" in capfd.readouterr().err
+    ensure(data_dir, need_test=True)  # the second time nothing happens
     assert server.ranges == [None]
     assert capfd.readouterr().err == ""
 
@@ -444,39 +439,29 @@ def test_a_terminal_sees_a_progress_bar(tiny, server, tmp_path, monkeypatch):
     assert "━" in terminal.getvalue()
 
 
-def test_resume_asks_only_for_the_rest(tiny, server, tmp_path):
-    (tmp_path / f"{CIFAR10.archive}.part").write_bytes(tiny.archive[:1000])
+@pytest.mark.parametrize(
+    ("kept", "honours_range", "ranges", "sent"),
+    [(1000, True, ["bytes=1000-"], 1000), (1000, False, ["bytes=1000-"], 0), (-1000, True, ["bytes=1000-", None], None)],
+)
+def test_a_partial_download_is_resumed_if_server_and_content_allow(tiny, server, tmp_path, kept, honours_range, ranges, sent):
+    server.honours_range = honours_range
+    part = tmp_path / f"{CIFAR10.archive}.part"
+    part.write_bytes(tiny.archive[:kept] if kept > 0 else b"x" * -kept)
     ensure(tmp_path, need_test=True)
     tiny.assert_whole(tmp_path)
-    assert server.ranges == ["bytes=1000-"]
-    assert server.sent == [len(tiny.archive) - 1000]
+    assert server.ranges == ranges
+    assert sent is None or server.sent == [len(tiny.archive) - sent]
     assert leftovers(tmp_path) == {CIFAR10.archive, *tiny.files}
 
 
-def test_a_whole_part_is_used_as_it_is(tiny, server, tmp_path):
+def test_a_complete_part_is_used(tiny, server, tmp_path):
     (tmp_path / f"{CIFAR10.archive}.part").write_bytes(tiny.archive)
     ensure(tmp_path, need_test=True)
     tiny.assert_whole(tmp_path)
     assert server.sent == []
 
 
-def test_a_server_without_range_sends_all_again(tiny, server, tmp_path):
-    server.honours_range = False
-    (tmp_path / f"{CIFAR10.archive}.part").write_bytes(tiny.archive[:1000])
-    ensure(tmp_path, need_test=True)
-    tiny.assert_whole(tmp_path)
-    assert server.ranges == ["bytes=1000-"]
-    assert server.sent == [len(tiny.archive)]
-
-
-def test_a_corrupt_part_is_thrown_away_and_fetched_from_zero(tiny, server, tmp_path):
-    (tmp_path / f"{CIFAR10.archive}.part").write_bytes(b"x" * 1000)
-    ensure(tmp_path, need_test=True)
-    tiny.assert_whole(tmp_path)
-    assert server.ranges == ["bytes=1000-", None]
-
-
-def test_a_corrupt_answer_is_fetched_once_more(tiny, server, tmp_path):
+def test_a_corrupt_response_is_downloaded_once_more(tiny, server, tmp_path):
     server.bodies = [b"<html>sign in to this network</html>", tiny.archive]
     ensure(tmp_path, need_test=True)
     tiny.assert_whole(tmp_path)
@@ -488,12 +473,12 @@ def test_a_server_that_always_sends_something_else_is_refused(tiny, server, tmp_
     line = refusal(tmp_path)
     assert server.url in line
     assert "md5" in line
-    assert_three_ways_out(line, tmp_path)
+    assert_remedies(line, tmp_path)
     assert server.ranges == [None, None]
     assert leftovers(tmp_path) == set()
 
 
-def test_a_corrupt_archive_is_fetched_anew(tiny, server, tmp_path):
+def test_a_corrupt_archive_is_downloaded_again(tiny, server, tmp_path):
     (tmp_path / CIFAR10.archive).write_bytes(tiny.archive[:-1] + b"x")
     ensure(tmp_path, need_test=True)
     tiny.assert_whole(tmp_path)
@@ -518,7 +503,7 @@ def test_a_stalled_transfer_ends_and_can_be_resumed(tiny, server, tmp_path, monk
     monkeypatch.setattr(download, "TIMEOUT_SECONDS", 2)
     line = refusal(tmp_path)
     assert "no answer for 2 seconds" in line
-    assert_three_ways_out(line, tmp_path)
+    assert_remedies(line, tmp_path)
     part = (tmp_path / f"{CIFAR10.archive}.part").read_bytes()
     assert part == tiny.archive[: len(part)]
     assert len(part) == 1000
@@ -532,27 +517,25 @@ def test_a_stalled_transfer_ends_and_can_be_resumed(tiny, server, tmp_path, monk
 def test_a_server_that_never_answers_is_asked_once(tiny, server, tmp_path, monkeypatch):
     server.held = True
     monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.2)
-    assert_three_ways_out(refusal(tmp_path), tmp_path)
+    assert_remedies(refusal(tmp_path), tmp_path)
     assert len(server.ranges) <= 1
 
 
-@pytest.mark.parametrize("address", ["nonsense", "http://", "ftp:nothing", "http://127.0.0.1:1/x y"])
-def test_a_nonsense_mirror_is_refused(tiny, tmp_path, monkeypatch, address):
+@pytest.mark.parametrize("address", ["nonsense", "http://", "http://127.0.0.1:1/x y"])
+def test_an_invalid_mirror_is_refused(tiny, tmp_path, monkeypatch, address):
     monkeypatch.setenv("CIFAR10_URL", address)
-    assert_three_ways_out(refusal(tmp_path), tmp_path)
+    assert_remedies(refusal(tmp_path), tmp_path)
 
 
 def test_a_missing_page_is_refused(tiny, server, tmp_path, monkeypatch):
     monkeypatch.setattr(Handler, "do_GET", lambda self: self.send_error(404))
-    line = refusal(tmp_path)
-    assert "404" in line
-    assert_three_ways_out(line, tmp_path)
+    assert "404" in refusal(tmp_path)
 
 
-def test_no_network(tiny, no_network, tmp_path):
+def test_without_a_network_the_remedies_are_listed(tiny, no_network, tmp_path):
     line = refusal(tmp_path)
-    assert line.startswith(f"no CIFAR-10 in {tmp_path}, and {os.environ['CIFAR10_URL']} cannot be fetched: ")
-    assert_three_ways_out(line, tmp_path)
+    assert f"no CIFAR-10 in {tmp_path}, and {os.environ['CIFAR10_URL']} " in line
+    assert_remedies(line, tmp_path)
     assert leftovers(tmp_path) == set()
 
 
@@ -570,11 +553,11 @@ def test_two_processes_download_once(tiny, server, tmp_path):
     assert [process.wait(PATIENCE_SECONDS) for process in processes] == [0, 0], "".join(lines)
     assert server.ranges == [None]
     assert sum(line.startswith("waiting for another process") for line in lines) == 1, "".join(lines)
-    assert sum("files written" in line for line in lines) == 1  # whoever waited verifies again before it repairs
+    assert sum("files written" in line for line in lines) == 1  # the one that waited verifies again
     tiny.assert_whole(tmp_path)
 
 
-# --- folders that will not do -----------------------------------------------------------------------------------------
+# --- unusable folders -------------------------------------------------------------------------------------------------
 
 
 def test_a_file_is_not_a_folder(tiny, no_network, tmp_path):
@@ -584,18 +567,12 @@ def test_a_file_is_not_a_folder(tiny, no_network, tmp_path):
         assert "--data-dir" in refusal(data_dir)
 
 
-@pytest.mark.parametrize("below", ["", "deeper/still"])
-def test_an_unwritable_folder(tiny, no_network, open_folder, below):
-    with read_only(open_folder):
+@pytest.mark.parametrize(("below", "mode"), [("", 0o555), ("deeper/still", 0o555), ("below", 0)])
+def test_a_folder_without_permission(tiny, no_network, open_folder, below, mode):
+    if not mode:
+        tiny.write(open_folder / below)
+    with read_only(open_folder, mode):
         line = refusal(open_folder / below)
-    assert "Permission denied" in line
-    assert "--data-dir" in line
-
-
-def test_an_unreachable_folder(tiny, no_network, open_folder):
-    tiny.write(open_folder / "below")
-    with read_only(open_folder, mode=0):
-        line = refusal(open_folder / "below")
     assert "Permission denied" in line
     assert "--data-dir" in line
 
@@ -630,8 +607,8 @@ def test_the_split_of_cifar_is_stratified_and_fixed_by_its_seed():
     assert val[:5].tolist() == [0, 21, 38, 43, 54]  # the same on every platform and in every version of NumPy
 
 
-@pytest.mark.parametrize("val_images", [0, 1, 7, 10, 33, 99])
-def test_other_sizes_are_as_equal_as_can_be(val_images):
+@pytest.mark.parametrize("val_images", [0, 7, 10, 99])
+def test_other_sizes_have_nearly_equal_classes(val_images):
     labels = np.arange(100) % 10
     train, val = stratified_split(labels, val_images, seed=3)
     counts = np.bincount(labels[val], minlength=10)
@@ -647,39 +624,9 @@ def test_unequal_classes_keep_their_proportions():
 
 
 @pytest.mark.parametrize("val_images", [-1, 100, 101])
-def test_an_impossible_split_says_what_to_type(val_images):
-    with pytest.raises(UsageError, match=f"--val-images {val_images} .* from 0 to 99"):
+def test_an_invalid_split_is_refused_with_the_range(val_images):
+    with pytest.raises(UsageError, match=f"--val-images: {val_images}, .* from 0 to 99"):
         stratified_split(np.arange(100) % 10, val_images, seed=0)
-
-
-# --- synthetic images -------------------------------------------------------------------------------------------------
-
-
-def test_synthetic_images_are_a_function_of_seed_split_and_index():
-    images = synthetic.synthetic("train", 1500, seed=0)
-    assert images.pixels.shape == (1500, 32, 32, 3)
-    assert images.pixels.dtype == np.uint8
-    assert images.labels.dtype == np.int64
-    assert np.bincount(images.labels).tolist() == [150] * 10
-    assert md5(images.pixels.tobytes()) == "79f1dd11d6ff740749d9c28b6554d200"  # the same on every platform
-    for num_images in (0, 1, 999, 1001):
-        fewer = synthetic.synthetic("train", num_images, seed=0)
-        assert len(fewer) == num_images
-        np.testing.assert_array_equal(fewer.pixels, images.pixels[:num_images])
-        np.testing.assert_array_equal(fewer.labels, images.labels[:num_images])
-    for other in (synthetic.synthetic("test", 1500, seed=0), synthetic.synthetic("train", 1500, seed=1)):
-        assert not (other.pixels == images.pixels).all(axis=(1, 2, 3)).any()
-    assert len(np.unique(images.pixels.reshape(1500, -1), axis=0)) == 1500
-
-
-def test_synthetic_images_can_be_learned_but_not_by_a_ruler():
-    """The nearest class mean is far above chance (0.1) on other draws of the same classes, and far from perfect."""
-    train, test = synthetic.synthetic("train", 3000, seed=0), synthetic.synthetic("test", 500, seed=1)
-    rows, questions = (images.pixels.reshape(len(images), -1).astype(np.float32) for images in (train, test))
-    means = np.stack([rows[train.labels == label].mean(axis=0) for label in range(10)])
-    distance = (means**2).sum(axis=1) - 2 * questions @ means.T  # [500, 10], up to a constant per row
-    accuracy = (distance.argmin(axis=1) == test.labels).mean()
-    assert 0.2 < accuracy < 0.6
 
 
 # --- the real data set ------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""and mnist.py: every data set is what it says, and what cannot be had is refused in one line."""
+"""Data sets are what they describe; generated images; MNIST."""
 
 from __future__ import annotations
 
@@ -37,12 +37,8 @@ def refusal(*argv: str) -> str:
     return message
 
 
-@pytest.mark.parametrize(("name", "says"), [("cifar1", "did you mean cifar10?"), ("zzz", "there are: cifar10, ")])
-def test_an_unknown_data_set_is_refused_with_the_nearest_or_all_names(name, says):
-    assert refusal("--dataset", name).startswith(f"--dataset {name} is unknown; {says}")
-
-
-def test_the_help_names_every_data_set(capsys):
+def test_an_unknown_data_set_is_refused_with_the_nearest_name_and_the_help_has_all_names(capsys):
+    assert "did you mean cifar10?" in refusal("--dataset", "cifar1")
     with pytest.raises(SystemExit):
         plan("--help")
     printed = capsys.readouterr().out
@@ -50,15 +46,15 @@ def test_the_help_names_every_data_set(capsys):
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_every_data_set_has_a_mean_and_a_deviation_of_each_channel_and_a_description_that_survives_json(name):
+def test_every_description_has_mean_and_std_of_each_channel_and_survives_json(name):
     found = DATASETS[name].describe(Path("nowhere"))
     assert len(found.mean) == len(found.std) == found.channels
     assert len(set(found.classes)) == len(found.classes)
     assert description_from(json.loads(json.dumps(asdict(found)))) == found
 
 
-@pytest.mark.parametrize("change", [{"train_images": "many"}, {"size": 0}, {"classes": []}, {"classes": [1, 2]}, {"colour": 3}])
-def test_a_description_of_something_else_is_refused(change):
+@pytest.mark.parametrize("change", [{"train_images": "many"}, {"size": 0}, {"classes": []}, {"classes": [1, 2]}, {"hue": 3}])
+def test_an_invalid_description_is_refused(change):
     values = asdict(synthetic.SYNTHETIC.description) | change
     with pytest.raises((TypeError, ValueError)):
         description_from(values)
@@ -74,38 +70,40 @@ def test_generated_images_have_the_sizes_and_shapes_that_are_stated(name, split,
     assert set(images.labels.tolist()) == set(range(10))
 
 
-@pytest.mark.parametrize("draw", [synthetic.synthetic_grey, synthetic.noise])
-def test_a_drawn_image_depends_on_seed_split_and_place_alone(draw):
-    whole, part = draw("train", 300, 3), draw("train", 40, 3)
-    assert np.array_equal(whole.pixels[:40], part.pixels)
-    assert np.array_equal(whole.labels[:40], part.labels)
-    for other in (draw("train", 300, 4), draw("test", 300, 3)):
-        assert not any(np.array_equal(a, b) for a, b in zip(whole.pixels, other.pixels, strict=True))
-
-
-def test_drawn_images_are_the_same_on_every_platform():
-    """Fixed numbers: were they to change, results elsewhere could not be compared."""
-    digests = [
-        hashlib.sha256(draw("train", 100, 0).pixels.tobytes()).hexdigest()[:12]
-        for draw in (synthetic.synthetic_grey, synthetic.noise)
-    ]
-    assert digests == ["fef122470a38", "c55902a46f2a"]
-    assert synthetic.noise("train", 10, 0).labels.tolist() == [0, 5, 1, 6, 5, 6, 8, 7, 3, 0]
+@pytest.mark.parametrize(
+    ("generate", "digest"),
+    [
+        (synthetic.synthetic, "824cbf15d87e"),
+        (synthetic.synthetic_grey, "fef122470a38"),
+        (synthetic.noise, "c55902a46f2a"),
+    ],
+)
+def test_a_generated_image_is_a_function_of_seed_split_and_index_on_every_platform(generate, digest):
+    """The digests are fixed: otherwise results of two machines could not be compared."""
+    whole, part = generate("train", 1_100, 3), generate("train", 1_001, 3)
+    assert np.array_equal(whole.pixels[:1_001], part.pixels)
+    assert np.array_equal(whole.labels[:1_001], part.labels)
+    for other in (generate("train", 1_100, 4), generate("test", 1_100, 3)):
+        assert not (whole.pixels == other.pixels).all(axis=(1, 2, 3)).any()
+    assert hashlib.sha256(generate("train", 100, 0).pixels.tobytes()).hexdigest()[:12] == digest
+    assert generate("train", 0, 0).pixels.shape[0] == 0
 
 
 def nearest_mean(train: Images, test: Images) -> float:
-    """The accuracy of the simplest of classifiers: the nearest of the classes' mean images."""
-    means = np.stack([train.pixels[train.labels == label].mean(0) for label in range(10)]).reshape(10, -1)
-    distances = ((test.pixels.reshape(len(test), 1, -1) - means) ** 2).sum(2)
-    return float((distances.argmin(1) == test.labels).mean())
+    """The accuracy of a classifier by the nearest class mean."""
+    rows, questions = (images.pixels.reshape(len(images), -1).astype(np.float32) for images in (train, test))
+    means = np.stack([rows[train.labels == label].mean(axis=0) for label in range(10)])
+    distances = (means**2).sum(axis=1) - 2 * questions @ means.T  # [N, 10], up to a constant per row
+    return float((distances.argmin(axis=1) == test.labels).mean())
 
 
-def test_synthetic_grey_images_can_be_learned_and_noise_cannot():
-    accuracies = [
-        nearest_mean(draw("train", 2_000, 0), draw("test", 1_000, 0)) for draw in (synthetic.synthetic_grey, synthetic.noise)
-    ]
-    assert accuracies[0] > 0.2
-    assert accuracies[1] == pytest.approx(0.1, abs=5 * (0.09 / 1_000) ** 0.5)
+def test_synthetic_classes_can_be_learned_though_not_trivially_and_noise_cannot():
+    """Seeds share the classes."""
+    generators = (synthetic.synthetic, synthetic.synthetic_grey, synthetic.noise)
+    color, gray, noise = (nearest_mean(generate("train", 2_000, 0), generate("test", 1_000, 1)) for generate in generators)
+    assert 0.2 < color < 0.6
+    assert 0.2 < gray < 0.6
+    assert noise == pytest.approx(0.1, abs=5 * (0.09 / 1_000) ** 0.5)
 
 
 def test_noise_is_uniform_in_pixels_and_labels():
@@ -118,49 +116,42 @@ def test_noise_is_uniform_in_pixels_and_labels():
 
 # --- on the command line ----------------------------------------------------------------------------------------------
 
-GREY = ["--mean", "0.1307", "--std", "0.3081"]
+REAL = ["--recipe", "mnist_synthetic", "--dataset", "mnist"]
+GRAY = ["--mean", "0.1307", "--std", "0.3081"]
 
 
-def test_grey_images_with_a_colour_normalisation_are_refused_with_what_to_type():
+def test_a_normalization_for_other_channels_is_refused_with_what_to_use():
     message = refusal("--dataset", "synthetic_mnist", "--model", "mnist_cnn")
     assert "--dataset synthetic_mnist" in message
-    assert message.endswith("type --mean 0.1307 --std 0.3081")
-    assert plan("--dataset", "synthetic_mnist", *message.split("type ")[1].split()).recipe.mean == (0.1307,)
-    message = refusal("--recipe", "mnist_synthetic", "--dataset", "synthetic")
-    assert (
-        plan("--recipe", "mnist_synthetic", "--dataset", "synthetic", *message.split("type ")[1].split()).recipe.std[2] == 0.201
-    )
-
-
-def test_mean_and_std_of_different_lengths_are_refused():
+    assert "--mean 0.1307 --std 0.3081" in message
+    assert "--mean 0.4914 0.4822 0.4465 --std 0.2023 0.1994 0.201" in refusal(*REAL, "--dataset", "synthetic")
     assert "--mean 0.5 --std" in refusal("--dataset", "synthetic", "--mean", "0.5")
 
 
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        ("--val-images 10000", "type 0 to 9999"),
-        ("--test-images 2001", "type 0 to 2000"),
-        ("--global-batch-size 9001 --val-images 1000", "larger than the 9000 training images"),
-        ("--image-size 29", "type --image-size 28 or less, or --resize 29 too"),
-        ("--resize 24 --image-size 28", "type --image-size 24 or less, or --resize 28 too"),
-        ("--augment=RandomCrop(28,reflect)", "RandomCrop(28, reflect): padding must be from 0 to 27"),
+        ("--val-images 10000", "9999"),
+        ("--test-images 2001", "2000"),
+        ("--global-batch-size 9001 --val-images 1000", "9000 training images"),
+        ("--image-size 29", "--image-size 28 or less, or --resize 29"),
+        ("--resize 24 --image-size 28", "--image-size 24 or less, or --resize 28"),
         ("--augment=RandomCrop(20,reflect) --first-sizes 16 --first-epochs 1", "from 0 to 15"),
     ],
 )
 def test_each_data_set_has_its_own_limits(argv, says):
-    assert says in refusal("--dataset", "synthetic_mnist", *GREY, "--val-images", "0", *argv.split())
+    assert says in refusal("--dataset", "synthetic_mnist", *GRAY, "--val-images", "0", *argv.split())
 
 
 def test_a_file_of_weights_names_the_data_sets_own_classes():
     assert plan("--dataset", "synthetic").about_the_model["classes"] == list(cifar.CIFAR10.description.classes)
-    grey = plan("--dataset", "synthetic_mnist", *GREY, "--val-images", "0").about_the_model
-    assert grey["classes"] == [str(digit) for digit in range(10)]
-    assert grey["normalization"] == {"mean": [0.1307], "std": [0.3081]}
+    gray = plan("--dataset", "synthetic_mnist", *GRAY, "--val-images", "0").about_the_model
+    assert gray["classes"] == [str(digit) for digit in range(10)]
+    assert gray["normalization"] == {"mean": [0.1307], "std": [0.3081]}
 
 
-def test_random_labels_are_announced_and_others_are_not():
-    argv = [*GREY, "--val-images", "0"]
+def test_random_labels_are_announced():
+    argv = [*GRAY, "--val-images", "0"]
     assert any("memorizing" in note for note in plan("--dataset", "random_mnist", *argv).notes)
     assert not any("memorizing" in note for note in plan("--dataset", "synthetic_mnist", *argv).notes)
 
@@ -169,7 +160,6 @@ def test_random_labels_are_announced_and_others_are_not():
     ("argv", "image_shape", "augments"),
     [
         ("", (3, 32, 32), True),
-        ("--augment none", (3, 32, 32), False),
         ("--augment none --image-size 30", (3, 30, 30), False),
         ("--augment none --resize 40", (3, 40, 40), False),
         ("--augment RandomCrop(0) --resize 256 --image-size 224", (3, 224, 224), True),
@@ -177,7 +167,7 @@ def test_random_labels_are_announced_and_others_are_not():
         ("--augment none --first-sizes 24 --first-epochs 1", (3, 32, 32), True),
     ],
 )
-def test_what_the_network_sees(argv, image_shape, augments):
+def test_the_networks_input_and_whether_it_is_augmented(argv, image_shape, augments):
     found = plan("--dataset", "synthetic", *argv.split())
     assert (found.image_shape, found.recipe.is_augmented) == (image_shape, augments)
 
@@ -186,7 +176,7 @@ def test_what_the_network_sees(argv, image_shape, augments):
 
 
 def idx(array: np.ndarray) -> bytes:
-    """The file format of MNIST: a magic number of type and dimensions, the sizes, the bytes; all big-endian."""
+    """MNIST's file format."""
     return struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape) + array.tobytes()
 
 
@@ -201,8 +191,8 @@ def contents() -> dict[str, bytes]:
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    """An empty working folder; torchvision's mirrors refuse every connection."""
+def work(tmp_path, monkeypatch) -> Path:
+    """An empty working folder; torchvision's mirrors refuse connections."""
     from torchvision.datasets import MNIST
 
     with socket.socket() as bound:
@@ -222,23 +212,20 @@ def write(folder: Path, contents: dict[str, bytes]) -> Path:
     return raw
 
 
-REAL = ["--recipe", "mnist_synthetic", "--dataset", "mnist"]
-
-
-def test_mnist_is_read_as_torchvision_reads_it_and_nothing_is_written(here, contents):
-    write(here / "data", contents)
-    before = sorted(path.name for path in here.rglob("*"))
+def test_mnist_is_read_as_torchvision_reads_it_and_nothing_is_written(work, contents):
+    write(work / "data", contents)
+    before = sorted(path.name for path in work.rglob("*"))
     found = plan(*REAL)
     for split, prefix, count in (("train", "train", 60_000), ("test", "t10k", 10_000)):
         images = found.images(split)
         assert images.pixels.shape == (count, 28, 28, 1)
         assert images.pixels.tobytes() == contents[f"{prefix}-images-idx3-ubyte"][16:]
         assert images.labels.tolist() == [n % 10 for n in range(count)]
-    assert sorted(path.name for path in here.rglob("*")) == before
+    assert sorted(path.name for path in work.rglob("*")) == before
 
 
-def test_sound_mnist_files_are_checked_without_torch(here, contents):
-    write(here / "data", contents)
+def test_intact_mnist_files_are_checked_without_torch(work, contents):
+    write(work / "data", contents)
     source = f"""
 import sys
 from cifar10.plan import make_plan
@@ -250,34 +237,32 @@ print(sorted({{"torch", "torchvision"}} & set(sys.modules)))
     assert (result.stdout, result.stderr) == ("[]\n", "")
 
 
-def test_no_mnist_and_no_network_is_said_with_the_ways_out(here, capfd):
+def test_no_mnist_and_no_network_is_refused_with_the_remedies(work, capfd):
     message = refusal(*REAL)
-    for words in ("no MNIST in data", "cannot be fetched", "--data-dir", "--dataset synthetic_mnist"):
-        assert words in message
+    assert all(words in message for words in ("no MNIST in data", "--data-dir", "--dataset synthetic_mnist"))
     assert capfd.readouterr().out == ""
-    assert not [path for path in (here / "data").rglob("*ubyte*")]
+    assert not [path for path in (work / "data").rglob("*ubyte*")]
 
 
-def test_missing_files_are_unpacked_from_archives_that_lie_there(here, contents, monkeypatch):
+def test_missing_files_are_unpacked_from_archives_that_lie_there(work, contents, monkeypatch):
     from torchvision.datasets import MNIST
 
     archives = {name + ".gz": gzip.compress(content, 1) for name, content in contents.items()}
     monkeypatch.setattr(MNIST, "resources", [(name, hashlib.md5(content).hexdigest()) for name, content in archives.items()])
-    raw = write(here / "data", archives)
+    raw = write(work / "data", archives)
     assert len(plan(*REAL).images("test")) == 10_000
     assert all((raw / name).read_bytes() == content for name, content in contents.items())
 
 
-@pytest.mark.parametrize("name", sorted(mnist.FILES))
+@pytest.mark.parametrize("name", sorted(mnist.FILES)[::3])
 @pytest.mark.parametrize("how", ["missing", "truncated", "longer"])
-def test_a_damaged_file_of_mnist_is_named_with_the_ways_out(here, contents, name, how):
-    file = write(here / "data", contents) / name
+def test_a_damaged_file_of_mnist_is_named_with_the_remedies(work, contents, name, how):
+    file = write(work / "data", contents) / name
     if how == "missing":
         file.unlink()
     else:
         file.write_bytes(contents[name][:1_000] if how == "truncated" else contents[name] + b"\0")
     message = refusal(*REAL)
-    assert "--dataset synthetic_mnist" in message
     assert ("no MNIST in data" if how == "missing" else f"damaged: {name} (") in message
 
 
@@ -285,9 +270,9 @@ def test_a_damaged_file_of_mnist_is_named_with_the_ways_out(here, contents, name
     ("name", "at", "byte"),
     [("train-images-idx3-ubyte", 3, 1), ("train-labels-idx1-ubyte", 2, 9), ("train-labels-idx1-ubyte", 9, 77)],
 )
-def test_a_file_of_the_right_size_that_is_no_mnist_is_refused_when_it_is_read(here, contents, name, at, byte):
-    file = write(here / "data", contents) / name
+def test_a_foreign_file_of_the_right_size_is_refused_when_it_is_read(work, contents, name, at, byte):
+    file = write(work / "data", contents) / name
     file.write_bytes(contents[name][:at] + bytes([byte]) + contents[name][at + 1 :])
     found = plan(*REAL)
-    with pytest.raises(UsageError, match=r"^MNIST in .* is damaged: .*; delete that folder, or .*--dataset synthetic_mnist$"):
+    with pytest.raises(UsageError, match=r"^MNIST in .* is damaged: "):
         found.images("train")

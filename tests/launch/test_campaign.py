@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from cifar10.run.checkpoint import PAUSES
+from tests.campaign import PAUSES
 from tests.launching import run
 
 pytestmark = pytest.mark.slow

@@ -1,4 +1,4 @@
-"""the weights that are asked for are those that training starts from, or the run is refused in one line."""
+"""--weights: training starts from exactly these, or the run is refused in one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def ensure_and_load(built: nn.Module, model: str, file: Path | str) -> list[str]
 
 
 def refusal(model: str, file: Path | str) -> str:
-    """The one line with which weights are refused; the model is as it was."""
+    """The message with which weights are refused; the model is unchanged."""
     built = build_model(model, 0, 10)
     before = {name: value.clone() for name, value in built.state_dict().items()}
     with pytest.raises(UsageError) as caught:
@@ -34,13 +34,12 @@ def refusal(model: str, file: Path | str) -> str:
     assert all(torch.equal(value, before[name]) for name, value in built.state_dict().items())
     message = str(caught.value)
     assert len(message.splitlines()) == 1
-    assert message.startswith(f"--weights {file} ") or str(file) == "imagenet"
-    assert "choose " in message
+    assert message.startswith("--weights ")
     return message
 
 
 def other(model: str = "bn_cnn") -> dict[str, Tensor]:
-    """Weights that the model does not have after its own initialisation."""
+    """Weights that differ from the model's initial ones."""
     generator = torch.Generator().manual_seed(9)
     state = build_model(model, 7, 10).state_dict()
     return {n: torch.randn(v.shape, generator=generator) if v.is_floating_point() else v + 5 for n, v in state.items()}
@@ -56,13 +55,6 @@ def loaded(model: str, file: Path | str) -> tuple[nn.Module, list[str]]:
     return built, ensure_and_load(built, model, file)
 
 
-def test_none_leaves_the_models_own_initialisation_and_says_nothing():
-    model, notes = loaded("bn_cnn", "none")
-    assert notes == []
-    fresh = build_model("bn_cnn", 0, 10).state_dict()
-    assert all(torch.equal(value, fresh[name]) for name, value in model.state_dict().items())
-
-
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_file_is_taken_whole_plain_or_portable(tmp_path, wrapped):
     state, file = other(), tmp_path / checkpoint.PORTABLE_FILE
@@ -76,7 +68,7 @@ def test_a_file_is_taken_whole_plain_or_portable(tmp_path, wrapped):
     assert notes == [f"initial weights: {file}"]
 
 
-def test_a_head_for_other_classes_is_replaced_by_the_fresh_one_and_that_is_said(tmp_path):
+def test_a_head_for_other_classes_keeps_its_initial_weights_and_that_is_reported(tmp_path):
     state = other()
     file = save(tmp_path / "imagenet.pt", {**state, "fc2.weight": torch.randn(1000, 128), "fc2.bias": torch.randn(1000)})
     model, notes = loaded("bn_cnn", file)
@@ -96,17 +88,14 @@ def without(name: str) -> dict[str, Tensor]:
         (without("bn1.running_var"), "it has no bn1.running_var"),
         (without("fc2.bias"), "it has no fc2.bias"),
         ({**other(), "fc3.bias": torch.zeros(10)}, "it holds fc3.bias, which the model does not have"),
-        ({**other(), "conv2.weight": torch.zeros(64, 32, 3, 3)}, "conv2.weight is [64, 32, 3, 3] there, [32, 16, 3, 3] here"),
         ({**other(), "fc2.weight": torch.zeros(1000, 64)}, "fc2.weight is [1000, 64] there, [10, 128] here"),
         ({**other(), "fc2.weight": torch.zeros(1000, 128)}, "fc2.weight is [1000, 128] there"),  # with a bias for 10
         ({**other(), "fc1.bias": torch.full((128,), float("nan"))}, "fc1.bias holds values that are not finite"),
-        (other("lenet"), "conv1.weight is [6, 3, 5, 5] there, [16, 3, 3, 3] here"),
         (other("bn_cnn_wide"), "conv1.weight is [32, 3, 3, 3] there, [16, 3, 3, 3] here"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_with_the_first_difference(tmp_path, state, says):
     message = refusal("bn_cnn", save(tmp_path / "weights.pt", state))
-    assert "does not fit --model bn_cnn: " in message
     assert says in message
 
 
@@ -128,13 +117,10 @@ def test_nothing_in_a_file_is_executed(tmp_path):
     assert not Trap.path.exists()
 
 
-@pytest.mark.parametrize("damage", ["empty", "text", "cut short", "bytes"])
-def test_a_file_that_cannot_be_read_is_refused(tmp_path, damage):
+@pytest.mark.parametrize("kept", [0, 1000])
+def test_a_truncated_file_is_refused(tmp_path, kept):
     file = save(tmp_path / "weights.pt", other())
-    whole = file.read_bytes()
-    file.write_bytes(
-        {"empty": b"", "text": b"hello", "cut short": whole[: len(whole) // 2], "bytes": bytes(range(256))}[damage]
-    )
+    file.write_bytes(file.read_bytes()[:kept])
     assert "cannot be read as weights" in refusal("bn_cnn", file)
 
 
@@ -151,20 +137,20 @@ def test_a_file_that_is_not_there_is_refused_before_anything_starts(tmp_path, mo
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache of torch.hub's -> where it puts downloads."""
+    """An empty torch.hub cache -> the folder of downloads."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("no_proxy", "*")
     return tmp_path / "hub" / "checkpoints"
 
 
 def pretend(monkeypatch, url: str) -> None:
-    """Let torchvision have its weights for every model at `url`."""
+    """Let `url` be that of torchvision's weights for every model."""
     monkeypatch.setattr(weights, "_imagenet_url", lambda model_name: url)
 
 
 @pytest.fixture
 def server(tmp_path):
-    """A server of a file's content -> (address, content, paths that were asked for)."""
+    """A server of one file -> (address, content, requested paths)."""
     save(tmp_path / "served.pt", {**other(), "fc2.weight": torch.randn(1000, 128), "fc2.bias": torch.randn(1000)})
     content, asked = (tmp_path / "served.pt").read_bytes(), []
 
@@ -185,15 +171,7 @@ def server(tmp_path):
         running.shutdown()
 
 
-def test_imagenet_is_torchvisions_own_address_and_hash():
-    from torchvision.models import VGG19_Weights
-
-    url = weights._imagenet_url("vgg19")
-    assert url == VGG19_Weights.IMAGENET1K_V1.url
-    assert weights._hash_prefix(url) == "dcbb9e9d"
-
-
-def test_imagenet_is_fetched_once_verified_and_read_from_the_cache(cache, monkeypatch, server, capfd):
+def test_imagenet_is_downloaded_once_verified_and_read_from_the_cache(cache, monkeypatch, server, capfd):
     address, content, asked = server
     name = f"net-{hashlib.sha256(content).hexdigest()[:8]}.pth"
     pretend(monkeypatch, f"{address}/{name}")
@@ -207,7 +185,7 @@ def test_imagenet_is_fetched_once_verified_and_read_from_the_cache(cache, monkey
     assert f"fetching ImageNet weights from {address}/{name}" in printed.err
     loaded("bn_cnn", "imagenet")
     assert asked == [f"/{name}"]
-    (cache / name).write_bytes(content[:-1])  # damaged in the cache: fetched anew
+    (cache / name).write_bytes(content[:-1])  # damaged in the cache: downloaded again
     loaded("bn_cnn", "imagenet")
     assert asked == [f"/{name}"] * 2
     assert (cache / name).read_bytes() == content
@@ -233,7 +211,8 @@ def test_an_address_that_cannot_be_reached_is_refused_before_anything_starts(cac
     assert not (tmp_path / "run").exists()
 
 
-def test_imagenet_for_a_network_that_torchvision_has_no_weights_for_is_refused():
+def test_imagenet_is_torchvisions_url_or_refused():
+    assert weights._imagenet_url("vgg19") == torchvision.models.VGG19_Weights.IMAGENET1K_V1.url
     assert "torchvision has none for --model lenet" in refusal("lenet", "imagenet")
 
 
@@ -263,19 +242,13 @@ def test_torchvisions_vgg19_becomes_ours_but_for_the_head(tmp_path):
     ("model", "shape", "says"),
     [
         ("bn_cnn", (1, 28, 28), "grayscale images of 28x28 pixels"),
-        ("bn_cnn", (3, 28, 28), "color images of 28x28 pixels"),
         ("mnist_cnn", (3, 32, 32), "color images of 32x32 pixels"),
-        ("mnist_cnn", (1, 224, 224), "grayscale images of 224x224 pixels"),
         ("lenet", (3, 4, 4), "color images of 4x4 pixels"),
     ],
 )
 def test_a_network_for_other_images_is_refused(model, shape, says):
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UsageError, match=f"^--model {model} does not accept {says} .*choose another --model"):
         weights.check_shapes(build_model(model, 0, 10), model, shape, 10)
-    message = str(caught.value)
-    assert message.startswith(f"--model {model} does not accept {says} (")
-    assert "choose another --model" in message
-    assert len(message.splitlines()) == 1
 
 
 def test_a_network_for_other_classes_is_refused():
@@ -283,7 +256,7 @@ def test_a_network_for_other_classes_is_refused():
         weights.check_shapes(build_model("lenet", 0, 10), "lenet", (3, 32, 32), 100)
 
 
-def test_trying_a_network_out_changes_nothing_in_it():
+def test_checking_a_network_does_not_change_it():
     model, fresh = build_model("bn_cnn", 0, 10), build_model("bn_cnn", 0, 10).state_dict()
     weights.check_shapes(model, "bn_cnn", (3, 32, 32), 10)
     assert model.training

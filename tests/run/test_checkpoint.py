@@ -1,6 +1,6 @@
-"""and the engine's save and load: a resumed run is the uninterrupted one, to the last bit.
+"""Checkpoints: a resumed run equals the uninterrupted one bit for bit.
 
-The runs are the program's own, on a small synthetic data set: 500 training images, so 15 steps of 32 an epoch.
+Runs are whole ones, on a small synthetic data set: 500 training images, so 15 steps of 32 an epoch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SAYS_ITS_STEPS = {"train_batch_size": 32, "optimizer": {"type": "SGD", "params":
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder, and its summary after each time that it was started."""
+    """A run's folder, and its summary after each start."""
 
     folder: Path
     summaries: list[dict[str, Any]]
@@ -45,8 +45,8 @@ class Run:
         return self.summaries[-1]
 
 
-# Name -> ranks, and the flags of each time that the program is started in the run's folder; BASE is the folder of them all.
-# All but the whole ones are interrupted, in the middle of an epoch or after its last step, and saved more or less often.
+# Name -> ranks, and the flags of each start in the run's folder; BASE is the folder of all runs. The interrupted ones end in
+# the middle of an epoch or after its last step, and are saved more or less often.
 RUNS: dict[str, tuple[int, list[str]]] = {
     "whole": (1, ["--save-every-epochs 0"]),
     "interrupted": (1, ["--max-steps 10", "--max-steps 22", ""]),
@@ -63,7 +63,7 @@ RUNS: dict[str, tuple[int, list[str]]] = {
 
 @pytest.fixture(scope="module")
 def carried_out(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Run], str]:
-    """All of RUNS, carried out, and what they printed."""
+    """All of RUNS, and what they printed."""
     base, starts = tmp_path_factory.mktemp("runs"), []
     for name, (num_ranks, flags_of_starts) in RUNS.items():
         for number, flags in enumerate(flags_of_starts):
@@ -109,24 +109,20 @@ def assert_same_training(resumed: Run, uninterrupted: Run) -> None:
     assert same_bits(*final)
 
 
-def test_a_run_resumed_in_mid_epoch_is_the_uninterrupted_one(runs: dict[str, Run]) -> None:
-    """Also whether a run is saved and evaluated once or five times makes no difference."""
-    interrupted = runs["interrupted"]
-    assert [s["steps"] for s in interrupted.summaries] == [10, 22, 30]
-    assert interrupted.last["resumed_at_steps"] == [10, 22]
-    assert len({s["weights_sha256"] for s in interrupted.summaries}) == 3, "it went on learning"
-    assert_same_training(interrupted, runs["whole"])
+@pytest.mark.parametrize(("name", "ranks", "steps"), [("", 1, [10, 22, 30]), (", 2 ranks", 2, [10, 30])])
+def test_a_run_resumed_in_mid_epoch_equals_the_uninterrupted_one(
+    runs: dict[str, Run], name: str, ranks: int, steps: list[int]
+) -> None:
+    """However often it was saved and evaluated."""
+    interrupted = runs[f"interrupted{name}"]
+    assert [s["steps"] for s in interrupted.summaries] == steps
+    assert interrupted.last["resumed_at_steps"] == steps[:-1]
+    assert {s["world_size"] for s in interrupted.summaries} == {ranks}
+    assert len({s["weights_sha256"] for s in interrupted.summaries}) == len(steps), "it went on learning"
+    assert_same_training(interrupted, runs[f"whole{name}"])
 
 
-def test_two_ranks_resumed_in_mid_epoch_are_the_uninterrupted_ones(runs: dict[str, Run]) -> None:
-    interrupted = runs["interrupted, 2 ranks"]
-    assert [s["steps"] for s in interrupted.summaries] == [10, 30]
-    assert {s["world_size"] for s in interrupted.summaries} == {2}
-    assert interrupted.last["resumed_at_steps"] == [10]
-    assert_same_training(interrupted, runs["whole, 2 ranks"])
-
-
-def test_a_run_stopped_at_an_epochs_last_step_is_the_uninterrupted_one(runs: dict[str, Run]) -> None:
+def test_a_run_stopped_at_an_epochs_last_step_equals_the_uninterrupted_one(runs: dict[str, Run]) -> None:
     stopped, whole = runs["stopped"], runs["whole"]
     assert (stopped.summaries[0]["status"], stopped.summaries[0]["steps"]) == ("stopped", 15)
     assert stopped.last["resumed_at_steps"] == [15]
@@ -136,8 +132,8 @@ def test_a_run_stopped_at_an_epochs_last_step_is_the_uninterrupted_one(runs: dic
 
 
 @pytest.mark.parametrize("name", ["from epoch_001", "from best"])
-def test_a_run_that_starts_from_a_checkpoint_by_name_is_the_uninterrupted_one(runs: dict[str, Run], name: str) -> None:
-    """Its best model is the best that it knows of, and is in its own folder."""
+def test_a_run_that_starts_from_a_checkpoint_by_name_equals_the_uninterrupted_one(runs: dict[str, Run], name: str) -> None:
+    """With the best model so far in its own folder."""
     run, kept = runs[name], runs["kept"]
     start = 15 if name == "from epoch_001" else kept.last["best_step"]
     assert run.last["resumed_at_steps"] == [start]
@@ -147,7 +143,7 @@ def test_a_run_that_starts_from_a_checkpoint_by_name_is_the_uninterrupted_one(ru
     assert (best["step"], best["val_accuracy"]) == (run.last["best_step"], run.last["val_accuracy"])
 
 
-def test_the_learning_rate_scales_with_the_batch_where_the_recipe_asks(runs: dict[str, Run]) -> None:
+def test_the_learning_rate_scales_with_the_batch_if_the_recipe_says_so(runs: dict[str, Run]) -> None:
     """0.1 for 64 images is 0.05 for 32."""
     scaled, whole = runs["lr by the batch"], runs["whole"]
     assert (scaled.folder / "steps.csv").read_text() == (whole.folder / "steps.csv").read_text()
@@ -155,7 +151,7 @@ def test_the_learning_rate_scales_with_the_batch_where_the_recipe_asks(runs: dic
 
 
 @pytest.mark.parametrize("run", ["zero 0", "zero 1", "zero 2", "zero 3", "bf16", "bf16, zero 2", "fp16"])
-def test_two_ranks_go_on_under_every_zero_stage_and_precision(run: str) -> None:
+def test_two_ranks_resume_with_every_zero_stage_and_precision(run: str) -> None:
     for rank in two_ranks():
         assert rank[run]["resumed at"] == 5
         assert same_bits(rank[run]["resumed"], rank[run]["went on"])
@@ -169,8 +165,8 @@ def tags(checkpoints: Path) -> list[str]:
     return sorted(path.name for path in checkpoints.glob("step_*"))
 
 
-def test_steps_per_print_says_each_interval_and_each_epochs_end(carried_out: tuple[dict[str, Run], str]) -> None:
-    """Steps are counted within their epoch, of which there are 15; no other run says its steps."""
+def test_steps_per_print_prints_each_interval_and_each_epochs_end(carried_out: tuple[dict[str, Run], str]) -> None:
+    """Counted within the epoch of 15 steps; no other run prints its steps."""
     runs, printed = carried_out
     said = re.findall(r"^\[(\d+), ([ \d]{5})\] loss: (\d\.\d{3})$", printed, re.MULTILINE)
     assert [(int(epoch), int(step)) for epoch, step, _ in said] == [(e, s) for e in (1, 2) for s in (6, 12, 15)]
@@ -185,14 +181,10 @@ def test_only_the_newest_tags_are_kept_and_the_best(runs: dict[str, Run]) -> Non
     assert tags(runs["whole, 2 ranks"].checkpoints) == ["step_00000015", "step_00000030"]
 
 
-def test_a_best_pointer_names_the_tag_of_best_model(runs: dict[str, Run]) -> None:
+def test_checkpoints_with_a_name_are_kept(runs: dict[str, Run]) -> None:
+    """Without a name, only the newest would be left."""
     for name in ("interrupted", "whole, 2 ranks", "kept", "from epoch_001"):
-        best = checkpoint.find(runs[name].checkpoints, "best")[0]
-        assert best == f"step_{runs[name].last['best_step']:08d}"
-
-
-def test_checkpoints_by_name_are_kept_for_good(runs: dict[str, Run]) -> None:
-    """Of the others, only one would be left."""
+        assert checkpoint.find(runs[name].checkpoints, "best")[0] == f"step_{runs[name].last['best_step']:08d}"
     kept = runs["kept"].checkpoints
     assert {path.name for path in kept.iterdir() if path.is_file()} == {"latest", "best", "epoch_001", "epoch_002"}
     assert [checkpoint.find(kept, f"epoch_00{epoch}")[0] for epoch in (1, 2)] == ["step_00000015", "step_00000030"]
@@ -202,7 +194,7 @@ def test_checkpoints_by_name_are_kept_for_good(runs: dict[str, Run]) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_the_pointer_names_a_complete_tag(runs: dict[str, Run], name: str) -> None:
     checkpoints, (num_ranks, _) = runs[name].checkpoints, RUNS[name]
-    nothing_left = runs[name].last["resumed_at_steps"] == [30]  # where the best was the last: nothing to train, nor to save
+    nothing_left = runs[name].last["resumed_at_steps"] == [30]  # if the best was the last: nothing to train or save
     assert checkpoint.find(checkpoints)[0] == (None if nothing_left else "step_00000030")
     for tag in tags(checkpoints):
         assert {path.name for path in (checkpoints / tag).iterdir()} == {"state.pt", "manifest.json"}
@@ -210,16 +202,12 @@ def test_the_pointer_names_a_complete_tag(runs: dict[str, Run], name: str) -> No
         assert content["run_state"].step == int(tag.split("_")[1])
         assert len(content["engine"]["buffers"]) == num_ranks
     assert not list(checkpoints.rglob("*.tmp*")), "nothing half-written"
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_weights_sha256_is_that_of_the_final_file(runs: dict[str, Run], name: str) -> None:
-    final = checkpoint.load_portable(runs[name].checkpoints / "final")
+    final = checkpoint.load_portable(checkpoints / "final")
     assert weights_sha256(final["module"]) == runs[name].last["weights_sha256"]
 
 
-def test_portable_files_need_nothing_of_deepspeed(runs: dict[str, Run]) -> None:
-    """In a process that never imports it, with torch.load as it comes: the model that was tested, and all that it needs."""
+def test_portable_files_do_not_need_deepspeed(runs: dict[str, Run]) -> None:
+    """With torch.load's defaults, in a process that never imports it."""
     whole = runs["whole"]
     seen = json.loads(launch(1, WORKERS / "plain_load.py", str(whole.folder)).splitlines()[-1])
     assert not seen["deepspeed was imported"]
@@ -234,7 +222,7 @@ def test_portable_files_need_nothing_of_deepspeed(runs: dict[str, Run]) -> None:
     assert seen["best_model"]["correct"] / 200 == whole.last["test_accuracy"]
 
 
-def test_one_rank_goes_on_from_two_with_the_mean_of_their_buffers(runs: dict[str, Run]) -> None:
+def test_one_rank_resumes_from_two_with_the_mean_of_their_buffers(runs: dict[str, Run]) -> None:
     engine, two = bn_engine(), runs["whole, 2 ranks"]
     saved = checkpoint.load(two.checkpoints / "step_00000030")
     state = checkpoint.resume(two.checkpoints, None, engine, one_rank(), saved["settings"])
@@ -257,7 +245,7 @@ def bn_engine(**config: Any) -> Engine:
 
 
 @pytest.mark.parametrize(("optimizer", "params"), [("SGD", {"momentum": 0.9}), ("AdamW", {}), ("RMSprop", {"momentum": 0.9})])
-def test_an_engine_goes_on_from_what_another_saved(tmp_path: Path, optimizer: str, params: dict[str, float]) -> None:
+def test_an_engine_resumes_from_what_another_saved(tmp_path: Path, optimizer: str, params: dict[str, float]) -> None:
     config = {"optimizer": {"type": optimizer, "params": {"lr": 0.01, **params}}}
     engine, other = bn_engine(**config), bn_engine(**config)
     for step in range(3):
@@ -283,7 +271,7 @@ def test_a_folder_without_a_checkpoint_starts_from_nothing(tmp_path: Path) -> No
 
 
 def test_a_save_that_was_cut_short_is_not_resumed(tmp_path: Path) -> None:
-    """Whatever a killed process has left of one: a draft without a name, or, on a file system that forgot a rename, less."""
+    """A draft without a name, or a tag without a manifest."""
     engine = bn_engine()
     one_step(engine, [batch(8)])
     checkpoint.save(tmp_path, engine, RunState(step=1), one_rank(), {}, keep=2)
@@ -298,7 +286,7 @@ def test_a_save_that_was_cut_short_is_not_resumed(tmp_path: Path) -> None:
 
 
 def test_a_run_can_start_from_another_runs_checkpoint(tmp_path: Path) -> None:
-    """It takes the other's best model along, and its own checkpoint comes first once it has one."""
+    """With a copy of its best model; its own checkpoint comes first once it has one."""
     engine, other = bn_engine(), bn_engine()
     one_step(engine, [batch(8)])
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
@@ -309,11 +297,10 @@ def test_a_run_can_start_from_another_runs_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.load_portable(ours / "best_model")["step"] == 1
     checkpoint.save(ours, other, RunState(step=2), one_rank(), {}, keep=2)
     assert checkpoint.resume(ours, (theirs, "latest"), other, one_rank(), {}).step == 2
-    assert checkpoint.find(theirs)[0] == "step_00000001", "the other run is left alone"
+    assert checkpoint.find(theirs)[0] == "step_00000001", "the other run is unchanged"
 
 
-def test_a_best_model_later_than_the_start_is_not_taken_along(tmp_path: Path) -> None:
-    """The other run found it after the checkpoint that this run starts from: its accuracy is not what the state says."""
+def test_a_best_model_later_than_the_start_is_not_copied(tmp_path: Path) -> None:
     engine = bn_engine()
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     state = RunState(step=1, best_step=1, best_accuracy=0.25)
@@ -329,19 +316,19 @@ def test_a_tag_that_a_pointer_names_is_never_pruned(tmp_path: Path) -> None:
     for step in range(1, 6):
         names = {1: ["best"], 2: ["epoch_001"], 4: ["best"]}.get(step, [])
         checkpoint.save(tmp_path, engine, RunState(step=step), one_rank(), {}, keep=1, pointers=names)
-    assert tags(tmp_path) == ["step_00000002", "step_00000004", "step_00000005"], "what was the best is let go"
+    assert tags(tmp_path) == ["step_00000002", "step_00000004", "step_00000005"], "the former best is pruned"
     found = {name: checkpoint.find(tmp_path, name)[0] for name in ("latest", "best", "epoch_001", "epoch_002")}
     assert found == {"latest": tags(tmp_path)[2], "best": tags(tmp_path)[1], "epoch_001": tags(tmp_path)[0], "epoch_002": None}
 
 
-def test_a_pointer_by_name_to_a_tag_that_has_gone_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_a_pointer_to_a_deleted_tag_is_refused(tmp_path: Path) -> None:
     (tmp_path / "best").write_text("step_00000001")
     with pytest.raises(UsageError, match=r"step_00000001 is damaged: manifest\.json is missing"):
         checkpoint.find(tmp_path, "best")
 
 
 @pytest.mark.parametrize("keep", [1, 3])
-def test_as_many_tags_are_kept_as_asked_for(tmp_path: Path, keep: int) -> None:
+def test_keep_checkpoints_tags_are_kept(tmp_path: Path, keep: int) -> None:
     engine = bn_engine()
     for step in range(8, 13):
         checkpoint.save(tmp_path, engine, RunState(step=step), one_rank(), {}, keep=keep)

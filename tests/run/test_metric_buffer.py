@@ -1,4 +1,4 @@
-"""and state.py: what steps measured, summed over ranks; skipped steps counted, and kept out of the means."""
+"""Metrics of steps, summed over ranks; skipped steps are counted and kept out of the means."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def test_rows_come_back_once_in_order() -> None:
         assert buffer.read(ALONE) == [(0.5 + step, round_of_use + step, 2.0 * step, False) for step in range(3)]
         assert buffer.read(ALONE) == []
     write(buffer, 1.0, 1, 1.0)
-    assert buffer.read(ALONE) == [(1.0, 1, 1.0, False)], "nothing of the rounds before"
+    assert buffer.read(ALONE) == [(1.0, 1, 1.0, False)], "nothing from the rounds before"
 
 
-def test_what_is_written_is_a_copy() -> None:
+def test_written_values_are_copied() -> None:
     buffer, norm = MetricBuffer(2, CPU), torch.tensor(3.0)
     buffer.write(torch.tensor(1.0), torch.tensor(4), norm, torch.tensor(0.0))
     norm.fill_(7.0)
@@ -48,7 +48,7 @@ def test_what_is_written_is_a_copy() -> None:
 
 
 def test_correct_images_are_counted_exactly() -> None:
-    """Also where a sum in float32 would have lost the last digit over an epoch of large batches."""
+    """Even where a float32 sum over an epoch of large batches would lose the last digit."""
     state, batches = RunState(), [65_521, 65_519, 3] * 200
     buffer = MetricBuffer(len(batches), CPU)
     for correct in batches:
@@ -75,15 +75,11 @@ def test_skipped_steps_are_counted_and_kept_out_of_the_means() -> None:
     assert (state.skipped_steps, state.skipped_in_a_row) == (3, 1)
 
 
-def test_means_of_nothing_are_not_numbers() -> None:
-    assert all(math.isnan(value) for value in (Sums().mean_loss, Sums().accuracy, Sums().mean_grad_norm))
-
-
 BAD, GOOD = (math.nan, 0, math.nan, True), (1.0, 1, 1.0, False)
 
 
 def test_too_many_skipped_steps_in_a_row_end_the_run() -> None:
-    """Counted across readings; a good step in between starts the count anew."""
+    """Counted across reads; an applied step resets the count."""
     state = RunState(step=75)
     count([BAD] * 24 + [GOOD] + [BAD] * 24, state)
     assert (state.skipped_steps, state.skipped_in_a_row) == (48, 24)
@@ -96,15 +92,12 @@ def test_too_many_skipped_steps_in_a_row_end_the_run() -> None:
 
 
 def test_ranks_are_summed() -> None:
-    """Losses are averaged, correct images added; the norm is everyone's already; all ranks come to the same state."""
+    """Losses are averaged, correct images added; the norm is global already; all ranks get the same state."""
     ranks: list[dict[str, Any]] = two_ranks()
     for rank in ranks:
         assert len(rank["rows"]) == 4
-        assert [rank["rows"][step] for step in (0, 2, 3)] == [
-            (1.5, 30, 0.25, False),
-            (3.5, 34, 0.75, False),
-            (4.5, 36, 1.0, False),
-        ]
+        applied = [rank["rows"][step] for step in (0, 2, 3)]
+        assert applied == [(1.5, 30, 0.25, False), (3.5, 34, 0.75, False), (4.5, 36, 1.0, False)]
         assert rank["rows"][1][1:] == (0, 0.5, True)
         assert rank["rows read again"] == []
     assert ranks[0]["state"] == ranks[1]["state"]

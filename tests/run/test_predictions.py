@@ -1,4 +1,4 @@
-"""What a model answered, kept for reports: every image once, in the split's order, from any number of ranks."""
+"""Predictions for reports: every image once, in the split's order, from any number of ranks."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from cifar10.run.predictions import interleaved, read, save_predictions
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 12])
-def test_the_answers_of_all_ranks_come_back_in_the_splits_order(ranks, tmp_path):
+def test_the_logits_of_all_ranks_come_back_in_the_splits_order(ranks, tmp_path):
     logits, labels = np.random.default_rng(0).normal(size=(11, 4)).astype(np.float32), np.arange(11) % 4
     save_predictions(tmp_path / "p.npz", [logits[rank::ranks] for rank in range(ranks)], labels)
     found = read(tmp_path / "p.npz")
@@ -36,15 +36,12 @@ def test_no_file_is_none_and_a_damaged_one_is_named(tmp_path):
         (tmp_path / "bad.npz").write_bytes(content)
         with pytest.raises(UsageError, match=r"bad\.npz"):
             read(tmp_path / "bad.npz")
-
-
-def test_shapes_that_do_not_fit_are_refused(tmp_path):
     for logits, labels in ((np.ones((2, 3)), np.ones(3)), (np.ones(3), np.ones(3)), (np.ones((0, 3)), np.ones(0))):
         np.savez(tmp_path / "odd.npz", logits=logits, labels=labels)
         with pytest.raises(UsageError, match=r"odd\.npz"):
             read(tmp_path / "odd.npz")
 
 
-def test_a_failed_write_is_logged_and_does_not_raise(tmp_path, capsys):
+def test_a_full_disk_is_reported_and_ends_nothing(tmp_path, capsys):
     save_predictions(tmp_path / "no_such_folder" / "p.npz", [np.ones((1, 2), np.float32)], np.zeros(1, int))
     assert "p.npz" in capsys.readouterr().err

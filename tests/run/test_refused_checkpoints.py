@@ -1,4 +1,4 @@
-"""What is no sound checkpoint of this run: a damaged one is named and the one before is taken, another's is refused."""
+"""Damaged checkpoints are named and passed over; those of another run are refused."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 
 def resume(folder: Path, engine: Engine, settings: dict[str, Any] = SETTINGS) -> RunState:
-    """Go on as the program does; nothing on the disk changes."""
+    """Resume; nothing on the disk changes."""
     before = tree(folder)
     try:
         return checkpoint.resume(folder, None, engine, one_rank(), settings)
@@ -65,7 +65,7 @@ def resume(folder: Path, engine: Engine, settings: dict[str, Any] = SETTINGS) ->
 
 
 def refusal(folder: Path, engine: Engine | None = None, settings: dict[str, Any] = SETTINGS) -> str:
-    """The one line with which the folder is refused; the engine is as it was."""
+    """The message with which the folder is refused; the engine is unchanged."""
     engine = engine or engine_of()
     before = engine.portable_state()
     with pytest.raises(UsageError) as caught:
@@ -101,10 +101,9 @@ def writes(name: str, content: bytes) -> Callable[[Path], None]:
 
 DAMAGE: dict[str, Callable[[Path], Any]] = {
     "state.pt has": truncate,
-    "another sha256": flip_a_bit,
     "manifest.json is missing": lambda tag: (tag / "manifest.json").unlink(),
     "state.pt is missing": lambda tag: (tag / "state.pt").unlink(),
-    "has another sha256 than its manifest": lambda tag: shutil.copy(tag.parent / TAGS[0] / "manifest.json", tag),
+    "has another sha256 than its manifest": flip_a_bit,
     "is missing": empty,
     "(JSONDecodeError)": writes("manifest.json", b'{"state.pt": {"by'),
     "(UnicodeDecodeError)": writes("manifest.json", b"\xff\xfe\xfa"),
@@ -133,10 +132,10 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(
     engine = engine_of()
     assert resume(folder, engine).step == 2
     assert same_bits(engine.portable_state(), saved[1][1])
-    named, going_on = capsys.readouterr().err.splitlines()
+    named, resumed = capsys.readouterr().err.splitlines()
     assert named.startswith(f"checkpoint {folder / TAGS[2]} is damaged: ")
     assert fault in named
-    assert going_on == f"going on from {TAGS[1]}"
+    assert resumed == f"resuming from {TAGS[1]}"
 
 
 @pytest.mark.parametrize("content", POINTERS)
@@ -147,12 +146,12 @@ def test_a_damaged_pointer_is_named_and_the_newest_checkpoint_is_taken(
     engine = engine_of()
     assert resume(folder, engine).step == 3
     assert same_bits(engine.portable_state(), saved[1][2])
-    named, going_on = capsys.readouterr().err.splitlines()
+    named, resumed = capsys.readouterr().err.splitlines()
     assert named.startswith(f"checkpoint {folder}/")
     assert " is damaged: " in named
     assert named.isprintable()
     assert len(named) < 300
-    assert going_on == f"going on from {TAGS[2]}"
+    assert resumed == f"resuming from {TAGS[2]}"
 
 
 def test_without_a_pointer_the_newest_checkpoint_is_taken(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,12 +160,12 @@ def test_without_a_pointer_the_newest_checkpoint_is_taken(folder: Path, capsys: 
     assert capsys.readouterr().err == ""
 
 
-def test_where_all_are_damaged_the_first_is_named_and_nothing_is_started(folder: Path) -> None:
+def test_if_all_are_damaged_the_newest_is_named(folder: Path) -> None:
     for tag in TAGS:
         truncate(folder / tag)
     message = refusal(folder)
     assert f"{folder / TAGS[2]} is damaged: state.pt has" in message
-    assert "no sound one is left" in message
+    assert "no intact one is left" in message
 
 
 # --- another's --------------------------------------------------------------------------------------------------------------
@@ -176,7 +175,6 @@ def test_where_all_are_damaged_the_first_is_named_and_nothing_is_started(folder:
     ("other", "says"),
     [
         (lambda: engine_of("bn_cnn"), "another model's: conv1.weight is (8, 3, 3, 3) there, (16, 3, 3, 3) here"),
-        (lambda: engine_of("lenet"), "another model's: conv1.weight"),
         (lambda: engine_of(optimizer={"type": "AdamW", "params": {"lr": 0.1}}), "optimizer is SGD, and this run's is AdamW"),
     ],
 )
@@ -208,7 +206,7 @@ def test_a_checkpoint_of_another_experiment_is_refused_with_the_difference(folde
 def test_another_runs_checkpoint_on_other_images_is_refused_before_anything_starts(folder: Path, tmp_path: Path) -> None:
     flags = ["--dataset", "synthetic", "--output-dir"]
     theirs = make_plan([*flags, str(tmp_path)], 1, "a test")
-    recipe = json.dumps({"settings": theirs.settings["recipe"]})
+    recipe = json.dumps({"format": FORMAT, "settings": theirs.settings["recipe"]})
     open_run(tmp_path, recipe, theirs.ds_config, "auto", ["a test"])
     before = tree(tmp_path)
     make_plan([*flags, str(tmp_path / "new"), "--resume", str(tmp_path)], 1, "a test")
@@ -219,7 +217,7 @@ def test_another_runs_checkpoint_on_other_images_is_refused_before_anything_star
     assert tree(tmp_path) == before
 
 
-# --- with a sound manifest, and yet no state of this program ----------------------------------------------------------------
+# --- an intact manifest of a foreign state ----------------------------------------------------------------------------
 
 
 class Hostile:
@@ -276,19 +274,13 @@ def test_a_state_of_another_format_is_refused(folder: Path) -> None:
     assert f"state.pt has format 'cifar10-deepspeed/1', expected '{FORMAT}'" in refusal(folder)
 
 
-@pytest.mark.parametrize("lacking", ["run_state", "settings", "engine"])
+ENGINE_PARTS = ("parameters", "optimizer", "buffers", "scheduler", "counters")
+
+
+@pytest.mark.parametrize("lacking", ["run_state", "settings", "engine", *ENGINE_PARTS])
 def test_a_state_that_lacks_a_part_is_refused(folder: Path, lacking: str) -> None:
     content = checkpoint.load(folder / TAGS[2])
     content["run_state"] = content["run_state"].as_dict()
-    del content[lacking]
+    del (content["engine"] if lacking in ENGINE_PARTS else content)[lacking]
     replace_state(folder / TAGS[2], lambda path: torch.save(content, path))
-    assert "is not a checkpoint of this program" in refusal(folder)
-
-
-@pytest.mark.parametrize("lacking", ["parameters", "optimizer", "buffers", "scheduler", "counters"])
-def test_a_state_whose_engine_lacks_a_part_is_refused(folder: Path, lacking: str) -> None:
-    content = checkpoint.load(folder / TAGS[2])
-    content["run_state"] = content["run_state"].as_dict()
-    del content["engine"][lacking]
-    replace_state(folder / TAGS[2], lambda path: torch.save(content, path))
-    assert "another program's, or another version's" in refusal(folder)
+    assert ("another program's" if lacking in ENGINE_PARTS else "is not a checkpoint of this program") in refusal(folder)

@@ -1,6 +1,6 @@
-"""A run that goes on from a checkpoint is the one that was never interrupted: to the last bit in the same world, else closely.
+"""An engine resumes from a checkpoint as if it was never interrupted: bit for bit in the same world, else closely.
 
-Engines of every kind are those of tests/workers/resumes.py; the runs are the program's own, by tests/workers/small_runs.py.
+The engines are those of tests/workers/resumes.py.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from tests.helpers import WORKERS, launch
 from tests.workers.resumes import CASES, MORE_STEPS, OPTIMIZERS, WORLDS, sources
 
 pytestmark = pytest.mark.slow
-
-# --- engines ----------------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -54,7 +52,7 @@ LARGEST_ERROR = {"fp32": 1e-6, "bf16": 5e-3, "fp16": 1e-3}  # of a loss near 2; 
 
 
 @pytest.mark.parametrize(("name", "stage", "num_ranks"), CELLS)
-def test_an_engine_goes_on_to_the_last_bit(name: str, stage: int, num_ranks: int) -> None:
+def test_an_engine_resumes_bit_for_bit(name: str, stage: int, num_ranks: int) -> None:
     """All of it: weights, optimizer, buffers, loss scale, scheduler, counters."""
     has_scheduler = "scheduler" in CASES[name].config
     for save, resumed in zip(ranks_of("saves", num_ranks), ranks_of("resumes", num_ranks), strict=True):
@@ -73,7 +71,7 @@ def test_an_engine_goes_on_to_the_last_bit(name: str, stage: int, num_ranks: int
 
 
 @pytest.mark.parametrize(("name", "stage", "num_ranks", "source"), SMOOTH_PAIRS)
-def test_an_engine_goes_on_in_another_world(name: str, stage: int, num_ranks: int, source: tuple[int, int]) -> None:
+def test_an_engine_resumes_in_another_world(name: str, stage: int, num_ranks: int, source: tuple[int, int]) -> None:
     """Another number of ranks, another ZeRO stage: the same weights and optimizer state, and nearly the same losses."""
     their_ranks, their_stage = source
     theirs = ranks_of("saves", their_ranks)[0][name, their_stage]
@@ -108,7 +106,7 @@ def test_the_learning_rate_reaches_every_optimizer_under_zero(name: str) -> None
 
 
 def test_the_loss_scales_have_moved() -> None:
-    """What the comparisons above rest on: a scale that has grown, one that is about to, and one that has overflown."""
+    """The comparisons above need it: a scale that has grown, one that is about to, and one that has overflowed."""
     for num_ranks in WORLDS:
         for stage in (0, 2):
             saves = ranks_of("saves", num_ranks)[0]

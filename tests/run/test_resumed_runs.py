@@ -1,6 +1,6 @@
-"""Whole runs that are stopped in mid-epoch and go on: in the same world to the last bit, in another to their end.
+"""Whole runs that are stopped in mid-epoch and resumed: bit for bit in the same world, to their end in another.
 
-The runs are the program's own, on a small synthetic data set: 15 steps of 32 images an epoch.
+On a small synthetic data set: 15 steps of 32 images an epoch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STOP_AT = 20  # 5 steps into the second epoch, and 1 behind a row of steps.csv
 
 @dataclass(frozen=True)
 class Kind:
-    """How a run is carried out; `passes` a step."""
+    """How a run is started; `passes` are micro-batches a step."""
 
     ranks: int = 1
     passes: int = 1
@@ -54,7 +54,7 @@ KINDS = {
     "2 ranks, bf16, ZeRO 3, 2 passes, AdamW": Kind(ranks=2, stage=3, passes=2, precision="bf16", optimizer=ADAMW),
     "bf16, early stopping": Kind(precision="bf16", flags=f"--epochs 9 {IMPATIENT}", steps=60, stop_at=40),
 }
-MOVED = [Kind(ranks=2, stage=2), Kind()]  # the kind that is stopped, and the one that goes on in its folder
+MOVED = [Kind(ranks=2, stage=2), Kind()]  # the one that is stopped, and the one that resumes in its folder
 
 
 def start(base: Path, folder: str, kind: Kind, **more: Any) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def carry_out(base: Path, starts: list[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with every kind of run, whole and stopped, and one that has been stopped and no more."""
+    """A folder with every kind of run, whole and resumed, and one that was stopped."""
     base, starts = tmp_path_factory.mktemp("runs"), []
     for name, kind in KINDS.items():
         kept = str(base / f"{name}, stopped.first.json")
@@ -94,11 +94,11 @@ def rows_without_throughput(folder: Path) -> list[list[str]]:
     return [row[:-1] for row in csv.reader((folder / "metrics.csv").open(newline=""))]
 
 
-TIMES = ("second", "throughput", "images_per", "resumed_at_steps", "time", "peak_memory")  # words of what may differ
+MAY_DIFFER = ("second", "throughput", "images_per", "resumed_at_steps", "time", "peak_memory")  # words of the keys
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_run_that_was_stopped_in_mid_epoch_is_the_uninterrupted_one(base: Path, name: str) -> None:
+def test_a_run_stopped_in_mid_epoch_equals_the_uninterrupted_one(base: Path, name: str) -> None:
     stopped, whole, kind = base / f"{name}, stopped", base / f"{name}, whole", KINDS[name]
     first = read(base / f"{name}, stopped.first.json")
     assert (first["status"], first["steps"]) == ("stopped", kind.stop_at)
@@ -107,7 +107,7 @@ def test_a_run_that_was_stopped_in_mid_epoch_is_the_uninterrupted_one(base: Path
     assert ours["steps"] == kind.steps
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
-        if not any(word in key for word in TIMES):
+        if not any(word in key for word in MAY_DIFFER):
             assert ours[key] == value, key
     assert (stopped / "steps.csv").read_bytes() == (whole / "steps.csv").read_bytes()
     assert rows_without_throughput(stopped) == rows_without_throughput(whole)
@@ -117,8 +117,8 @@ def test_a_run_that_was_stopped_in_mid_epoch_is_the_uninterrupted_one(base: Path
         assert mine == other
 
 
-def test_plateaus_and_early_stopping_go_on_counting(base: Path) -> None:
-    """What the comparison above rests on: the learning rate was halved before the stop and after it."""
+def test_plateaus_and_early_stopping_continue_to_count(base: Path) -> None:
+    """The comparison above needs it: the learning rate was halved before the stop and after it."""
     folder = base / "bf16, early stopping, stopped"
     assert read(folder / "summary.json")["ended_by"] == "early_stopping"
     at_stop = checkpoint.load(folder / "checkpoints" / "step_00000040")["run_state"]
@@ -127,7 +127,7 @@ def test_plateaus_and_early_stopping_go_on_counting(base: Path) -> None:
     assert (at_end.lr_factor, at_end.epochs_without_improvement) == (0.125, 3)
 
 
-def test_a_run_stopped_on_two_ranks_with_zero_2_goes_on_on_one_without(base: Path) -> None:
+def test_a_run_stopped_on_two_ranks_with_zero_2_resumes_on_one_without(base: Path) -> None:
     first, last = read(base / "moved.first.json"), read(base / "moved" / "summary.json")
     assert (first["status"], first["steps"], first["world_size"]) == ("stopped", STOP_AT, 2)
     assert (last["status"], last["steps"], last["world_size"]) == ("finished", 30, 1)
@@ -138,11 +138,11 @@ def test_a_run_stopped_on_two_ranks_with_zero_2_goes_on_on_one_without(base: Pat
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"]) - 0.1
 
 
-# --- what cannot be gone on from ----------------------------------------------------------------------------------------------
+# --- what cannot be resumed ------------------------------------------------------------------------------------------
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """All but environment.json, which notes every start, the lock, and settings, which are as they were."""
+    """All but environment.json, which has every start, and the lock."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -150,7 +150,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_the_program_names_damage_and_goes_on_or_refuses_in_one_line(base: Path) -> None:
+def test_damage_is_named_and_the_program_resumes_or_refuses_in_one_line(base: Path) -> None:
     tags = [f"step_{step:08d}" for step in (15, STOP_AT)]
     damaged = {"newest damaged": tags[1:], "all damaged": tags}
     for name, lost in damaged.items():
@@ -172,9 +172,9 @@ def test_the_program_names_damage_and_goes_on_or_refuses_in_one_line(base: Path)
 
     said = {name: (base / f"{name}.err").read_text().splitlines() for name in names}
     checkpoints = {name: base / name / "checkpoints" for name in names}
-    went_on, refused, foreign = (said[name] for name in names)
-    assert went_on[0].startswith(f"checkpoint {checkpoints['newest damaged'] / tags[1]} is damaged: state.pt has ")
-    assert went_on[1] == f"going on from {tags[0]}"
+    resumed, refused, foreign = (said[name] for name in names)
+    assert resumed[0].startswith(f"checkpoint {checkpoints['newest damaged'] / tags[1]} is damaged: state.pt has ")
+    assert resumed[1] == f"resuming from {tags[0]}"
     last = read(base / "newest damaged" / "summary.json")
     assert (last["status"], last["resumed_at_steps"]) == ("finished", [15])
     assert len(refused) == len(foreign) == 1
