@@ -80,8 +80,7 @@ def test_all_that_was_passed_over_is_named(native):
 
 def test_where_none_is_native_the_list_is_refused_with_what_to_add(native):
     native.setattr(device, "native_precisions", lambda: ("fp32",))
-    message = r"^--precision bf16 fp16: this GPU is fast in none of them; add fp32 at the end$"
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=r"--precision: bf16 fp16, .* for example --precision bf16 fp16 fp32$"):
         plan("--precision", "bf16", "fp16")
     assert precision_of(plan("--precision", "bf16", "fp16", "fp32")) == "fp32"
 
@@ -209,9 +208,7 @@ def test_sync_bn_on_a_cpu_is_refused_in_one_line(tmp_path):
     flags = ["--dataset", "synthetic", "--sync-bn", "--output-dir", str(folder)]
     process = run([sys.executable, "cifar10_deepspeed.py", *flags])
     assert (process.returncode, process.stdout) == (2, "")
-    assert process.stderr == (
-        "error: --sync-bn needs GPUs: PyTorch shares statistics between ranks on GPUs only; leave it out\n"
-    )
+    assert process.stderr == "error: --sync-bn is not supported without GPUs; leave it out\n"
     assert not folder.exists()
 
 
