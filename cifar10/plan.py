@@ -77,10 +77,7 @@ def choose_precision(wanted: Precisions) -> tuple[str | None, list[str]]:
     taken = next((name for name in wanted if name in native), None)
     if taken is None:
         names = " ".join(wanted)
-        raise UsageError(
-            f"invalid value for --precision: {names}, none of which is fast on this {device.name()};"
-            f" expected fp32 as the last choice, for example --precision {names} fp32"
-        )
+        raise invalid("--precision", names, f"one that is fast on this {device.name()}", f"{names} fp32")
     missed = ", ".join(wanted[: wanted.index(taken)])
     reason = f"this {device.name()} is not fast in {missed}" if missed else "the first choice"
     return taken, [f"precision: {taken} of {', '.join(wanted)} ({reason})"]
@@ -179,17 +176,23 @@ def _check_sizes(recipe: Recipe, options: Options, batch: ds_config.Batch, datas
         raise invalid("--test-images", options.test_images, f"0 to {dataset.test_images}", dataset.test_images)
 
 
-def invalid(flag: str, value: Any, expected: str, example: Any) -> UsageError:
-    return UsageError(f"invalid value for {flag}: {value}, expected {expected}, for example {flag} {example}")
+def invalid(flag: str, value: object, expected: str, example: object) -> UsageError:
+    example = example if str(example).startswith("--") else f"{flag} {example}"
+    return UsageError(f"invalid value for {flag}: {value}, expected {expected}, for example {example}")
+
+
+def _words(numbers: tuple[float, ...]) -> str:
+    return " ".join(f"{number:g}" for number in numbers)
 
 
 def _check_images(recipe: Recipe, dataset: Description) -> None:
     """Refuse a normalization for another number of channels than the data set's, and crops larger than the images."""
-    for name in ("mean", "std"):
-        given, fitting = (" ".join(f"{number:g}" for number in getattr(one, name)) for one in (recipe, dataset))
-        if len(getattr(recipe, name)) != dataset.channels:
-            channels = f"{dataset.channels} channel{'' if dataset.channels == 1 else 's'} of --dataset {recipe.dataset}"
-            raise invalid(f"--{name}", given, f"a value for each of the {channels}", fitting)
+    for flag, numbers in (("--mean", recipe.mean), ("--std", recipe.std)):
+        if len(numbers) != dataset.channels:
+            expected = f"{dataset.channels}, one per channel of --dataset {recipe.dataset}"
+            raise invalid(flag, _words(numbers), expected, f"--mean {_words(dataset.mean)} --std {_words(dataset.std)}")
     whole = recipe.resize or dataset.size
     if recipe.image_size > whole:
-        raise invalid("--image-size", recipe.image_size, f"at most {whole}, the images' size (or use --resize)", whole)
+        raise invalid(
+            "--image-size", recipe.image_size, f"at most {whole}, the images' size, unless --resize enlarges them", whole
+        )

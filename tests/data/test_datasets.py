@@ -124,26 +124,27 @@ GREY = ["--mean", "0.1307", "--std", "0.3081"]
 def test_grey_images_with_a_colour_normalisation_are_refused_with_what_to_type():
     message = refusal("--dataset", "synthetic_mnist", "--model", "mnist_cnn")
     assert "--dataset synthetic_mnist" in message
-    assert message.endswith("type --mean 0.1307 --std 0.3081")
-    assert plan("--dataset", "synthetic_mnist", *message.split("type ")[1].split()).recipe.mean == (0.1307,)
+    assert message.endswith("for example --mean 0.1307 --std 0.3081")
+    assert plan("--dataset", "synthetic_mnist", *message.split("example ")[1].split()).recipe.mean == (0.1307,)
     message = refusal("--recipe", "mnist_synthetic", "--dataset", "synthetic")
     assert (
-        plan("--recipe", "mnist_synthetic", "--dataset", "synthetic", *message.split("type ")[1].split()).recipe.std[2] == 0.201
+        plan("--recipe", "mnist_synthetic", "--dataset", "synthetic", *message.split("example ")[1].split()).recipe.std[2]
+        == 0.201
     )
 
 
 def test_mean_and_std_of_different_lengths_are_refused():
-    assert "--mean 0.5 --std" in refusal("--dataset", "synthetic", "--mean", "0.5")
+    assert "--mean: 0.5, expected 3" in refusal("--dataset", "synthetic", "--mean", "0.5")
 
 
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        ("--val-images 10000", "type 0 to 9999"),
-        ("--test-images 2001", "type 0 to 2000"),
+        ("--val-images 10000", "expected 0 to 9999"),
+        ("--test-images 2001", "expected 0 to 2000"),
         ("--global-batch-size 9001 --val-images 1000", "larger than the 9000 training images"),
-        ("--image-size 29", "type --image-size 28 or less, or --resize 29 too"),
-        ("--resize 24 --image-size 28", "type --image-size 24 or less, or --resize 28 too"),
+        ("--image-size 29", "for example --image-size 28"),
+        ("--resize 24 --image-size 28", "for example --image-size 24"),
         ("--augment=RandomCrop(28,reflect)", "RandomCrop(28, reflect): padding must be from 0 to 27"),
         ("--augment=RandomCrop(20,reflect) --first-sizes 16 --first-epochs 1", "from 0 to 15"),
     ],
