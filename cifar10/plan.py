@@ -83,26 +83,6 @@ def choose_precision(wanted: Precisions) -> tuple[str | None, list[str]]:
     return taken, [f"precision: {taken} of {', '.join(wanted)} ({reason})"]
 
 
-def _given_config(options: Options) -> dict[str, Any]:
-    """The DeepSpeed config of the file or the recipe, with what the command line overrides."""
-    config = ds_config.read(options.deepspeed_config or load(options.recipe).deepspeed)
-    sizes = {"global_batch_size": options.global_batch_size, "micro_batch_size": options.micro_batch_size}
-    return ds_config.override(config, lr=options.lr, **sizes)
-
-
-def _resolve_config(
-    given: dict[str, Any], precisions: Precisions, world_size: int
-) -> tuple[dict[str, Any], ds_config.Batch, list[str]]:
-    """The config for this machine and world size, its batch, and a note for each change."""
-    precision, notes = choose_precision(precisions)
-    if precision is not None:
-        given = ds_config.with_precision(given, precision)
-    config, batch, changes = ds_config.resolve(given, world_size)
-    if precision_of(config) == "fp16" and not device.count_gpus():
-        changes.append("fp16 on a CPU can take 400 times as long as fp32; --precision bf16 or --precision fp32 avoids that")
-    return config, batch, [*notes, *changes]
-
-
 def _resolve_augment(recipe: Recipe, old: dict[str, Any], dataset: Description) -> tuple[Recipe, list[str]]:
     """The recipe with its augmentation checked and normalized; a note if flags of version 0.1 were used."""
     operations, whole = augment.parse(recipe.augment), recipe.resize or dataset.size
@@ -125,8 +105,15 @@ def make_plan(
     refuse_unknown_model(recipe.model)
     dataset = registry.find(recipe.dataset)
     facts = dataset.describe(options.data_dir)
-    given = _given_config(options)
-    config, batch, notes = _resolve_config(given, options.precision, world_size)
+    sizes = {"global_batch_size": options.global_batch_size, "micro_batch_size": options.micro_batch_size}
+    given = ds_config.read(options.deepspeed_config or load(options.recipe).deepspeed)
+    given = ds_config.override(given, lr=options.lr, **sizes)
+    precision, notes = choose_precision(options.precision)
+    chosen = ds_config.with_precision(given, precision) if precision else given
+    config, batch, changes = ds_config.resolve(chosen, world_size)
+    notes += changes
+    if precision_of(config) == "fp16" and not device.count_gpus():
+        notes.append("fp16 on a CPU can take 400 times as long as fp32; --precision bf16 or --precision fp32 avoids that")
     recipe, augment_notes = _resolve_augment(recipe, old_flags, facts)
     log_every = options.log_every_steps or config.get("steps_per_print") or 100
     level = levels.resolve_level(options.engine_level, config, world_size, sync_bn=recipe.sync_bn)
