@@ -58,7 +58,7 @@ class Plan:
 
     @property
     def about_the_model(self) -> dict[str, Any]:
-        """What a file of weights says about its model: the input it takes, and its classes."""
+        """Facts for a file of weights: the model's input and classes."""
         return about_model(self.recipe, self.dataset.classes, self.dataset.channels, self.dataset.size)
 
 

@@ -92,7 +92,7 @@ class Start:
         return script.main()
 
     @property
-    def said(self) -> str:
+    def printed(self) -> str:
         return self._log.read_text() if self._log.exists() else ""
 
     def alive(self) -> list[int]:
@@ -162,7 +162,7 @@ class Campaign:
         undisturbed = Start(whole, self._ranks)
         if not undisturbed.wait(DEADLINE_SECONDS) or any(undisturbed.codes.values()):
             undisturbed.kill(undisturbed.alive())
-            raise SystemExit(f"the undisturbed run on {self._ranks} ranks fails:\n{undisturbed.said}")
+            raise SystemExit(f"the undisturbed run on {self._ranks} ranks fails:\n{undisturbed.printed}")
         self._seconds, self._right = time.monotonic() - undisturbed.began, outcome(whole)
         print(f"{self._ranks} ranks, undisturbed: {self._seconds:.1f} seconds, {self._right['weights_sha256']}", flush=True)
         self._chance.shuffle(moments)
@@ -182,7 +182,9 @@ class Campaign:
                 start.kill(start.alive())
                 start.wait(DEADLINE_SECONDS)
                 return self._lose(folder, start, "hangs")
-            if (resumed := re.search(r"^resumed at step (\d+)$", start.said, re.M)) is None and "recipe bn_cnn" in start.said:
+            if (
+                resumed := re.search(r"^resumed at step (\d+)$", start.printed, re.M)
+            ) is None and "recipe bn_cnn" in start.printed:
                 resumed = re.search("(0)", "0")
             if resumed and int(resumed[1]) < saved:
                 return self._lose(folder, start, f"resumed at step {resumed[1]}, and {saved} was saved")
@@ -219,7 +221,7 @@ class Campaign:
 
     def _lose(self, folder: Path, start: Start, why: str) -> None:
         self._found.lost.append(
-            f"{folder.name}, {self._ranks} ranks, {why}: {self._killed()}; it printed: {start.said[-2000:]}"
+            f"{folder.name}, {self._ranks} ranks, {why}: {self._killed()}; it printed: {start.printed[-2000:]}"
         )
         print(f"LOST {self._found.lost[-1]}", flush=True)
 

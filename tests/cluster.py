@@ -189,11 +189,11 @@ class Hosts:
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started = {name: self.popen(name, command, more, **pipes) for name, command in commands.items()}
         try:
-            said = {name: process.communicate(timeout=DEADLINE_SECONDS) for name, process in started.items()}
+            printed = {name: process.communicate(timeout=DEADLINE_SECONDS) for name, process in started.items()}
         finally:
             for process in started.values():
                 process.kill()
-        return {name: subprocess.CompletedProcess(commands[name], started[name].returncode, *said[name]) for name in said}
+        return {name: subprocess.CompletedProcess(commands[name], started[name].returncode, *printed[name]) for name in printed}
 
 
 # --- SLURM ------------------------------------------------------------------------------------------------------------

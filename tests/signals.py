@@ -1,4 +1,4 @@
-"""Every signal to every process of a run: all processes end, the summary says how, and the same command finishes the run.
+"""Every signal to every process of a run: all processes end, the summary records how, and the same command finishes the run.
 
     python -m tests.signals --json FILE
 

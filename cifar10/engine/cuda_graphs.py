@@ -89,7 +89,7 @@ def undone(engine: Engine) -> Iterator[None]:
 class CapturedStep:
     """`step(engine, micro_batches, *settings)` as one graph per image shape, captured at the first call with that shape.
 
-    A replay returns the same tensors with new values; the host's part of a step is done here, at each replay.
+    A replay returns the same tensors with new values; the host's part of a step is repeated at each replay.
     """
 
     def __init__(self, step: Step, engine: Engine, recorder: CudaRecorder) -> None:

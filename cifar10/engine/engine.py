@@ -5,8 +5,8 @@ Training goes through DeepSpeed's forward, backward and step. What this file add
 - `prepare()` keeps it from compiling its CPU communication op, which needs a C++ compiler and is never used.
 - The true gradient norm, before clipping and averaged over ranks, at every step and without synchronizing with the device.
   DeepSpeed discards it at ZeRO stage 0, where its clipping also synchronizes twice a step.
-- A step whose loss or gradient is not finite on any rank is skipped on all. DeepSpeed applies it at stage 0; here the fused
-  optimizer skips it on the device (`found_inf`) and BatchNorm's statistics are restored. ZeRO does its own check.
+- A step whose loss or gradient is not finite on any rank is skipped on all. DeepSpeed applies it at stage 0, so the fused
+  optimizer skips it on the device (`found_inf`), and BatchNorm's statistics are restored. ZeRO does its own check.
 - fp16's loss scale under ZeRO, where DeepSpeed clips gradients that are still scaled (see loss_scale.py).
 - With one rank, no flattening, all-reduce and copying back of gradients.
 """

@@ -73,7 +73,7 @@ class Launch:
 
 
 def exit_code(launcher_code: int, signalled: bool, before: Summary | None, after: Summary | None) -> int:
-    """main.py's exit code: a run has finished or stopped if its summary is new and says so."""
+    """main.py's exit code: a run has finished or stopped if its summary is new and has that status."""
     status = after.status if after and after != before else None
     if status == "finished":
         return FINISHED

@@ -69,9 +69,9 @@ REFUSED: list[tuple[str, int, dict[str, Any], str]] = [
 
 
 @pytest.mark.usefixtures("gpus")
-@pytest.mark.parametrize(("level", "world_size", "config", "said"), REFUSED)
-def test_an_unsupported_level_is_refused_with_what_fixes_it(level: str, world_size: int, config: Any, said: str) -> None:
-    with pytest.raises(UsageError, match=f"^--engine-level {level} (.* )?{said}") as refused:
+@pytest.mark.parametrize(("level", "world_size", "config", "message"), REFUSED)
+def test_an_unsupported_level_is_refused_with_what_fixes_it(level: str, world_size: int, config: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=f"^--engine-level {level} (.* )?{message}") as refused:
         resolve_level(level, world_size, **config)
     assert "\n" not in str(refused.value)
 

@@ -161,10 +161,10 @@ def test_a_sink_that_fails_is_reported_and_dropped_and_the_others_continue(capsy
     ],
 )
 def test_a_failure_names_rank_step_and_remedy(error: Exception, words: str) -> None:
-    said = text.failure(error, 3, 7, 64)
-    assert said.startswith("rank 3 ")
-    assert words in said
-    assert "\n" not in said
+    line = text.failure(error, 3, 7, 64)
+    assert line.startswith("rank 3 ")
+    assert words in line
+    assert "\n" not in line
 
 
 def stopping(folder: Path, max_minutes: float | None = None) -> StopRequest:

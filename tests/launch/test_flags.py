@@ -45,7 +45,7 @@ def test_launch_options_are_split_from_the_flags_of_the_script(argv, options, re
 
 
 @pytest.mark.parametrize(
-    ("argv", "says"),
+    ("argv", "message"),
     [
         ("--num-gpus 0", "--num-gpus"),
         ("--num-gpus two", "--num-gpus"),
@@ -64,11 +64,11 @@ def test_launch_options_are_split_from_the_flags_of_the_script(argv, options, re
         ("--seeds 2 --num-nodes 2 --master-addr a", "--seeds"),
     ],
 )
-def test_invalid_launch_options_are_refused_in_one_line(argv, says):
+def test_invalid_launch_options_are_refused_in_one_line(argv, message):
     with pytest.raises(UsageError) as caught:
         split_launch_options(argv.split())
     (line,) = str(caught.value).splitlines()
-    assert says in line
+    assert message in line
 
 
 def test_several_of_main_under_one_srun_step_are_refused(monkeypatch):
@@ -82,9 +82,9 @@ def test_several_of_main_under_one_srun_step_are_refused(monkeypatch):
 
 def test_several_machines_need_a_shared_folder_and_a_batch_that_divides_over_all_ranks(tmp_path, capsys):
     flags = "--dataset synthetic --global-batch-size 32 --num-gpus 2 --num-nodes 3 --master-addr a".split()
-    for more, says in (([], "--output-dir SHARED/run"), (["--output-dir", str(tmp_path / "run")], "--global-batch-size 30")):
+    for more, message in (([], "--output-dir SHARED/run"), (["--output-dir", str(tmp_path / "run")], "--global-batch-size 30")):
         assert main.main([*flags, *more]) == 2
-        assert says in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def test_help_lists_launch_options_in_a_table_of_their_own(capsys):

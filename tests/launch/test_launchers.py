@@ -91,8 +91,8 @@ def start_on_two_machines(flags: tuple[str, ...] | list[str], folder: Path) -> l
 
 def ended(launchers: list[subprocess.Popen[str]]) -> tuple[list[int], list[str], list[str]]:
     """Their exit codes, and what each printed to stdout and stderr."""
-    said = [launcher.communicate(timeout=launching.DEADLINE_SECONDS) for launcher in launchers]
-    return [launcher.returncode for launcher in launchers], [out for out, _ in said], [err for _, err in said]
+    printed = [launcher.communicate(timeout=launching.DEADLINE_SECONDS) for launcher in launchers]
+    return [launcher.returncode for launcher in launchers], [out for out, _ in printed], [err for _, err in printed]
 
 
 def test_two_machines_train_one_run(runs, tmp_path) -> None:
@@ -168,13 +168,13 @@ def test_a_signal_stops_the_run_resumable_and_the_same_command_finishes_it(tmp_p
     launcher = subprocess.Popen(command, stdout=subprocess.PIPE, **options)
     wait_until(lambda: has_trained(stopped) or launcher.poll() is not None, "the first steps")
     launcher.send_signal(number)
-    said, _ = launcher.communicate(timeout=launching.DEADLINE_SECONDS)
-    assert launcher.returncode == 75, said
+    printed, _ = launcher.communicate(timeout=launching.DEADLINE_SECONDS)
+    assert launcher.returncode == 75, printed
     assert processes_mentioning(str(stopped)) == []
     assert summary(stopped)["status"] == "stopped"
     assert 0 < summary(stopped)["steps"] < 120
 
-    to_continue = next(line for line in said.splitlines() if line.startswith("to continue: "))
+    to_continue = next(line for line in printed.splitlines() if line.startswith("to continue: "))
     words = to_continue.removeprefix("to continue: ").removeprefix("uv run ").split()
     assert words[:2] == ["python", "main.py"]
     assert run([sys.executable, *words[1:]]).returncode == 0

@@ -56,11 +56,11 @@ def test_seeds_are_counted_from_the_given_one_and_each_has_a_folder(tmp_path, la
     flags = launched(0, 0, 0)
     assert start(tmp_path, "--seeds", "3", "--seed=2", "--report") == 0
     assert [words[-4:-2] for words in flags] == [[f"--seed={s}", f"--output-dir={tmp_path}/seed_{s}"] for s in (2, 3, 4)]
-    said = capsys.readouterr().out
-    assert "3 of 3 seeds finished:" in said
-    assert "seed_3: finished; train accuracy 41.00%, val accuracy 62.00%, test accuracy 80.00%" in said
-    assert "test accuracy over seeds: 80.00 ± 10.00% (n = 3, 95% interval of the mean 55.16 to 100.00%)" in said
-    assert said.splitlines()[-1] == f"report: {tmp_path}/compare.html"
+    printed = capsys.readouterr().out
+    assert "3 of 3 seeds finished:" in printed
+    assert "seed_3: finished; train accuracy 41.00%, val accuracy 62.00%, test accuracy 80.00%" in printed
+    assert "test accuracy over seeds: 80.00 ± 10.00% (n = 3, 95% interval of the mean 55.16 to 100.00%)" in printed
+    assert printed.splitlines()[-1] == f"report: {tmp_path}/compare.html"
     assert "80.00 ± 10.00%" in (tmp_path / "compare.html").read_text(encoding="utf-8")
 
 
@@ -76,9 +76,9 @@ def test_a_stop_ends_the_sweep_and_the_same_command_continues_it(tmp_path, launc
     flags = launched(0, 75)
     assert start(tmp_path, "--seeds", "3") == 75
     assert len(flags) == 2
-    said = capsys.readouterr().out
-    assert "1 of 2 seeds finished:" in said
-    how = said.splitlines()[-1]
+    printed = capsys.readouterr().out
+    assert "1 of 2 seeds finished:" in printed
+    how = printed.splitlines()[-1]
     assert how.startswith("to continue all seeds: ")
     assert how.endswith(f"--seeds 3 {' '.join(FLAGS)} --output-dir {tmp_path}")
     flags = launched(0, 0)

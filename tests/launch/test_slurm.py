@@ -97,7 +97,7 @@ def test_sbatch_on_two_nodes(two_nodes, tmp_path, two_ranks_here) -> None:
 
 
 def test_deepspeeds_own_launcher_for_slurm(two_nodes, tmp_path, two_ranks_here) -> None:
-    """It runs srun with a task for each slot of the hostfile, and does not tell the tasks their ranks."""
+    """It runs srun with a task for each slot of the hostfile, and the tasks do not know their ranks."""
     folder, hostfile = tmp_path / "run", tmp_path / "hostfile"
     hostfile.write_text("hostA slots=1\nhostB slots=1\n")
     deepspeed = [str(BIN / "deepspeed"), "--launcher=slurm", f"--hostfile={hostfile}", "--no_ssh_check"]

@@ -1,6 +1,6 @@
 """TensorBoard and Weights & Biases: what a stopped and resumed run has in both, read back; neither can block or end a run.
 
-wandb 0.31 has no reader in Python; its files are LevelDB logs of its own protobuf records, and are read as such here.
+wandb 0.31 has no reader in Python; its files are LevelDB logs of its own protobuf records, and are read as such.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-# --- a run that is stopped, and goes on -----------------------------------------------------------------------------------
+# --- a run that is stopped, and resumed ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -330,7 +330,7 @@ print("loaded", *sorted({"wandb", "torch.utils.tensorboard", "mlflow", "matplotl
 
 
 def opened(folder: Path, *flags: str, **variables: str) -> tuple[list[str], str]:
-    """Open and close the sinks of a run in a process of its own; returns what it says on stdout and on stderr."""
+    """Open and close the sinks of a run in a process of its own; returns what it prints to stdout and stderr."""
     command = ["env", "-u", "WANDB_MODE", sys.executable, "-c", OPENS, str(folder), "--dataset", "synthetic", *flags]
     process = run(command, PYTHONPATH=str(PROJECT), **{"HOME": str(folder), "NETRC": str(folder / "none"), **variables})
     assert process.returncode == 0, process.stderr
@@ -338,15 +338,15 @@ def opened(folder: Path, *flags: str, **variables: str) -> tuple[list[str], str]
 
 
 def test_what_is_off_is_not_even_imported(tmp_path) -> None:
-    said, errors = opened(tmp_path, "--no-tensorboard")
-    assert (said, errors) == (["opened", "loaded"], "")
+    printed, errors = opened(tmp_path, "--no-tensorboard")
+    assert (printed, errors) == (["opened", "loaded"], "")
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.csv", "steps.csv"}
 
 
 def test_where_wandb_cannot_be_reached_it_is_recorded_offline(tmp_path) -> None:
     closed = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "2"}
-    said, errors = opened(tmp_path, **closed)
-    assert said[0] == "opened"
+    printed, errors = opened(tmp_path, **closed)
+    assert printed[0] == "opened"
     (line,) = errors.splitlines()
     assert line.startswith("W&B online failed (")
     (start,) = offline_runs(tmp_path)
@@ -370,13 +370,13 @@ def in_a_terminal(command: list[str], **variables: str) -> tuple[int, str]:
     return process.wait(), printed.decode()
 
 
-@pytest.mark.parametrize(("key", "said"), [("", "wandb_sink failed (no API key"), ("too-short", "W&B online failed (")])
-def test_nobody_is_asked_for_a_key(tmp_path, key, said) -> None:
+@pytest.mark.parametrize(("key", "message"), [("", "wandb_sink failed (no API key"), ("too-short", "W&B online failed (")])
+def test_nobody_is_asked_for_a_key(tmp_path, key, message) -> None:
     command = [sys.executable, "-c", OPENS, str(tmp_path), "--dataset", "synthetic", "--wandb", "online", "--no-tensorboard"]
     variables = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_API_KEY": key, "WANDB_INIT_TIMEOUT": "2"}
     code, printed = in_a_terminal(command, PYTHONPATH=str(PROJECT), **variables)
     assert code == 0
-    assert said in printed
+    assert message in printed
     assert "opened" in printed
     assert "Enter your choice" not in printed
 
@@ -386,11 +386,11 @@ def test_without_the_package_training_goes_on(tmp_path, monkeypatch, capsys) -> 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     plan = make_plan(["--dataset", "synthetic", "--wandb", "offline"], 1, "x")
     metrics = open_sinks(plan, tmp_path, RunState(), 10, 10)
-    metrics.event("goes on")
+    metrics.event("continues")
     metrics.close()
     assert metrics.notes == ()
-    said, errors = capsys.readouterr()
-    assert said == "goes on\n"
+    printed, errors = capsys.readouterr()
+    assert printed == "continues\n"
     assert [line.split()[:2] for line in errors.splitlines()] == [["tensorboard_sink", "failed"], ["wandb_sink", "failed"]]
 
 

@@ -43,8 +43,8 @@ def carry_out(asked: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         out, err = Path(scratch) / "out", Path(scratch) / "err"
         (code,) = small_runs.ended([small_runs.forked(be_the_program, asked, out, err)])
-        said = {"stdout": out, "stderr": err}
-        return {"code": code, **{name: path.read_text(errors="replace") for name, path in said.items()}}
+        printed = {"stdout": out, "stderr": err}
+        return {"code": code, **{name: path.read_text(errors="replace") for name, path in printed.items()}}
 
 
 if __name__ == "__main__":
