@@ -10,7 +10,7 @@ import os
 import time
 from typing import Any
 
-from cifar10.metrics.sink import Context, ScalarSink, numbers
+from cifar10.metrics.sink import Context, ScalarSink
 from cifar10.metrics.wandb_sink import PROJECT
 from cifar10.run.folder import read_json, title, write_json
 
@@ -57,8 +57,8 @@ class MlflowSink(ScalarSink):
         self._logged |= dict.fromkeys(new, step)
 
     def finished(self, summary: dict[str, Any]) -> None:
+        super().finished(summary)
         self._status = "FINISHED"
-        self.log("final", summary["steps"], **numbers(summary))
         if (page := self._folder / "report.html").exists():
             self._client.log_artifact(self._id, str(page))
 

@@ -100,7 +100,7 @@ class Sink:
 
 
 class ScalarSink(Sink):
-    """A sink of scalars over the run's step: step/*, train/*, val/*, test/*. A subclass sets `steps` and implements `log`."""
+    """A sink of scalars over the run's step: step/*, train/*, val/*, test/*, final/*. A subclass has `steps` and `log`."""
 
     steps: Steps
 
@@ -113,20 +113,16 @@ class ScalarSink(Sink):
 
     def epoch(self, row: EpochRow) -> None:
         step = self.steps.at_end_of(row.epoch)
-        self.log("train", step, **split_values(row.train), gradient_norm=row.grad_norm, epoch=row.epoch)
+        self.log("train", step, **row.train.measures, gradient_norm=row.grad_norm, epoch=row.epoch)
         if row.val is not None:
-            self.log("val", step, **split_values(row.val))
+            self.log("val", step, **row.val.measures)
 
     def test(self, epoch: int, result: SplitResult) -> None:
-        self.log("test", self.steps.at_end_of(epoch), **split_values(result))
+        self.log("test", self.steps.at_end_of(epoch), **result.measures)
 
-
-def split_values(result: SplitResult) -> dict[str, float]:
-    return {"loss": result.loss, "accuracy": result.accuracy, "throughput": result.throughput}
-
-
-def numbers(summary: dict[str, Any]) -> dict[str, float]:
-    return {k: v for k, v in summary.items() if isinstance(v, float | int) and not isinstance(v, bool)}
+    def finished(self, summary: dict[str, Any]) -> None:
+        numbers = {k: v for k, v in summary.items() if isinstance(v, float | int) and not isinstance(v, bool)}
+        self.log("final", summary["steps"], **numbers)
 
 
 def report_failure(name: str, error: Exception) -> None:

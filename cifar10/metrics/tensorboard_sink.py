@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cifar10.metrics.sink import Context, ScalarSink, Steps, numbers
+from cifar10.metrics.sink import Context, ScalarSink, Steps
 
 FLUSH_SECONDS = 10  # what a viewer shows is at most this old
 
@@ -34,14 +34,15 @@ class TensorBoardSink(ScalarSink):
         from PIL import Image
         from torch.utils.tensorboard.summary import hparams
 
-        step, results = summary["steps"], numbers(summary)
+        super().finished(summary)
         plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in self._settings.items()}
-        for record in hparams(plain, {f"final/{name}": value for name, value in results.items()}):
+        results = {f"final/{k}": v for k, v in summary.items() if isinstance(v, float | int) and not isinstance(v, bool)}
+        for record in hparams(plain, results):
             self._writer._get_file_writer().add_summary(record)  # add_hparams would start another folder for them
-        self.log("final", step, **results)
         for path in sorted((self._folder.parent / "report").glob("*.png")):
             with Image.open(path) as plot:
-                self._writer.add_image(f"report/{path.stem}", np.asarray(plot.convert("RGB")), step, dataformats="HWC")
+                pixels = np.asarray(plot.convert("RGB"))
+            self._writer.add_image(f"report/{path.stem}", pixels, summary["steps"], dataformats="HWC")
 
     def close(self) -> None:
         self._writer.close()

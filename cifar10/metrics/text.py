@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,34 +38,26 @@ class Layer:
 def layers(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Layer]:
     """The layers of `model` in the order of its forward pass, shared parameters counted once.
 
-    One black image is sent through the model in eval mode: the model and the random state stay as they are.
+    One black image is sent through a copy of the model in eval mode, so nothing changes, not even the random state.
     """
     import torch
 
     found: list[Layer] = []
     counted: set[nn.Parameter] = set()
 
-    def add(name: str, module: nn.Module, kind: str, output: Any = None) -> None:
+    def add(name: str, module: nn.Module, _inputs: Any = None, output: Any = None) -> None:
         new = set(module.parameters()) - counted
         counted.update(new)
         shape = tuple(output.shape[1:]) if isinstance(output, torch.Tensor) else ()
-        found.append(Layer(name, kind, shape, sum(p.numel() for p in new)))
+        found.append(Layer(name, type(module).__name__ if name else "outside of layers", shape, sum(p.numel() for p in new)))
 
-    leaves = [(name, module) for name, module in model.named_modules() if name and not any(module.children())]
-    hooks = [
-        leaf.register_forward_hook(lambda module, _, output, name=name: add(name, module, type(module).__name__, output))
-        for name, leaf in leaves
-    ]
-    training = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, *image_shape, device=next(model.parameters()).device))
-    finally:
-        for handle in hooks:
-            handle.remove()
-        for module, was_training in training.items():
-            module.training = was_training
-    add("", model, "outside of layers")
+    model = deepcopy(model).eval()
+    for name, module in model.named_modules():
+        if name and not any(module.children()):
+            module.register_forward_hook(partial(add, name))
+    with torch.no_grad():
+        model(torch.zeros(1, *image_shape, device=next(model.parameters()).device))
+    add("", model)
     return found if found[-1].parameters else found[:-1]
 
 

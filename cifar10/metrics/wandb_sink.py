@@ -1,6 +1,6 @@
 """Weights & Biases, online or in files that `wandb sync` uploads later.
 
-Every row has `step`, the x-axis of all charts; accuracies are fractions (the reference documents' are percent).
+Every row has `step`, the x-axis of all charts; accuracies are fractions.
 
     step_loss  step_accuracy  gradient_norm  learning_rate  epoch  step     means over a log interval; epoch counts from 1
     epoch_avg_loss  epoch_accuracy  epoch_avg_grad_norm                    training over an epoch, named as in the documents
@@ -10,8 +10,7 @@ Every row has `step`, the x-axis of all charts; accuracies are fractions (the re
     final/*  and the summary                                               summary.json of the finished run
     report/*                                                               the report's plots, if there are any
 
-A run keeps its id in wandb_run.json, so that a resume continues it and sends no row twice. A run never prompts for an API key,
-and waits for a network only for the seconds below.
+A run keeps its id in wandb_run.json, so that a resume continues it and sends no row twice. It never prompts for an API key.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from cifar10.metrics.sink import Context, EpochRow, Sink, StepRow, split_values
+from cifar10.metrics.sink import Context, EpochRow, Sink, StepRow
 from cifar10.run.folder import title
 from cifar10.run.summary import SplitResult
 
@@ -38,9 +37,6 @@ Mode = Literal["online", "offline", "off"]
 PROJECT = "deepspeed-cifar10"
 INIT_SECONDS, FINISH_SECONDS = 20.0, 30.0  # $WANDB_INIT_TIMEOUT and $WANDB_FINISH_TIMEOUT override them
 NOT_FINISHED = 75  # the exit code that W&B shows for a run that was stopped or killed and can be resumed
-
-
-# --- login and mode -----------------------------------------------------------------------------------------------------
 
 
 def find_key(environment: Mapping[str, str]) -> tuple[str, str]:
@@ -138,13 +134,10 @@ class WandbSink(Sink):
         with suppress(OSError, ValueError, TypeError, KeyError):
             saved = json.loads(self._file.read_text(encoding="utf-8"))
             self._id, self._step = str(saved["id"]), int(saved["step"])
-        settings = wandb.Settings(
-            silent=True,
-            console="off",
-            login_timeout=1,  # in case wandb prompts for a key after all
-            init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT") or INIT_SECONDS),
-            finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT") or FINISH_SECONDS),
-        )
+        init_seconds = float(os.environ.get("WANDB_INIT_TIMEOUT") or INIT_SECONDS)
+        finish_seconds = float(os.environ.get("WANDB_FINISH_TIMEOUT") or FINISH_SECONDS)
+        timeouts = {"login_timeout": 1, "init_timeout": init_seconds, "finish_timeout": finish_seconds}  # a login may prompt
+        settings = wandb.Settings(silent=True, console="off", **timeouts)
         try:
             self._run = wandb.init(
                 dir=str(folder),
@@ -167,14 +160,14 @@ class WandbSink(Sink):
         self.note = f"W&B: {self._run.url if mode == 'online' else sync}"
 
     def _keep(self, step: int) -> None:
-        """Write down the run's id and the last step whose row was sent."""
+        """Save the run's id and the last step whose row was sent."""
         self._step = step
         temporary = self._file.with_name(f".{self._file.name}.tmp")
         temporary.write_text(json.dumps({"id": self._id, "step": step}) + "\n", encoding="utf-8")
         os.replace(temporary, self._file)  # no fsync: a lost write costs one row at most
 
     def _log(self, step: int, values: Mapping[str, Any], *, is_whole: bool = True) -> None:
-        """Add values to the row of a step, unless an earlier start of this run has sent it; a whole row is sent."""
+        """Add values to the row of a step, unless an earlier start of this run has sent it; send it if it is whole."""
         if step <= self._step:
             return
         self._run.log({**values, "step": step}, step=step, commit=is_whole)
@@ -214,7 +207,7 @@ class WandbSink(Sink):
 
 
 def _by_split(split: str, result: SplitResult) -> dict[str, float]:
-    return {f"{split}/{name}": value for name, value in split_values(result).items()}
+    return {f"{split}/{name}": value for name, value in result.measures.items()}
 
 
 def open_sink(context: Context) -> WandbSink | None:

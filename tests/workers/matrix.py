@@ -28,7 +28,6 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 STAGES = (0, 1, 2, 3)
 GLOBAL_IMAGES = 32
 STEPS, NORMS_AT = 12, (0, 1, 11)  # on two global batches
-SMOOTH_STEPS = 30
 
 
 def matrix_engine(world: World, model: str, precision: str, stage: int, accumulation: int = 1, **fp16: Any) -> Engine:
@@ -67,12 +66,6 @@ def train_cell(world: World, precision: str, stage: int, accumulation: int) -> d
             seen["norms"].append(engine.grad_norm.item())
     own = {} if stage == 3 else {f"own {name}": p.detach().clone() for name, p in engine.module.named_parameters()}
     return {**seen, "weights": weights_sha256({**engine.portable_state(), **own})}
-
-
-def smooth_cell(world: World, stage: int) -> list[float]:
-    engine = matrix_engine(world, "smooth_cnn", "fp32", stage)
-    loader = make_loader(world, global_images=GLOBAL_IMAGES, num_images=SMOOTH_STEPS * GLOBAL_IMAGES)
-    return [world.total(one_step(engine, micro_batches)).item() / world.size for micro_batches in loader.epoch(0)]
 
 
 # --- the loss scale -----------------------------------------------------------------------------------------------------
@@ -116,10 +109,8 @@ def scaled_run(world: World, stage: int, **fp16: Any) -> dict[str, Any]:
 
 def main() -> None:
     world = distributed.join(threads=1)
-    smooth = {stage: smooth_cell(world, stage) for stage in STAGES}
     cells = list(product(DTYPES, STAGES, (1, 2)))  # fp32 first: autocast sets flags for the whole process
     measured = {
-        "smooth": smooth,
         "cells": {cell: train_cell(world, *cell) for cell in cells},
         "overflows": {stage: overflows(world, stage) for stage in STAGES},
         "growing scale": {stage: scaled_run(world, stage, initial_scale_power=8, loss_scale_window=2) for stage in STAGES},
