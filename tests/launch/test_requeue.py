@@ -86,7 +86,6 @@ def check_finished(job: dict[str, str], folder: Path, ranks: int, weights: str) 
     assert (results["status"], results["world_size"], results["weights_sha256"]) == ("finished", ranks, weights)
     assert 0 < len(results["resumed_at_steps"]) <= int(job["Restarts"])
     assert results["resumed_at_steps"] == sorted(set(results["resumed_at_steps"]))
-    print({key: results[key] for key in ("status", "steps", "resumed_at_steps", "weights_sha256")})
     return results
 
 
@@ -164,7 +163,7 @@ def test_scancel(warned, cluster, weights, tmp_path) -> None:
     assert follow(cluster, number)["JobState"] == "COMPLETED", (tmp_path / "run-2.log").read_text()
     print((tmp_path / "run-2.log").read_text())
     results = summary(folder)
-    assert (results["status"], len(results["resumed_at_steps"]), results["world_size"]) == ("finished", 1, 1)
+    assert (results["status"], len(results["resumed_at_steps"])) == ("finished", 1)
     assert results["weights_sha256"] == weights(1, *SECONDS_LONG)
 
 

@@ -111,7 +111,7 @@ def test_without_reports_there_is_no_page(tmp_path, launched):
 
 def test_with_a_corrupt_run_there_is_no_comparison(tmp_path, capsys):
     (make_run(tmp_path / "seed_0") / "metrics.csv").write_text("x,y\n1,2\n")
-    print_summary(tmp_path, [0], with_page=True)
+    print_summary(tmp_path, [tmp_path / "seed_0"], with_page=True)
     assert "no comparison: " in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""Use an export as a stranger would, with neither DeepSpeed nor this program; prints as JSON how its answers compare.
+"""Uses an export without DeepSpeed and this program, and prints as JSON how its predictions compare.
 
     uv venv plain && uv pip install --python plain torch numpy safetensors onnxruntime
     plain/bin/python tests/workers/plain_environment.py RUN/export IMAGES RUN/test_predictions.npz
@@ -60,8 +60,7 @@ def readers(folder: Path) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
         "model.safetensors": lambda name: with_weights(load_file(folder / name)),
         "state_dict.pt": lambda name: with_weights(torch.load(folder / name)),
         "model.pt2": lambda name: torch.export.load(folder / name).module(),
-        "model.onnx": onnx,
-        "model_int8.onnx": onnx,
+        **dict.fromkeys(("model.onnx", "model_int8.onnx"), onnx),
     }
     return {name: way(name) for name, way in ways.items() if (folder / name).exists()}
 
