@@ -221,7 +221,7 @@ class Campaign:
 
     def _lose(self, folder: Path, start: Start, why: str) -> None:
         self._found.lost.append(
-            f"{folder.name}, {self._ranks} ranks, {why}: {self._killed()}; it printed: {start.printed[-2000:]}"
+            f"{folder.name}, {self._ranks} ranks, {why}: {self._killed()}; printed: {start.printed[-2000:]}"
         )
         print(f"LOST {self._found.lost[-1]}", flush=True)
 
@@ -275,20 +275,11 @@ def main() -> int:
     seconds = time.monotonic() - began
     print("\n".join(["", *table(found), f"{seconds:.0f} seconds"]))
     if options.json:
-        counts = {
-            "kills": len(found.kills),
-            "at": dict(Counter(kill.moment for kill in found.kills)),
-            "at random, during a save": sum(k.moment == RANDOM and k.while_saving for k in found.kills),
-            "victims": dict(Counter(f"{kill.victim} of {kill.ranks}" for kill in found.kills)),
-            "survivors": dict(Counter(kill.survivor for kill in found.kills if kill.survivor)),
-            "runs": found.runs,
-            "starts": found.starts,
-            "lost": found.lost,
-            "wrong": found.wrong,
-        }
         facts = {"command": " ".join(sys.argv[1:]), "seed": options.seed, "seconds": round(seconds)}
-        rows = [asdict(kill) for kill in found.kills]
-        options.json.write_text(json.dumps({**facts, **counts, "each": rows}, indent=1) + "\n")
+        moments = Counter(kill.moment for kill in found.kills)
+        content = {**facts, "kills": len(found.kills), "at": moments, "each": [asdict(kill) for kill in found.kills]}
+        content |= {"runs": found.runs, "starts": found.starts, "lost": found.lost, "wrong": found.wrong}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
     return 1 if found.lost or found.wrong else 0
 
 

@@ -164,8 +164,8 @@ class Hosts:
         command = ["ip", "link", "add", *one, "type", "veth", "peer", "name", *other]
         subprocess.run(command, check=True, env=environment(**WITH_SBIN))
         for name, address in self.addresses.items():
-            self.run(name, ["ip", "address", "add", f"{address}/24", "dev", "eth0"]).check_returncode()
-            self.run(name, ["ip", "link", "set", "eth0", "up"]).check_returncode()
+            for words in (f"address add {address}/24 dev eth0", "link set eth0 up"):
+                self.run(name, ["ip", *words.split()]).check_returncode()
 
     def kill(self, name: str) -> None:
         os.kill(self._process_1[name], signal.SIGKILL)

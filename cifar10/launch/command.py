@@ -46,10 +46,9 @@ class LaunchOptions:
 def split_launch_options(argv: list[str]) -> tuple[LaunchOptions, list[str]]:
     """The checked launch options of a command line, and the script's flags. Raises UsageError."""
     options, flags = split_options(argv, LaunchOptions)
-    for name in ("num_gpus", "num_nodes", "master_port", "seeds"):
+    for name, least in {"num_gpus": 1, "num_nodes": 1, "master_port": 1, "seeds": 1, "max_restarts": 0}.items():
         value = getattr(options, name)
-        check_value(options, name, value is None or value >= 1, "a whole number from 1 up")
-    check_value(options, "max_restarts", options.max_restarts >= 0, "a whole number from 0 up")
+        check_value(options, name, value is None or value >= least, f"a whole number from {least} up")
     check_value(options, "node_rank", 0 <= options.node_rank < options.num_nodes, f"0 to {options.num_nodes - 1}")
     if options.num_nodes > 1 and not options.master_addr:
         raise UsageError("--num-nodes needs --master-addr, the first machine's address, for example --master-addr 10.0.0.1")
