@@ -17,7 +17,7 @@ from cifar10.metrics.sink import Context, EpochRow, Section, Sink, StepRow, Step
 
 
 def plain_lines(section: Section) -> list[str]:
-    """A section outside a terminal: each row starts with the title, its cells in columns."""
+    """A section outside a terminal: lines that start with the title."""
     widths = [max(map(len, column)) for column in zip_longest(*section.rows, fillvalue="")]
     cells = (map(str.ljust, row, widths) for row in section.rows)
     return [f"{section.title}: {'  '.join(row)}".rstrip() for row in cells]

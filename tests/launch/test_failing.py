@@ -98,7 +98,9 @@ def test_a_run_that_fails_each_time_is_restarted_as_often_as_asked(tmp_path: Pat
     flags = ["--max-restarts", "1", "--lr", "1e30", "--output-dir", str(tmp_path / "run")]
     process = run([sys.executable, "main.py", *SHORT, *flags])
     assert process.returncode == 1
-    assert process.stderr.count("25 steps in a row") == 2
+    assert process.stderr.count("error: 25 steps in a row") == 2
+    assert (summary(tmp_path / "run")["status"], process.stderr.count("error: ")) == ("failed", 2)
+    assert "25 steps in a row" in summary(tmp_path / "run")["reason"]
     assert process.stderr.count("restart 1 of 1") == 1
 
 

@@ -195,15 +195,6 @@ def test_killing_main_leaves_no_rank_behind(tmp_path) -> None:
     assert summary(folder)["status"] == "stopped"
 
 
-def test_a_run_that_diverges_fails_with_the_reason(tmp_path) -> None:
-    folder = tmp_path / "run"
-    flags = [*LONG, "--lr", "1e30", "--max-skipped-in-a-row", "5", "--output-dir", str(folder)]
-    process = run([*MAIN, *flags])
-    assert (process.returncode, summary(folder)["status"]) == (1, "failed")
-    assert "5 steps in a row" in summary(folder)["reason"]
-    assert "error: 5 steps in a row" in process.stderr
-
-
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
