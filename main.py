@@ -6,10 +6,8 @@
                                                            the first of two machines; on the other, --node-rank 1
     uv run python main.py --seeds 3                        three runs, one after another, compared at the end
 
-The launch options are main.py's own; all other flags go to cifar10_deepspeed.py.
-
-Exit codes: 0 the run has finished; 75 it was stopped, and the same command with its --output-dir continues it;
-2 the command was refused, and nothing was started; anything else is the code of what failed.
+Exit codes: 0 finished; 75 stopped, and the same command with its --output-dir continues; 2 invalid command, nothing was
+started; any other: the run failed.
 """
 
 from __future__ import annotations

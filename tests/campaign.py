@@ -1,11 +1,11 @@
-"""A campaign of kills: runs are killed with SIGKILL again and again, go on by the same command, and must come to the same end.
+"""A campaign of kills: runs are killed with SIGKILL again and again, resume, and must end like an undisturbed run.
 
     python -m tests.campaign --kills 100 --seed 0 --json FILE
 
-A small run, on 1 rank and on 2, is trained once without a fault. Then it is started again and again in other folders; half of
-the kills come at a random moment, the other half at the named points of a save (PAUSES). A start that refuses, or
-that does not go on from what was saved, is a lost run; a run whose weights, rows or best model are not those of the
-undisturbed one has a wrong result. Exit code 0: neither was found. Ranks are forked when the slow imports are done.
+A small run, on 1 rank and on 2, is trained once without a fault, then again and again in other folders; half of the kills come
+at a random moment, the other half at the named points of a save (PAUSES). A start that refuses, or that does not
+resume from what was saved, is a lost run; a run with other weights, rows or best model than the undisturbed one is a wrong one.
+Exit code 0: neither was found. Ranks are forked when the slow imports are done.
 """
 
 from __future__ import annotations
@@ -35,36 +35,34 @@ from cifar10.engine.engine import prepare
 from cifar10.engine.full_state import weights_sha256
 from cifar10.files import written_whole
 from cifar10.run import checkpoint
-from tests.workers.small_runs import free_port, shrink_the_data_sets
+from tests.workers.small_runs import become_rank, forked, free_port, shrink_the_data_sets
 
 SMALL = "--dataset synthetic --val-images 100 --test-images 100 --global-batch-size 50 --lr 0.05 --threads 1 --epochs 5"
 FLAGS = [*SMALL.split(), *"--log-every-steps 4 --save-every-epochs 1 --save-frequency 2 --keep-checkpoints 2".split()]
 PAUSES = ("before state", "after state", "after manifest", "after rename", "between pointers", "after pointers")  # of a save
 RANDOM = "at random"
-KILLS_OF_A_RUN = 6  # then it is left to finish
-SECONDS_ALONE = 5.0  # for a rank to notice that the other has gone; then it is ended, as a launcher would
+KILLS_OF_A_RUN = 6  # then it may finish
+SECONDS_ALONE = 5.0  # for a rank to notice that the other is gone; then it is killed, as a launcher would
 DEADLINE_SECONDS = 300.0  # a start that takes longer hangs
 LEFT_OVER = (".draft", ".tmp")
 
 
 @dataclass
 class Kill:
-    """One start that was killed: at which moment, who, and what the folder then held."""
+    """One start that was killed: when, which ranks, and what was saved."""
 
     run: int
     ranks: int
     moment: str
     victim: str
     seconds: float  # since the start
-    saved_step: int  # what `latest` names afterwards; 0 is nothing
-    while_saving: bool  # a draft was left behind
-    survivor: str = ""  # of two ranks when one was killed
+    saved_step: int  # of `latest` afterwards; 0 for none
+    while_saving: bool  # a draft was left
+    survivor: str = ""  # what became of the other of two ranks
 
 
 @dataclass
 class Found:
-    """What a campaign has come to."""
-
     kills: list[Kill] = field(default_factory=list)
     runs: int = 0
     starts: int = 0
@@ -105,7 +103,7 @@ def pause_at(moment: str, paused: Path) -> None:
 
 
 class Start:
-    """The ranks of one start of the program in `folder`, each a process; what they say is in `folder`.log."""
+    """The ranks of one start of the program in `folder`, each a process; they print to `folder`.log."""
 
     def __init__(self, folder: Path, ranks: int, moment: str = RANDOM) -> None:
         self.began, self.began_at, self.codes = time.monotonic(), time.time(), dict[int, int]()
@@ -113,45 +111,31 @@ class Start:
         self.paused.unlink(missing_ok=True)
         self._log, port = folder.with_suffix(".log"), free_port()
         self._log.unlink(missing_ok=True)
-        sys.stdout.flush()
-        self.ranks = [self._fork(rank, ranks, port, moment, folder) for rank in range(ranks)]
+        self.ranks = [forked(self._run, rank, ranks, port, moment, folder) for rank in range(ranks)]
 
-    def _fork(self, rank: int, ranks: int, port: int, moment: str, folder: Path) -> int:
-        child = os.fork()
-        if child:
-            return child
-        code = 1
-        try:
-            said = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(said, 1)
-            os.dup2(said, 2)
-            if ranks > 1:
-                where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": ranks, "RANK": rank, "LOCAL_RANK": rank}
-                os.environ.update({name: str(value) for name, value in where.items()})
-            if moment != RANDOM:
-                pause_at(moment, self.paused)
-            sys.argv[1:] = [*FLAGS, "--output-dir", str(folder)]
-            code = script.main()
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+    def _run(self, rank: int, ranks: int, port: int, moment: str, folder: Path) -> int:
+        log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        become_rank(rank, ranks, port)
+        if moment != RANDOM:
+            pause_at(moment, self.paused)
+        sys.argv[1:] = [*FLAGS, "--output-dir", str(folder)]
+        return script.main()
 
     @property
-    def said(self) -> str:
+    def printed(self) -> str:
         return self._log.read_text() if self._log.exists() else ""
 
     def alive(self) -> list[int]:
-        """The ranks' processes that have not ended."""
+        """The processes that have not ended."""
         for child in self.ranks:
             if child not in self.codes and (ended := os.waitpid(child, os.WNOHANG))[0]:
                 self.codes[child] = os.waitstatus_to_exitcode(ended[1])
         return [child for child in self.ranks if child not in self.codes]
 
     def wait(self, seconds: float, *, until_paused: bool = False) -> bool:
-        """Whether all have ended (or, if that is waited for, are at the point of a save) within so many seconds."""
+        """Whether all end (or, with `until_paused`, reach the point of a save) within so many seconds."""
         end = time.monotonic() + seconds
         while self.alive() and not (until_paused and self.paused.exists()):
             if time.monotonic() > end:
@@ -166,24 +150,24 @@ class Start:
 
 
 def saved_step(folder: Path) -> int:
-    """The step of the tag that `latest` names, read without the program's help; 0 if there is none."""
+    """The step of the checkpoint that `latest` names; 0 if there is none."""
     latest = folder / "checkpoints" / "latest"
     return int(latest.read_text().split("_")[1]) if latest.exists() else 0
 
 
-# --- what a run came to -------------------------------------------------------------------------------------------------
+# --- the outcome of a run -----------------------------------------------------------------------------------------------
 
 KEPT = "status steps skipped_steps train_accuracy val_accuracy test_accuracy best_step weights_sha256 ended_by".split()
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """All of a finished run that must not depend on how often it was killed."""
+    """All of a finished run that must not depend on the kills."""
     results = json.loads((folder / "summary.json").read_text())
     checkpoints = folder / "checkpoints"
     best, final = (checkpoint.load_portable(checkpoints / name) for name in ("best_model", "final"))
     pointers = {path.name: path.read_text() for path in checkpoints.iterdir() if path.is_file()}
     with (folder / "metrics.csv").open(newline="") as file:
-        metrics = [row[:-1] for row in csv.reader(file)]  # but for the throughput
+        metrics = [row[:-1] for row in csv.reader(file)]  # without the throughput
     return {
         **{key: results[key] for key in KEPT},
         "metrics.csv": metrics,
@@ -200,7 +184,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 class Campaign:
-    """Runs of one number of ranks, each killed up to KILLS_OF_A_RUN times, until every planned moment has had its kill."""
+    """Runs on one number of ranks, each killed up to KILLS_OF_A_RUN times, until every planned kill has been done."""
 
     def __init__(self, base: Path, ranks: int, found: Found, chance: random.Random) -> None:
         self._base, self._ranks, self._found, self._chance = base, ranks, found, chance
@@ -210,17 +194,15 @@ class Campaign:
         undisturbed = Start(whole, self._ranks)
         if not undisturbed.wait(DEADLINE_SECONDS) or any(undisturbed.codes.values()):
             undisturbed.kill(undisturbed.alive())
-            raise SystemExit(f"the undisturbed run on {self._ranks} ranks fails:\n{undisturbed.said}")
+            raise SystemExit(f"the undisturbed run on {self._ranks} ranks fails:\n{undisturbed.printed}")
         self._seconds, self._right = time.monotonic() - undisturbed.began, outcome(whole)
-        print(
-            f"{self._ranks} ranks, undisturbed: {self._seconds:.1f} seconds, {self._right['weights_sha256'][:16]}", flush=True
-        )
+        print(f"{self._ranks} ranks, undisturbed: {self._seconds:.1f} seconds, {self._right['weights_sha256']}", flush=True)
         self._chance.shuffle(moments)
         while moments:
             self._run(moments)
 
     def _run(self, moments: list[str]) -> None:
-        """One run: killed at some of `moments`, which are taken off the list, and finished."""
+        """One run: killed at some of `moments`, which are removed from the list, and finished."""
         self._found.runs += 1
         folder, kills = self._base / f"run_{self._found.runs:03d}", 0
         while True:
@@ -232,10 +214,12 @@ class Campaign:
                 start.kill(start.alive())
                 start.wait(DEADLINE_SECONDS)
                 return self._lose(folder, start, "hangs")
-            if (resumed := re.search(r"^resumed at step (\d+)$", start.said, re.M)) is None and "recipe bn_cnn" in start.said:
+            if (
+                resumed := re.search(r"^resumed at step (\d+)$", start.printed, re.M)
+            ) is None and "recipe bn_cnn" in start.printed:
                 resumed = re.search("(0)", "0")
             if resumed and int(resumed[1]) < saved:
-                return self._lose(folder, start, f"went on from step {resumed[1]}, and {saved} was saved")
+                return self._lose(folder, start, f"resumed at step {resumed[1]}, and {saved} was saved")
             if killed:
                 moments.pop()
                 kills += 1
@@ -245,10 +229,9 @@ class Campaign:
                 return self._compare(folder)
 
     def _kill(self, start: Start, folder: Path, moment: str) -> bool:
-        """Kill the start at its moment, unless it is finished before."""
-        victim = self._chance.choice(["rank 0", "all"] if moment != RANDOM else ["rank 0", "rank 1", "all"])
-        if self._ranks == 1:
-            victim = "all"
+        """Kill the start at its moment, unless it ends before."""
+        victims = ["all"] if self._ranks == 1 else ["rank 0", "all"] if moment != RANDOM else ["rank 0", "rank 1", "all"]
+        victim = self._chance.choice(victims)
         if moment == RANDOM:
             start.wait(self._chance.uniform(0, self._seconds))
         else:
@@ -259,28 +242,27 @@ class Campaign:
         start.kill(start.ranks if victim == "all" else [start.ranks[int(victim[-1])]])
         survivor = ""
         if victim != "all":
-            survivor = "ended by itself" if start.wait(SECONDS_ALONE) else "was ended"
+            survivor = "ended by itself" if start.wait(SECONDS_ALONE) else "was killed"
             start.kill(start.alive())
         start.wait(DEADLINE_SECONDS)
-        draft = folder / "checkpoints" / ".draft"  # an older one is an earlier kill's
+        draft = folder / "checkpoints" / ".draft"  # an older one is from an earlier kill
         while_saving = moment != RANDOM or (draft.exists() and draft.stat().st_mtime > start.began_at)
-        saved = saved_step(folder)
-        self._found.kills.append(
-            Kill(self._found.runs, self._ranks, moment, victim, round(seconds, 3), saved, while_saving, survivor)
-        )
+        facts = round(seconds, 3), saved_step(folder), while_saving, survivor
+        self._found.kills.append(Kill(self._found.runs, self._ranks, moment, victim, *facts))
         return True
 
     def _lose(self, folder: Path, start: Start, why: str) -> None:
-        self._found.lost.append(f"{folder.name}, {self._ranks} ranks, {why}: {self._killed()}; it said: {start.said[-2000:]}")
+        self._found.lost.append(
+            f"{folder.name}, {self._ranks} ranks, {why}: {self._killed()}; printed: {start.printed[-2000:]}"
+        )
         print(f"LOST {self._found.lost[-1]}", flush=True)
 
     def _killed(self) -> list[str]:
         return [f"{kill.moment} ({kill.victim})" for kill in self._found.kills if kill.run == self._found.runs]
 
     def _compare(self, folder: Path) -> None:
-        came_to = outcome(folder)
-        differing = {key: (value, came_to[key]) for key, value in self._right.items() if came_to[key] != value}
-        if differing:
+        found = outcome(folder)
+        if differing := {key: (value, found[key]) for key, value in self._right.items() if found[key] != value}:
             self._found.wrong.append(f"{folder.name}, {self._ranks} ranks, killed {self._killed()}: {differing}")
             print(f"WRONG {self._found.wrong[-1]}", flush=True)
         else:
@@ -292,26 +274,24 @@ class Campaign:
 
 
 def moments_for(kills: int, worlds: int) -> list[list[str]]:
-    """Half of the kills at the points of a save, each of them equally often, the others at random; dealt to so many worlds."""
+    """Half of the kills at the points of a save, equally often, the others at random, distributed over so many worlds."""
     each = max(1, round(kills / 2 / len(PAUSES)))
     moments = [*(point for point in PAUSES for _ in range(each)), *[RANDOM] * (kills - each * len(PAUSES))]
     return [moments[number::worlds] for number in range(worlds)]
 
 
 def table(found: Found) -> list[str]:
-    """The counts, a line each."""
     ranks = sorted({kill.ranks for kill in found.kills})
     lines = [f"| killed | {' | '.join(f'{n} rank' + 's' * (n > 1) for n in ranks)} | all |", "|---" * (len(ranks) + 2) + "|"]
     for moment in (*PAUSES, RANDOM):
         counts = [sum(kill.moment == moment and kill.ranks == n for kill in found.kills) for n in ranks]
         lines.append(f"| {moment} | {' | '.join(map(str, counts))} | {sum(counts)} |")
     totals = [sum(kill.ranks == n for kill in found.kills) for n in ranks]
-    lines.append(f"| together | {' | '.join(map(str, totals))} | {sum(totals)} |")
+    lines.append(f"| total | {' | '.join(map(str, totals))} | {sum(totals)} |")
     return [*lines, "", f"{found.runs} runs, {found.starts} starts: {len(found.lost)} lost, {len(found.wrong)} wrong"]
 
 
 def main() -> int:
-    """Carry out a campaign as the command line says; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.campaign", description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=100, help="how many, over all numbers of ranks")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the victims")
@@ -327,20 +307,11 @@ def main() -> int:
     seconds = time.monotonic() - began
     print("\n".join(["", *table(found), f"{seconds:.0f} seconds"]))
     if options.json:
-        counts = {
-            "kills": len(found.kills),
-            "at": dict(Counter(kill.moment for kill in found.kills)),
-            "at random, while a save was under way": sum(k.moment == RANDOM and k.while_saving for k in found.kills),
-            "victims": dict(Counter(f"{kill.victim} of {kill.ranks}" for kill in found.kills)),
-            "survivors": dict(Counter(kill.survivor for kill in found.kills if kill.survivor)),
-            "runs": found.runs,
-            "starts": found.starts,
-            "lost": found.lost,
-            "wrong": found.wrong,
-        }
         facts = {"command": " ".join(sys.argv[1:]), "seed": options.seed, "seconds": round(seconds)}
-        rows = [asdict(kill) for kill in found.kills]
-        options.json.write_text(json.dumps({**facts, **counts, "each": rows}, indent=1) + "\n")
+        moments = Counter(kill.moment for kill in found.kills)
+        content = {**facts, "kills": len(found.kills), "at": moments, "each": [asdict(kill) for kill in found.kills]}
+        content |= {"runs": found.runs, "starts": found.starts, "lost": found.lost, "wrong": found.wrong}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
     return 1 if found.lost or found.wrong else 0
 
 

@@ -5,9 +5,8 @@
         job = slurm.submit("run_deepspeed.sh", "--epochs", "1")
         slurm.wait(job)["JobState"]                         # "COMPLETED"
 
-A host is a set of Linux namespaces (network, hostname, mounts, processes, shared memory) around one sshd, which is its
-process 1. The namespaces have no names, so two test runs cannot collide in them, and the kernel ends everything on a host,
-its network included, as soon as process 1 ends. All hosts see the files of this machine, as those of a cluster do.
+A host is a set of unnamed Linux namespaces (network, hostname, mounts, processes, shared memory) around one sshd, its process
+1: test runs cannot collide, and the kernel ends a host when its process 1 ends. All hosts share the files of this machine.
 """
 
 from __future__ import annotations
@@ -27,18 +26,10 @@ import pytest
 from tests.launching import DEADLINE_SECONDS, PROJECT, environment, wait_until
 
 ADDRESSES = {"hostA": "10.77.0.1", "hostB": "10.77.0.2"}
-PACKAGES = {  # what must be on PATH, and the Debian package that brings it
-    "ip": "iproute2",
-    "nsenter": "util-linux",
-    "setpriv": "util-linux",
-    "unshare": "util-linux",
-    "sshd": "openssh-server",
-    "ssh-keygen": "openssh-client",
-    "pdsh": "pdsh",
-    "munged": "munge",
-    "sbatch": "slurm-client",
-    "slurmctld": "slurmctld",
-    "slurmd": "slurmd",
+PACKAGES = {  # what must be on PATH, and the Debian package that has it
+    **{"ip": "iproute2", "sshd": "openssh-server", "ssh-keygen": "openssh-client", "pdsh": "pdsh"},
+    **dict.fromkeys(("nsenter", "setpriv", "unshare"), "util-linux"),
+    **{"munged": "munge", "sbatch": "slurm-client", "slurmctld": "slurmctld", "slurmd": "slurmd"},
 }
 NAMESPACES = ("--net", "--uts", "--ipc", "--mount", "--pid")
 WITH_SBIN = {"PATH": os.pathsep.join([environment()["PATH"], "/usr/sbin", "/sbin"])}
@@ -50,20 +41,20 @@ SECONDS_TO_START = 60
 
 @functools.cache
 def what_is_missing() -> str:
-    """Why no cluster can be made here, and what would help; empty if one can."""
+    """Why no cluster can be created, and what would help; empty if one can."""
     if os.geteuid() != 0:
-        return "making hosts needs root"
+        return "creating hosts needs root"
     absent = sorted({package for command, package in PACKAGES.items() if not shutil.which(command, path=WITH_SBIN["PATH"])})
     if absent:
         return f"needs packages: apt-get install --no-install-recommends {' '.join(absent)}"
     try_out = "mount -t tmpfs tmpfs /dev/shm && ip link add eth0 type veth peer name eth1"
     command = ["unshare", *NAMESPACES, "--fork", "--mount-proc", "sh", "-c", try_out]
     attempt = subprocess.run(command, env=environment(**WITH_SBIN), capture_output=True, text=True, check=False)
-    return f"hosts cannot be made here: {attempt.stderr.strip()}" if attempt.returncode else ""
+    return f"hosts cannot be created: {attempt.stderr.strip()}" if attempt.returncode else ""
 
 
 def need_cluster() -> None:
-    """Skip the test where no cluster can be made; with CIFAR10_TESTS_NEED_CLUSTER set, as in .ci/run, fail it."""
+    """Skip the test where no cluster can be created; with CIFAR10_TESTS_NEED_CLUSTER set, as in .ci/run, fail it."""
     reason = what_is_missing()
     if reason and os.environ.get("CIFAR10_TESTS_NEED_CLUSTER"):
         pytest.fail(f"{reason}; and CIFAR10_TESTS_NEED_CLUSTER is set")
@@ -106,7 +97,7 @@ Host *
 class Hosts:
     """One host ("hostA"), or two on one wire ("hostA", "hostB"), that reach each other by name and by ssh.
 
-    Each has its own hostname, which it resolves to its own address: gloo finds the right interface by that alone.
+    Each resolves its own hostname to its own address, by which gloo finds the right interface.
     """
 
     def __init__(self, folder: Path, count: int) -> None:
@@ -139,17 +130,13 @@ class Hosts:
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(ssh / "key")], check=True)
 
     def _boot(self, name: str) -> None:
-        """Start a host, and wait until its process 1 answers. If this test run is killed, the kernel ends the host."""
+        """Start a host and wait until its process 1 answers. If this test run is killed, the kernel ends the host."""
         log = self._folder / f"{name}.log"
         outside = ["setpriv", "--pdeathsig", "KILL", "unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc"]
+        command = [*outside, "sh", "-c", PROCESS_1, "process 1", name, str(self._folder)]
         with log.open("wb") as output:
-            unshare = subprocess.Popen(
-                [*outside, "sh", "-c", PROCESS_1, "process 1", name, str(self._folder)],
-                env=environment(**WITH_SBIN),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+            pipes = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+            unshare = subprocess.Popen(command, env=environment(**WITH_SBIN), **pipes)
         self._undo.callback(self._halt, name, unshare)
         answers = lambda: unshare.poll() is not None or "Server listening" in log.read_text()  # noqa: E731
         wait_until(answers, f"{name} to start", SECONDS_TO_START)
@@ -158,7 +145,7 @@ class Hosts:
         self._process_1[name] = child.pid
 
     def _halt(self, name: str, unshare: subprocess.Popen[bytes]) -> None:
-        """End process 1, with it all others of the host, and wait until they are gone."""
+        """End process 1, and with it the host, and wait for that."""
         self._process_1.pop(name, None)
         with suppress(psutil.NoSuchProcess):
             for child in psutil.Process(unshare.pid).children():
@@ -170,24 +157,23 @@ class Hosts:
             unshare.wait()
 
     def _wire(self) -> None:
-        """A wire from eth0 to eth0; a single host holds both ends, since SLURM resolves no names on one without a network."""
+        """A wire from eth0 to eth0, or both ends on a single host, since SLURM needs a network to resolve names."""
         first, last = self.names[0], self.names[-1]
         ends = ("eth0", "eth0") if first != last else ("eth0", "eth1")
         one, other = ([end, "netns", str(self._process_1[name])] for end, name in zip(ends, (first, last), strict=True))
         command = ["ip", "link", "add", *one, "type", "veth", "peer", "name", *other]
         subprocess.run(command, check=True, env=environment(**WITH_SBIN))
         for name, address in self.addresses.items():
-            self.run(name, ["ip", "address", "add", f"{address}/24", "dev", "eth0"]).check_returncode()
-            self.run(name, ["ip", "link", "set", "eth0", "up"]).check_returncode()
+            for words in (f"address add {address}/24 dev eth0", "link set eth0 up"):
+                self.run(name, ["ip", *words.split()]).check_returncode()
 
     def kill(self, name: str) -> None:
-        """Let a host die: all its processes at once."""
         os.kill(self._process_1[name], signal.SIGKILL)
 
     def popen(self, name: str, command: list[str], more: dict[str, str] | None = None, **options: Any) -> subprocess.Popen:
-        """Start a command in the project's folder on a host, with this process's environment and `more`.
+        """Start a command in the project's folder on a host, with `more` variables.
 
-        nsenter stays outside and passes no signal on; when it is ended, the command gets SIGTERM.
+        nsenter forwards no signal; when it ends, the command gets SIGTERM.
         """
         enter = ["nsenter", "--target", str(self._process_1[name]), *NAMESPACES]
         inside = ["setpriv", "--pdeathsig", "TERM", "env", f"--chdir={PROJECT}", *command]
@@ -196,24 +182,23 @@ class Hosts:
         return subprocess.Popen([*enter, *inside], env=variables, stdin=subprocess.DEVNULL, **options)
 
     def run(self, name: str, command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
-        """Run a command on a host to its end."""
         return self.run_all({name: command}, **more)[name]
 
     def run_all(self, commands: dict[str, list[str]], **more: str) -> dict[str, subprocess.CompletedProcess[str]]:
-        """Run a command on each host named, all at the same time, to the end of the last."""
+        """Run a command on each host named, at the same time, to the end of the last."""
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started = {name: self.popen(name, command, more, **pipes) for name, command in commands.items()}
         try:
-            said = {name: process.communicate(timeout=DEADLINE_SECONDS) for name, process in started.items()}
+            printed = {name: process.communicate(timeout=DEADLINE_SECONDS) for name, process in started.items()}
         finally:
             for process in started.values():
                 process.kill()
-        return {name: subprocess.CompletedProcess(commands[name], started[name].returncode, *said[name]) for name in said}
+        return {name: subprocess.CompletedProcess(commands[name], started[name].returncode, *printed[name]) for name in printed}
 
 
 # --- SLURM ------------------------------------------------------------------------------------------------------------
 
-CPUS, MEGABYTES, GPUS = 8, 40_000, 2  # of each node, whatever this machine has: the document's requests fit in
+CPUS, MEGABYTES, GPUS = 8, 40_000, 2  # of each node, whatever this machine has: enough for the document's requests
 SLURM_CONF = """
 ClusterName=test
 SlurmctldHost={controller}({address})
@@ -240,7 +225,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min_interval=0
-SlurmdParameters=config_overrides  # nodes have the cores and the memory that are written here
+SlurmdParameters=config_overrides  # nodes have the cores and the memory configured here
 ReturnToService=2
 GresTypes=gpu
 """
@@ -251,24 +236,19 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
-"""  # a job in `high` pushes one in `low` out, after SIGTERM and a minute of grace
-WITH_USER_SIGNAL = "SlurmctldParameters=preempt_send_user_signal  # what sbatch --signal asks for, instead of SIGTERM\n"
-# Of all plugins for control groups, this one starts without any: no limits are put on jobs here.
+"""  # a job in `high` preempts one in `low`, after SIGTERM and a minute of grace
+WITH_USER_SIGNAL = "SlurmctldParameters=preempt_send_user_signal  # the signal of sbatch --signal, instead of SIGTERM\n"
+# This plugin starts without control groups: jobs have no limits.
 CGROUP_CONF = "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n"
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 
 
 class Slurm:
-    """SLURM on hosts: the controller on the first, a node on each, two GPUs a node (which are not real).
-
-    `partitions` ends slurm.conf: a partition `gpu`, or PREEMPTING.
-    """
+    """SLURM on hosts: the controller on the first, a node on each, with two GPUs that are not real."""
 
     def __init__(self, folder: Path, hosts: Hosts, partitions: str = PARTITION) -> None:
-        self._hosts = hosts
-        self._partitions = partitions
-        self._folder = folder / "slurm"
-        self._logs = self._folder / "logs"
+        self._hosts, self._partitions = hosts, partitions
+        self._folder, self._logs = folder / "slurm", folder / "slurm" / "logs"
         self._daemons: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Slurm:
@@ -290,7 +270,7 @@ class Slurm:
         self._stop()
 
     def _stop(self) -> None:
-        """End the daemons; jobs that still run end with their host."""
+        """End the daemons; running jobs end with their host."""
         for daemon in reversed(self._daemons):
             daemon.kill()
             daemon.wait()
@@ -304,14 +284,13 @@ class Slurm:
         nodes = [NODE.format(name=name, address=addresses[name], **size) for name in names]
         (etc / "slurm.conf").write_text(conf + "".join(nodes) + self._partitions)
         (etc / "cgroup.conf").write_text(CGROUP_CONF)
-        for number in range(GPUS):  # a device file each: for regular files, SLURM would not set CUDA_VISIBLE_DEVICES
+        for number in range(GPUS):  # device files, or SLURM would not set CUDA_VISIBLE_DEVICES
             (self._folder / f"gpu{number}").symlink_to("/dev/null")
         (etc / "gres.conf").write_text(f"Name=gpu File={self._folder}/gpu[0-{GPUS - 1}]\n")
         (etc / "munge.key").write_bytes(os.urandom(1024))
         (etc / "munge.key").chmod(0o400)
 
     def _prepare(self, name: str) -> None:
-        """The folders that SLURM and munge expect; /run is the host's own."""
         folders = ["/run/munge", "/run/slurm/state", "/run/slurm/spool", "/var/lib/munge", "/var/log/munge", "/etc/slurm"]
         self._hosts.run(name, ["mkdir", "-p", *folders]).check_returncode()
         for private in ("/var/lib/munge", "/var/log/munge"):
@@ -336,21 +315,20 @@ class Slurm:
         return self.run("sinfo", "--noheader", "--states=idle", "--format=%D").stdout.strip() == str(len(self._hosts.names))
 
     def run(self, *command: str, **more: str) -> subprocess.CompletedProcess[str]:
-        """Run a command, as sbatch, on the first host."""
+        """Run a command on the first host."""
         return self._hosts.run(self._hosts.names[0], list(command), **more)
 
     def submit(self, *words: str, **more: str) -> str:
-        """sbatch `words`; returns the number of the job."""
+        """sbatch; returns the job's number."""
         process = self.run("sbatch", "--parsable", *words, **more)
         assert process.returncode == 0, process.stderr
         return process.stdout.strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """What SLURM knows of a job: JobState, ExitCode, Restarts and so on."""
+        """JobState, ExitCode, Restarts and so on of a job."""
         words = self.run("scontrol", "--oneliner", "show", "job", number).stdout.split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, number: str) -> dict[str, str]:
-        """Wait for the end of a job; returns what SLURM knows of it then."""
         wait_until(lambda: self.job(number).get("JobState") in ENDED, f"job {number}")
         return self.job(number)

@@ -1,10 +1,9 @@
-"""Every signal to every process of a run: none is left behind, the run says how it ended, and the same command finishes it.
+"""Every signal to every process of a run: all processes end, the summary records how, and the same command finishes the run.
 
     python -m tests.signals --json FILE
 
-Real launches through main.py with two ranks. A chain is one run: the same command is started once for each of its cells, and
-gets the cell's signal, when it has trained (or before); at last the command is left alone, and must end with the weights of
-the run that got no signal. Exit code 0: all chains did, and every cell ended as it should.
+Real launches through main.py with two ranks. A chain is one run: its command is started once for each cell and gets the cell's
+signal; at last it is left alone, and must end with the weights of a run without signals. Exit code 0: all did.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ import psutil
 
 from tests.launching import DEADLINE_SECONDS, PROJECT, environment, run, summary, wait_until
 
-PROCESSES = ("main.py", "runner", "launch.py", "rank 0", "rank 1", "group")  # group: all but main.py, which minds it
+PROCESSES = ("main.py", "runner", "launch.py", "rank 0", "rank 1", "group")  # group: all but main.py
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGKILL")
 IN_TRAINING, AT_ONCE, STARTING = "in training", "at once", "ranks starting"
 TRAINED = "--dataset synthetic --global-batch-size 64 --epochs 2 --log-every-steps 5 --test-images 200 --threads 1"
-SECONDS_TO_LEAVE = 120  # for what outlives main.py
+SECONDS_TO_LEAVE = 120  # for processes that outlive main.py
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Which process gets which signal, and when: in training, just launched, or with the ranks importing what they need."""
+    """Which process gets which signal, and when: in training, just launched, or while the ranks import."""
 
     process: str
     signal: str
@@ -43,12 +42,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a cell: where it was signalled, main.py's exit code, and what the folder then says."""
+    """What came of a cell."""
 
     at_step: int
-    code: int
+    code: int  # main.py's
     status: str | None
-    steps: int  # that are saved
+    steps: int  # saved
     said: str
     left: int  # processes
     seconds: float  # from the signal to the end of the last process
@@ -65,11 +64,11 @@ def command_for(folder: Path, steps: int) -> list[str]:
     return [sys.executable, "main.py", "--num-gpus", "2", *flags]
 
 
-# --- who is there, and where the run stands -------------------------------------------------------------------------------
+# --- processes and progress -----------------------------------------------------------------------------------------------
 
 
 def processes_of_run(folder: Path) -> dict[str, psutil.Process]:
-    """The live processes that were started for `folder`, by their names in PROCESSES; others by their number."""
+    """The live processes of the run in `folder`, by their names in PROCESSES or their number."""
     found = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -95,7 +94,7 @@ def saved_step(folder: Path) -> int:
 
 
 def trained_step(folder: Path) -> int:
-    """The last step of steps.csv, if it is of a start that is under way and has gone beyond what is saved; else 0."""
+    """The last step in steps.csv, if a start is running and beyond what is saved; else 0."""
     with contextlib.suppress(FileNotFoundError, IndexError, ValueError):
         step = int((folder / "steps.csv").read_text().splitlines()[-1].split(",")[0])
         return step if summary(folder)["status"] == "running" and step > saved_step(folder) else 0
@@ -103,7 +102,6 @@ def trained_step(folder: Path) -> int:
 
 
 def has_come(moment: str, folder: Path) -> bool:
-    """Whether the moment of a cell is here."""
     if moment == IN_TRAINING:
         return trained_step(folder) > 0
     return {AT_ONCE: "runner", STARTING: "rank 0"}[moment] in processes_of_run(folder)
@@ -121,12 +119,12 @@ def send(cell: Cell, folder: Path) -> None:
 
 
 def carry_out(cell: Cell, command: list[str], folder: Path) -> Outcome:
-    """Launch, signal, and wait for the end of every process."""
+    """Launch, signal, and wait for the end of all processes."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     launcher = subprocess.Popen(command, cwd=PROJECT, env=environment(OMP_NUM_THREADS="1"), **options)
     try:
         wait_until(lambda: has_come(cell.moment, folder) or launcher.poll() is not None, f"the moment of {cell}")
-        assert launcher.poll() is None, f"it ended before {cell}: {launcher.returncode}, {launcher.communicate()}"
+        assert launcher.poll() is None, f"ended before {cell}: {launcher.returncode}, {launcher.communicate()}"
         send(cell, folder)
         began, at_step = time.monotonic(), trained_step(folder)
         printed, errors = launcher.communicate(timeout=DEADLINE_SECONDS)
@@ -137,17 +135,17 @@ def carry_out(cell: Cell, command: list[str], folder: Path) -> Outcome:
         left = processes_of_run(folder)
         for process in left.values():
             process.kill()
-    there = summary(folder) if (folder / "summary.json").exists() else {}
-    said = there.get("reason") or next((line for line in printed.splitlines() if line.startswith("stopped at")), "")
-    said = said or next((line for line in reversed(errors.splitlines()) if line.strip()), "")
-    return Outcome(at_step, launcher.returncode, there.get("status"), saved_step(folder), said, len(left), round(seconds, 1))
+    found = summary(folder) if (folder / "summary.json").exists() else {}
+    lines = [*filter(str.strip, errors.splitlines()), *(line for line in printed.splitlines() if line.startswith("stopped at"))]
+    said = found.get("reason") or (lines[-1] if lines else "")
+    return Outcome(at_step, launcher.returncode, found.get("status"), saved_step(folder), said, len(left), round(seconds, 1))
 
 
 def fault_of(cell: Cell, outcome: Outcome) -> str:
-    """What is wrong with a cell's outcome; "" if nothing is."""
+    """What is wrong with a cell's outcome, or ""."""
     if outcome.left:
         return f"{outcome.left} processes were left"
-    if cell.signal == "SIGKILL" and cell.process.startswith(("rank", "group")):  # the program can save nothing then, but say so
+    if cell.signal == "SIGKILL" and cell.process.startswith(("rank", "group")):  # nothing can be saved then
         well = outcome.status == "failed" and outcome.said and outcome.code not in (0, 75)
         return "" if well else f"it should have failed: {outcome.status}, {outcome.code}"
     if cell.moment == IN_TRAINING and (outcome.status != "stopped" or outcome.steps < outcome.at_step):
@@ -157,13 +155,13 @@ def fault_of(cell: Cell, outcome: Outcome) -> str:
 
 
 def weights_of(command: list[str], folder: Path) -> str:
-    """The weights_sha256 with which the command, left alone, ends."""
+    """The weights_sha256 that the command, left alone, ends with."""
     process = run(command, OMP_NUM_THREADS="1")
     return summary(folder)["weights_sha256"] if process.returncode == 0 else f"exit code {process.returncode}: {process.stderr}"
 
 
 def undisturbed(base: Path, steps: int) -> str:
-    """The weights_sha256 of the run that gets no signal."""
+    """The weights_sha256 of a run without signals."""
     return weights_of(command_for(base / "whole", steps), base / "whole")
 
 
@@ -171,7 +169,6 @@ def undisturbed(base: Path, steps: int) -> str:
 
 
 def main() -> int:
-    """Carry out all chains, or those named; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.signals", description=__doc__.split("\n")[0])
     parser.add_argument("--chains", nargs="+", default=list(CHAINS), choices=list(CHAINS), help="which")
     parser.add_argument("--steps", type=int, default=1_200, help="of the run")
@@ -179,9 +176,7 @@ def main() -> int:
     options = parser.parse_args()
     found = {"command": " ".join(sys.argv[1:]), "cells": [], "chains": {}}
     with tempfile.TemporaryDirectory() as base:
-        print(
-            "| signal to | signal | when | at step | exit code | status | saved | seconds | it said | |\n" + "|---" * 10 + "|"
-        )
+        print("| signal to | signal | when | at step | exit code | status | saved | reason | seconds | |\n" + "|---" * 10 + "|")
         for name in options.chains:
             folder = Path(base) / f"chain_{len(found['chains'])}"  # the name of no process
             command = command_for(folder, options.steps)
@@ -192,7 +187,7 @@ def main() -> int:
                 print("| " + " | ".join(str(row[key]) for key in row if key != "left") + " |", flush=True)
                 found["cells"].append(row)
             found["chains"][name] = weights_of(command, folder)
-            print(f"{name}: the command left alone ends with weights {found['chains'][name]}", flush=True)
+            print(f"{name}: ends with weights {found['chains'][name]}", flush=True)
             if options.json:
                 options.json.write_text(json.dumps(found, indent=1) + "\n")
         found["chains"]["no signal"] = undisturbed(Path(base), options.steps)
@@ -200,8 +195,7 @@ def main() -> int:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     same = len(set(found["chains"].values())) == 1
     faults = sum(row["fault"] != "right" for row in found["cells"])
-    weights = "the same" if same else "not the same"
-    print(f"{len(found['cells'])} cells, {faults} with a fault; the weights of all chains are {weights}")
+    print(f"{len(found['cells'])} cells, {faults} with a fault; the weights of all chains are {'' if same else 'not '}equal")
     return 1 if faults or not same else 0
 
 

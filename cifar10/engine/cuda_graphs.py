@@ -1,10 +1,8 @@
 """The faster levels of `--engine-level` (see levels.py): compiled code, and CUDA graphs that replay a step without its Python.
 
 `accelerate` wraps the script's step function once, at the start, as torch.compile would; nothing else knows the levels.
-
-What a captured graph may rely on: tensors stay where they are, nothing is read back, and whoever replays it does the host's
-bookkeeping. `Recorder` is the seam between that bookkeeping and CUDA; tests replace it by one that records a CPU's operations.
-No graph of this file has been measured on a GPU yet.
+A captured graph needs tensors that stay where they are and are never read back; the host's bookkeeping is repeated at each
+replay. On a CPU, tests replace `CudaRecorder`. None of these graphs has been measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,31 +19,19 @@ from torch import Tensor, nn
 from cifar10.engine.engine import Engine
 from cifar10.engine.levels import Level
 
-WARMUP_RUNS = 3  # before a capture: libraries choose their algorithms, and allocate what stays, outside of it
-COUNTERS = ("global_steps", "micro_steps", "global_samples", "skipped_steps")  # DeepSpeed's, which a step moves
+WARMUP_RUNS = 3  # before a capture, in which libraries choose their algorithms and allocate their memory
+COUNTERS = ("global_steps", "micro_steps", "global_samples", "skipped_steps")  # DeepSpeed's
 
-Work = Callable[[], Any]  # device work on fixed tensors, and the tensors that it leaves its results in
+Work = Callable[[], Any]  # device work on fixed tensors; returns the tensors that hold its results
 Forward = Callable[[Tensor], Tensor]
 Step = Callable[..., Any]  # (engine, micro_batches, *settings) -> tensors
 
 
-class Recorder(Protocol):
-    """How device work is captured."""
-
-    def warm_up(self, work: Work) -> None:
-        """Do `work` a few times; the caller undoes what that changes."""
-
-    def capture(self, work: Work) -> Work:
-        """A function that does the same again, into the same results. Capturing may carry `work` out, or not."""
-
-    def capture_forward(self, module: nn.Module, images: Tensor) -> Forward:
-        """The module's forward for images of this shape, which also captures the backward that belongs to it."""
-
-
 class CudaRecorder:
-    """CUDA graphs on the current device."""
+    """Captures CUDA graphs on the current device."""
 
     def warm_up(self, work: Work) -> None:
+        """Do `work` a few times; the caller undoes its effects."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -54,8 +40,9 @@ class CudaRecorder:
         torch.cuda.current_stream().wait_stream(stream)
 
     def capture(self, work: Work) -> Work:
+        """A function that repeats `work` and leaves its results in the same tensors."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own thread goes on querying the device
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own thread queries the device
             results = work()
 
         def replay() -> Any:
@@ -65,8 +52,9 @@ class CudaRecorder:
         return replay
 
     def capture_forward(self, module: nn.Module, images: Tensor) -> Forward:
+        """The module's forward, and its backward, for images of this shape."""
         on, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        with torch.autocast("cuda", dtype, enabled=on, cache_enabled=False):  # a cast of another graph would be stale
+        with torch.autocast("cuda", dtype, enabled=on, cache_enabled=False):  # another graph's cast would be stale
             return torch.cuda.make_graphed_callables(
                 module, (images.clone(),), num_warmup_iters=WARMUP_RUNS, capture_error_mode="thread_local"
             )
@@ -74,7 +62,7 @@ class CudaRecorder:
 
 @contextmanager
 def undone(engine: Engine) -> Iterator[None]:
-    """Undo afterwards what steps change, random numbers included: warm-up and capture do not count as training."""
+    """Undo what steps change, including the random state: warm-up and capture are not training."""
 
     def optimizer_state() -> list[Tensor]:
         return [value for state in engine.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
@@ -99,17 +87,16 @@ def undone(engine: Engine) -> Iterator[None]:
 
 
 class CapturedStep:
-    """`step(engine, micro_batches, *settings)` as one graph for each shape of its images; replayed, it returns the same tensors
-    with new values.
+    """`step(engine, micro_batches, *settings)` as one graph per image shape, captured at the first call with that shape.
 
-    The first call for a shape captures; what of a step the host does is done here, at each replay.
+    A replay returns the same tensors with new values; the host's part of a step is repeated at each replay.
     """
 
-    def __init__(self, step: Step, engine: Engine, recorder: Recorder) -> None:
+    def __init__(self, step: Step, engine: Engine, recorder: CudaRecorder) -> None:
         self._step, self._recorder = step, recorder
-        self._graphs: dict[Any, tuple[list[Tensor], Work]] = {}  # the inputs' fixed places, and the replay
-        self._has_dropout, engine.seeds_dropout = engine.seeds_dropout, False  # CUDA cannot seed while it captures
-        engine.deepspeed._config.steps_per_print = None  # its line would read the learning rate from the device
+        self._graphs: dict[Any, tuple[list[Tensor], Work]] = {}  # the input tensors, and the replay
+        self._has_dropout, engine.seeds_dropout = engine.seeds_dropout, False  # CUDA cannot seed during a capture
+        engine.deepspeed._config.steps_per_print = None  # it would read the learning rate from the device
         for group in engine.optimizer.param_groups:
             group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=engine.world.device)
 
@@ -120,7 +107,7 @@ class CapturedStep:
             self._graphs[key] = self._capture(engine, micro_batches, *settings)
         inputs, replay = self._graphs[key]
         if self._has_dropout:
-            engine.seed_dropout()  # a replay draws from the seed of its moment
+            engine.seed_dropout()  # a replay uses the current seed
         for place, tensor in zip(inputs, tensors, strict=True):
             place.copy_(tensor)
         results, engine.grad_norm, engine.skipped = replay()
@@ -141,9 +128,9 @@ class CapturedStep:
 
 
 class GraphedForward:
-    """A module's forward while it trains, as one graph for each shape of images; in evaluation, its own."""
+    """A module's forward in training, as one graph per image shape; in evaluation, the module's own."""
 
-    def __init__(self, engine: Engine, recorder: Recorder) -> None:
+    def __init__(self, engine: Engine, recorder: CudaRecorder) -> None:
         self._engine, self._module, self._recorder = engine, engine.module, recorder
         self._eager: Forward = engine.module.forward
         self._graphs: dict[torch.Size, Forward] = {}
@@ -152,7 +139,7 @@ class GraphedForward:
         if not (self._module.training and torch.is_grad_enabled()):
             return self._eager(images)
         if images.shape not in self._graphs:
-            twin = copy.copy(self._module)  # the same parameters, buffers and parts, without DeepSpeed's hooks and this object
+            twin = copy.copy(self._module)  # shares parameters and buffers, without DeepSpeed's hooks and this forward
             twin._forward_hooks, twin._forward_pre_hooks, twin._backward_hooks = OrderedDict(), OrderedDict(), OrderedDict()
             del twin.forward
             with undone(self._engine):
@@ -160,12 +147,12 @@ class GraphedForward:
         return self._graphs[images.shape](images)
 
 
-def accelerate(step: Step, engine: Engine, level: Level, recorder: Recorder | None = None) -> Step:
-    """`step` at a level that `levels.resolve_level` allows; call it once, before the first step."""
+def accelerate(step: Step, engine: Engine, level: Level, recorder: CudaRecorder | None = None) -> Step:
+    """`step` at a level from `levels.resolve_level`; call it once, before the first step."""
     if level == "compile":
         for hook in (engine.deepspeed.module_forward_pre_hook, engine.deepspeed.module_forward_post_hook):
-            hook.remove()  # they start and stop timers, and read a count of steps: each step would be compiled anew
-        engine.deepspeed.compile(compile_kwargs={"dynamic": False})  # each size of images is compiled for itself
+            hook.remove()  # they read a step count, which would recompile at each step
+        engine.deepspeed.compile(compile_kwargs={"dynamic": False})  # one compilation per image size
     elif level == "graph":
         engine.module.forward = GraphedForward(engine, recorder or CudaRecorder())
     elif level == "captured":

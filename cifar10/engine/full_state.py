@@ -1,7 +1,7 @@
-"""What a model and its training consist of, gathered from all ranks and restored on any number of them, under ZeRO as well.
+"""The full state of a model in training, gathered from all ranks and restored on any number of them, also under ZeRO.
 
-State is saved whole, as {name: tensor}, not as each rank's share: DeepSpeed 0.19.8's own checkpoints cannot change the number
-of ranks under ZeRO. Each function is called by every rank, and uses DeepSpeed's getters and setters for what ZeRO has split.
+It is saved unpartitioned, as {name: tensor}: DeepSpeed 0.19.8's own checkpoints cannot change the number of ranks under ZeRO.
+Every rank must call these functions, which use DeepSpeed's getters and setters for what ZeRO has partitioned.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ STATE = frozenset("parameters optimizer optimizer_name buffers loss_scale schedu
 def portable_state(engine: Engine) -> dict[str, Tensor]:
     """The model as a plain fp32 state dict on the CPU, the same on every rank.
 
-    Weights are the fp32 masters. BatchNorm statistics, which each rank keeps of its own images, are averaged over ranks, on
-    a copy: training continues with each rank's own.
+    Weights are the fp32 masters. BatchNorm statistics are averaged over ranks, on a copy: each rank trains on with its own.
     """
     state = {name: _gathered(engine, parameter) for name, parameter in engine.module.named_parameters()}
     for name, buffer in engine.module.named_buffers():
@@ -41,13 +40,12 @@ def portable_state(engine: Engine) -> dict[str, Tensor]:
 def full_state(engine: Engine) -> dict[str, Any]:
     """All that training continues from, on the CPU and of plain types, the same on every rank.
 
-    Weights and optimizer state fit any number of ranks and any ZeRO stage. Buffers are a list, those of each rank, since
-    each has BatchNorm statistics of its own.
+    Weights and optimizer state fit any number of ranks and any ZeRO stage. Buffers (BatchNorm's) are a list, one per rank.
     """
     module, scheduler, scaler = engine.module, engine.deepspeed.lr_scheduler, loss_scaler(engine)
     groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
     if scheduler is None:
-        groups = [{**group, "lr": lr} for group, lr in zip(groups, engine.lrs, strict=True)]  # which may be on the device
+        groups = [{**group, "lr": lr} for group, lr in zip(groups, engine.lrs, strict=True)]  # never a tensor
     return {
         "parameters": {name: _gathered(engine, parameter) for name, parameter in module.named_parameters()},
         "optimizer": {key: _gathered_optimizer_state(engine, key) for key in _optimizer_keys(engine)},
@@ -65,7 +63,7 @@ def restore(engine: Engine, saved: dict[str, Any]) -> None:
     """Continue from what `full_state` returned, on any number of ranks and at any ZeRO stage.
 
     With another number of ranks, each starts from the mean of the saved buffers. Raises UsageError, and changes nothing, if
-    the weights are another model's or the optimizer state another optimizer's.
+    the state is that of another model or optimizer.
     """
     _check(engine, saved)
     deepspeed, scaler = engine.deepspeed, loss_scaler(engine)
@@ -76,28 +74,28 @@ def restore(engine: Engine, saved: dict[str, Any]) -> None:
         of_ranks = [buffers[name] for buffers in saved["buffers"]]
         if len(of_ranks) == engine.world.size:
             buffer.copy_(of_ranks[engine.world.rank])
-        else:  # of a count, which all ranks share, there is no mean
+        else:  # a count (an integer) is the same on all ranks
             buffer.copy_(torch.stack(of_ranks).mean(dim=0) if buffer.is_floating_point() else of_ranks[0])
     if scaler is not None and saved["loss_scale"] is not None:
         scaler.load_state_dict({**scaler.state_dict(), **saved["loss_scale"]})
     if deepspeed.lr_scheduler is not None and saved["scheduler"] is not None:
         deepspeed.lr_scheduler.load_state_dict(saved["scheduler"])
         for group, settings in zip(engine.optimizer.param_groups, saved["groups"], strict=True):
-            group.update(settings)  # the scheduler has moved them; without one they are the JSON's, as recorded
+            group.update(settings)  # which the scheduler has changed
     for name in COUNTERS:
         setattr(deepspeed, name, saved["counters"][name])
-    deepspeed.micro_steps = deepspeed.global_steps * deepspeed.gradient_accumulation_steps()  # it finds a step's last by it
+    deepspeed.micro_steps = deepspeed.global_steps * deepspeed.gradient_accumulation_steps()
 
 
 def loss_scaler(engine: Engine) -> Any:
-    """What keeps fp16's loss scale, at any ZeRO stage; None in other precisions."""
+    """The object that holds fp16's loss scale, at any ZeRO stage; None in other precisions."""
     if engine.stage and isinstance(engine.deepspeed.optimizer.loss_scaler, LossScale):
         return engine.deepspeed.optimizer.loss_scaler
     return engine.deepspeed.torch_autocast_z0_gradscaler
 
 
 def weights_sha256(state: dict[str, Tensor]) -> str:
-    """A fingerprint of a state dict: names, types, shapes and bytes, in name order."""
+    """SHA-256 of a state dict: names, types, shapes and bytes, in name order."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].contiguous()
@@ -106,12 +104,12 @@ def weights_sha256(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-# --- whether a saved state fits -----------------------------------------------------------------------------------------
+# --- checks -------------------------------------------------------------------------------------------------------------
 
 
 def _check(engine: Engine, saved: dict[str, Any]) -> None:
     if not isinstance(saved, dict) or not saved.keys() >= STATE:
-        raise UsageError("the checkpoint is another program's, or another version's")
+        raise UsageError("the checkpoint was written by another program or version")
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
     theirs = {name: tuple(value.shape) for name, value in saved["parameters"].items()}
     if shapes != theirs:
@@ -119,14 +117,14 @@ def _check(engine: Engine, saved: dict[str, Any]) -> None:
         raise UsageError(f"the checkpoint is another model's: {name} is {theirs.get(name)} there, {shapes.get(name)} here")
     optimizer, scheduler = type(engine.optimizer).__name__, engine.deepspeed.lr_scheduler
     if saved["optimizer_name"] != optimizer:
-        raise UsageError(f"the checkpoint's optimizer is {saved['optimizer_name']}, and this run's is {optimizer}")
+        raise UsageError(f"the checkpoint's optimizer is {saved['optimizer_name']}, but this run's is {optimizer}")
     if scheduler is not None and saved["scheduler_name"] not in (None, type(scheduler).__name__):
         ours = type(scheduler).__name__
-        raise UsageError(f"the checkpoint's scheduler is {saved['scheduler_name']}, and this run's is {ours}")
+        raise UsageError(f"the checkpoint's scheduler is {saved['scheduler_name']}, but this run's is {ours}")
     buffers = {name: tuple(buffer.shape) for name, buffer in engine.module.named_buffers()}
     if any({name: tuple(value.shape) for name, value in one.items()} != buffers for one in saved["buffers"]):
         raise UsageError("the checkpoint's buffers are another model's")
-    for key, values in saved["optimizer"].items():  # a fused optimizer would read beyond the end of one that is too short
+    for key, values in saved["optimizer"].items():  # a fused optimizer would read past the end of a tensor that is too short
         for name, value in values.items():
             fits = value.dim() == 0 or tuple(value.shape) == shapes.get(name) or optimizer == "Adafactor"  # rows and columns
             if name not in shapes or not fits:
@@ -158,7 +156,7 @@ def _set(engine: Engine, parameter: nn.Parameter, value: Tensor) -> None:
 
 
 def _own_part(engine: Engine, parameter: nn.Parameter, value: Tensor) -> Tensor:
-    """What this rank keeps of a whole tensor at stage 3; the last part is padded, which DeepSpeed 0.19.8's setter forgets."""
+    """This rank's part of a tensor at stage 3, the last one padded, which DeepSpeed 0.19.8's setter forgets."""
     size = parameter.ds_tensor.numel()
     padded = value.new_zeros(size * engine.world.size)
     padded[: value.numel()] = value.flatten()
@@ -169,20 +167,20 @@ def _own_part(engine: Engine, parameter: nn.Parameter, value: Tensor) -> Tensor:
 
 
 def _flat_partitions(engine: Engine) -> list[Tensor]:
-    """Under ZeRO, the flat tensors that the optimizer has in place of parameters."""
+    """The flat tensors that the optimizer has instead of parameters under ZeRO."""
     zero = engine.deepspeed.optimizer
     return zero.fp32_partitioned_groups_flat if engine.stage == 3 else zero.single_partition_of_fp32_groups
 
 
 def _optimizer_keys(engine: Engine) -> list[str]:
-    """The names of the optimizer's state; none before the first step."""
+    """The names of the optimizer's state, empty before the first step."""
     owners = _flat_partitions(engine) if engine.stage else list(engine.module.parameters())
     states = (engine.optimizer.state.get(owner, {}) for owner in owners)
     return sorted({key for state in states for key, value in state.items() if torch.is_tensor(value)})
 
 
 def _gathered_optimizer_state(engine: Engine, key: str) -> dict[str, Tensor]:
-    """{parameter name: its state}; a count of steps is 0-dim."""
+    """{parameter name: its state}; a step count is 0-dim."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     named, state = dict(engine.module.named_parameters()), engine.optimizer.state
@@ -204,7 +202,7 @@ def _set_optimizer_state(engine: Engine, saved: dict[str, dict[str, Tensor]]) ->
             for name, value in values.items():
                 state = engine.optimizer.state[named[name]]
                 if torch.is_tensor(state.get(key)):
-                    state[key].copy_(value)  # in place: a captured step goes on reading it there
+                    state[key].copy_(value)  # in place: a captured step reads it there
                 else:
                     state[key] = _placed(engine, value)
         return
@@ -214,7 +212,7 @@ def _set_optimizer_state(engine: Engine, saved: dict[str, dict[str, Tensor]]) ->
         one = next(iter(values.values()))
         for flat in _flat_partitions(engine):
             engine.optimizer.state[flat][key] = _placed(engine, one) if one.dim() == 0 else torch.zeros_like(flat)
-    if saved and engine.stage < 3:  # its setters know the optimizer's state only once this has been done
+    if saved and engine.stage < 3:  # DeepSpeed's setters need the optimizer's state to be linked first
         engine.deepspeed.optimizer._hp_optimizer_states_linked = False
         engine.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
     for key, values in saved.items():
@@ -227,6 +225,6 @@ def _set_optimizer_state(engine: Engine, saved: dict[str, dict[str, Tensor]]) ->
 
 
 def _placed(engine: Engine, value: Tensor) -> Tensor:
-    """A copy of a state where the optimizer keeps it: PyTorch's fused ones count steps on the device, others on the CPU."""
+    """A copy where the optimizer keeps it: PyTorch's fused optimizers count steps on the device, others on the CPU."""
     on_device = value.dim() or engine.optimizer.param_groups[0].get("fused")
     return value.to(engine.world.device if on_device else "cpu", copy=True)

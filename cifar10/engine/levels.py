@@ -1,13 +1,12 @@
-"""How a step is carried out, `--engine-level`: what each level can do, and what it cannot, before any rank starts.
+"""How a step is executed, `--engine-level`, and which configs each level supports, checked before any rank starts.
 
-    eager      the script's step as it is, one operation after another: the reference that the others are tested against
-    compile    DeepSpeed's engine.compile(): forward and backward as kernels that PyTorch's Inductor makes
-    graph      forward and backward as two CUDA graphs; averaging over ranks and the update stay eager
-    captured   the whole step as one CUDA graph: none of DeepSpeed's Python, or ours, is left in it
+    eager      the script's step, one operation after another: the reference that the others are tested against
+    compile    DeepSpeed's engine.compile(): forward and backward as kernels from PyTorch's Inductor
+    graph      forward and backward as two CUDA graphs; gradient averaging and the update stay eager
+    captured   the whole step as one CUDA graph, without any Python
 
-The levels change the speed, not the numbers: each step does the same arithmetic on the same images. (Compiled dropout uses
-other random numbers, though still by seed and position.) No level has been measured on a GPU yet, so `auto` is eager
-everywhere.
+The levels change the speed, not the results, except that compiled dropout uses other random numbers, still by seed and step.
+No level has been measured on a GPU yet, so `auto` is eager everywhere.
 """
 
 from __future__ import annotations
@@ -19,16 +18,13 @@ from cifar10.distributed import device
 
 Level = Literal["eager", "compile", "graph", "captured"]
 LEVELS: tuple[Level, ...] = get_args(Level)
-CAPTURED_OPTIMIZERS = ("SGD", "MuonWithSGD")  # they read a learning rate on the device, and skip a step there
+CAPTURED_OPTIMIZERS = ("SGD", "MuonWithSGD")  # they read the learning rate, and skip a step, on the device
 TIMERS = ("wall_clock_breakdown", "flops_profiler", "timers.throughput")  # DeepSpeed's, around each forward
-MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")  # DeepSpeed's: written to at each step
+MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")  # DeepSpeed's, written at each step
 
 
 def resolve_level(wanted: str, config: dict[str, Any], world_size: int, *, sync_bn: bool = False) -> Level:
-    """The level that --engine-level `wanted` means, for DeepSpeed's JSON as `ds_config.resolve` made it.
-
-    Raises UsageError, one line with the flag that fixes it, if this machine or this JSON does not allow it.
-    """
+    """The level for --engine-level `wanted` and a config from `ds_config.resolve`. Raises UsageError if it is not supported."""
     level: Level = "eager" if wanted == "auto" else wanted
     reason = None if level == "eager" else _why_not(level, config, world_size, sync_bn)
     if reason:

@@ -1,4 +1,4 @@
-"""Launch options, and the deepspeed command line and environment that they become."""
+"""Launch options, and the deepspeed command line and environment for them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import tyro
 from cifar10 import UsageError
 from cifar10.config.cli import split_options
 from cifar10.config.recipe import PROJECT, check_value
+from cifar10.plan import invalid
 
 SCRIPT = PROJECT / "cifar10_deepspeed.py"
 
@@ -24,48 +25,44 @@ _Address = Annotated[str, tyro.conf.arg(metavar="ADDRESS", help_behavior_hint=""
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """How many ranks and machines, and how many runs to start: main.py's own options."""
+    """main.py's own options."""
 
     num_gpus: _Count = None
     """Ranks on this machine (default: one for each GPU; without GPUs, one rank on all CPU cores)."""
     num_nodes: int = 1
     """Machines. Run the same command on each, with its own --node-rank, and with an --output-dir that all of them share."""
     node_rank: int = 0
-    """Which of the machines this one is, from 0."""
+    """This machine's number, from 0."""
     master_addr: _Address = ""
     """With several machines, the address of the first."""
     master_port: int = 29_500
-    """With several machines, a free port of the first; on one machine, a free port is found."""
+    """With several machines, a free port of the first."""
     max_restarts: int = 0
-    """How many times a run that failed is started again, from its newest checkpoint."""
+    """How many times to restart a run that fails, from its newest checkpoint."""
     seeds: _Count = None
     """Train with N seeds from --seed up, one run after another in seed_0, seed_1, ... of --output-dir, and compare them."""
 
 
 def split_launch_options(argv: list[str]) -> tuple[LaunchOptions, list[str]]:
-    """The launch options of a command line, checked, and the other words, which are the script's. Raises UsageError."""
+    """The checked launch options of a command line, and the script's flags. Raises UsageError."""
     options, flags = split_options(argv, LaunchOptions)
-    for name in ("num_gpus", "num_nodes", "master_port", "seeds"):
+    for name, least in {"num_gpus": 1, "num_nodes": 1, "master_port": 1, "seeds": 1, "max_restarts": 0}.items():
         value = getattr(options, name)
-        check_value(options, name, value is None or value >= 1, "a whole number from 1 up")
-    check_value(options, "max_restarts", options.max_restarts >= 0, "a whole number from 0 up")
+        check_value(options, name, value is None or value >= least, f"a whole number from {least} up")
     check_value(options, "node_rank", 0 <= options.node_rank < options.num_nodes, f"0 to {options.num_nodes - 1}")
     if options.num_nodes > 1 and not options.master_addr:
         raise UsageError("--num-nodes needs --master-addr, the first machine's address, for example --master-addr 10.0.0.1")
     if options.num_nodes > 1 and options.seeds:
         raise UsageError("--seeds is not supported with --num-nodes; start each seed as a run of its own, for example --seed 1")
     if options.num_nodes == 1 and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "RANK" not in os.environ:
-        raise UsageError(
-            "srun started main.py several times, but main.py itself starts all ranks of a machine; use"
-            " srun python cifar10_deepspeed.py, or sbatch run_deepspeed.sh"
-        )
+        raise UsageError("main.py starts all ranks itself; use srun python cifar10_deepspeed.py, or sbatch run_deepspeed.sh")
     return options, flags
 
 
 def count_ranks(asked: int | None, gpus: int) -> int:
-    """The number of ranks on this machine. Raises UsageError if more GPUs are asked for than it has."""
+    """The number of ranks on this machine, or UsageError if that is more than its GPUs."""
     if asked and gpus and asked > gpus:
-        raise UsageError(f"--num-gpus {asked}: this machine has {gpus}; use --num-gpus {gpus} or fewer")
+        raise invalid("--num-gpus", asked, f"1 to {gpus}, the GPUs of this machine", gpus)
     return asked or gpus or 1
 
 
@@ -78,7 +75,7 @@ def free_port() -> int:
 def deepspeed_command(
     options: LaunchOptions, ranks: int, gpus: int, flags: list[str], hostfile: Path
 ) -> tuple[list[str], dict[str, str]]:
-    """The deepspeed command line for `ranks` ranks on this machine, and its environment; `hostfile` is written if needed."""
+    """The deepspeed command line for `ranks` ranks on this machine, and its environment; writes `hostfile` if needed."""
     environment = dict(os.environ)
     if not gpus:
         environment.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed's detection prints a warning in every process
@@ -90,7 +87,7 @@ def deepspeed_command(
     else:
         hosts, where = ["localhost"], [f"--num_gpus={ranks}", f"--master_port={free_port()}"]
     visible = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
-    if gpus and visible:  # DeepSpeed ignores the variable if it is given a number of GPUs
+    if gpus and visible:  # DeepSpeed ignores the variable if --num_gpus is given
         devices = ",".join(visible[:ranks])
         where = [word for word in where if not word.startswith("--num_gpus")]
         where.append("--include=" + "@".join(f"{host}:{devices}" for host in hosts))
@@ -101,7 +98,7 @@ def deepspeed_command(
 
 
 def start_command(options: LaunchOptions) -> str:
-    """The command that starts this again, without the script's flags."""
+    """The command that started main.py, without the script's flags."""
     given = [(f.name, getattr(options, f.name)) for f in fields(options) if getattr(options, f.name) != f.default]
     own = [word for name, value in given for word in ("--" + name.replace("_", "-"), str(value))]
     return shlex.join(["python", sys.argv[0], *own])

@@ -1,7 +1,6 @@
-"""A seed sweep: one recipe with several seeds, one run after another, in FOLDER/seed_0, seed_1, ... of main.py --seeds N.
+"""main.py --seeds N: one recipe with several seeds, one run after another, in seed_0, seed_1, ... of its output folder.
 
-The same command continues where it was stopped, and does not train finished seeds again. After a seed that fails the others
-are still trained; a stop ends the sweep.
+The same command continues a stopped sweep and skips finished seeds. A seed that fails does not end the sweep; a stop does.
 """
 
 from __future__ import annotations
@@ -23,45 +22,38 @@ from cifar10.run import folder as run_folder
 from cifar10.run.record import Record, open_record
 
 
-def seed_folder(output: Path, seed: int) -> Path:
-    return output / f"seed_{seed}"
-
-
-def seed_flags(flags: Sequence[str], output: Path, seed: int) -> list[str]:
-    """The command line of one seed's run: the last value of a flag counts."""
-    return [*flags, f"--seed={seed}", f"--output-dir={seed_folder(output, seed)}"]
-
-
 def train_seeds(options: LaunchOptions, ranks: int, flags: list[str], plan: Plan, output: Path) -> int:
-    """A run for each of --seeds, and a summary of them. Returns the exit code: 0, or that of the first that failed or stopped.
+    """Train all seeds and summarize them; returns 0, or the exit code of the first that failed or stopped.
 
-    Raises UsageError before anything is started if one of the runs is refused.
+    Raises UsageError, before any run starts, if one of them is refused.
     """
-    seeds, of_each = range(plan.recipe.seed, plan.recipe.seed + (options.seeds or 1)), replace(options, seeds=None)
+    seeds = range(plan.recipe.seed, plan.recipe.seed + (options.seeds or 1))
+    folders = {seed: output / f"seed_{seed}" for seed in seeds}
+    flags_of = {seed: [*flags, f"--seed={seed}", f"--output-dir={folder}"] for seed, folder in folders.items()}
     for seed in seeds:
-        make_plan(seed_flags(flags, output, seed), ranks, "main.py")
-    if len(seeds) > 1:  # each is a W&B run of its own; the id that a W&B sweep's agent chose is that of one
+        make_plan(flags_of[seed], ranks, "main.py")
+    if len(seeds) > 1:  # each is a W&B run of its own, but a W&B sweep's agent sets a single id
         os.environ.pop("WANDB_RUN_ID", None)
-    for number in SIGNALS:  # between two runs; a running Launch has its own handlers
+    for number in SIGNALS:  # between runs; a Launch has its own handlers
         signal.signal(number, lambda *_: sys.exit(RESUMABLE))
     code = FINISHED
     for seed in seeds:
-        of_seed = train(of_each, ranks, seed_flags(flags, output, seed), plan.options.max_steps, seed_folder(output, seed))
+        of_seed = train(replace(options, seeds=None), ranks, flags_of[seed], plan.options.max_steps, folders[seed])
         if of_seed == RESUMABLE:
             code = of_seed
             break
         code = code or of_seed
-    print_summary(output, seeds, with_page=plan.options.report)
+    print_summary(output, list(folders.values()), with_page=plan.options.report)
     if code != FINISHED:
         command = run_folder.command_to_continue(start_command(options), flags, output)
-        print(f"to go on with all seeds: {command}", flush=True)
+        print(f"to continue all seeds: {command}", flush=True)
     return code
 
 
 def summary_lines(records: Sequence[Record]) -> list[str]:
-    """A line for each seed, and one for each accuracy over the finished ones: mean, sample standard deviation, interval, n."""
+    """A line per seed, and one per accuracy over the finished seeds: mean, sample standard deviation, interval, n."""
     done, splits = [record for record in records if record.is_finished], ("train", "val", "test")
-    lines = [f"{len(done)} of {len(records)} seeds have finished:"]
+    lines = [f"{len(done)} of {len(records)} seeds finished:"]
     for record in records:
         accuracies = (f"{split} accuracy {percent(record.number(f'{split}_accuracy'))}" for split in splits)
         lines.append(f"{record.folder.name}: {record.status}; {', '.join(accuracies)}")
@@ -74,9 +66,9 @@ def summary_lines(records: Sequence[Record]) -> list[str]:
     return lines
 
 
-def print_summary(output: Path, seeds: Sequence[int], with_page: bool) -> None:
-    """Print the seeds' results, and compare the runs in compare.html. A corrupt run is reported, and is no failure."""
-    folders = [seed_folder(output, seed) for seed in seeds if (seed_folder(output, seed) / "recipe.json").exists()]
+def print_summary(output: Path, folders: Sequence[Path], with_page: bool) -> None:
+    """Print the seeds' results and render compare.html. A corrupt run is reported and is no failure."""
+    folders = [folder for folder in folders if (folder / "recipe.json").exists()]
     try:
         for line in summary_lines([open_record(folder) for folder in folders]):
             print(line)

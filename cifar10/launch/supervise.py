@@ -1,4 +1,4 @@
-"""A launcher under supervision: signals go to all of its processes, and it ends when the last of them does; restarts."""
+"""Supervises a launcher: forwards signals to its process group, waits for all of its processes, restarts failed runs."""
 
 from __future__ import annotations
 
@@ -21,25 +21,23 @@ from cifar10.run.summary import Summary, read_summary
 
 FINISHED, FAILED, REFUSED, RESUMABLE = 0, 1, 2, 75  # 75 is sysexits.h's EX_TEMPFAIL: try again
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-SECONDS_TO_SAVE = 60  # from a signal until what is left is killed; DeepSpeed's launcher gives each rank in turn 30 of its own
+SECONDS_TO_SAVE = 60  # from a signal until the remaining processes are killed; DeepSpeed's launcher gives each rank 30
 
 
 def live_processes(group: int) -> list[psutil.Process]:
-    """The live processes of a process group, without zombies."""
+    """The processes of a process group, without zombies."""
     found = []
     for process in psutil.process_iter():
-        try:
+        with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
             if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
-        except (ProcessLookupError, PermissionError, psutil.Error):
-            continue
     return found
 
 
 class Launch:
-    """A running launcher in a process group of its own; signals that reach us are passed on to the whole group.
+    """A launcher in a process group of its own, to which our signals are forwarded.
 
-    The launcher itself dies of a signal and leaves its ranks behind, so a run has ended when its whole group has.
+    The launcher dies of a signal before its ranks do, so the run has ended only when the whole group has.
     """
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
@@ -56,7 +54,7 @@ class Launch:
 
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
-        again = number == signal.SIGINT and now > self._first + 1  # Ctrl-C twice: do not wait for the save
+        again = number == signal.SIGINT and now > self._first + 1  # Ctrl-C twice: do not wait for the checkpoint
         if not self.signalled:
             self._first, self._deadline = now, now + SECONDS_TO_SAVE
         self.signalled = True
@@ -64,7 +62,7 @@ class Launch:
             self._signal_all(signal.SIGKILL if again else signal.SIGTERM)
 
     def wait(self) -> int:
-        """The launcher's exit code, once no process of the run is left."""
+        """Wait until no process of the run is left; returns the launcher's exit code."""
         while self._process.poll() is None or live_processes(self._process.pid):
             if time.monotonic() > self._deadline:
                 self._signal_all(signal.SIGKILL)
@@ -75,7 +73,7 @@ class Launch:
 
 
 def exit_code(launcher_code: int, signalled: bool, before: Summary | None, after: Summary | None) -> int:
-    """main.py's exit code, from the run folder's summary before and after: only a run whose summary says so has finished."""
+    """main.py's exit code: a run has finished or stopped if its summary is new and has that status."""
     status = after.status if after and after != before else None
     if status == "finished":
         return FINISHED
@@ -85,14 +83,13 @@ def exit_code(launcher_code: int, signalled: bool, before: Summary | None, after
 
 
 def describe(code: int) -> str:
-    """` with code 1`. A rank killed by a signal leaves DeepSpeed's launcher with minus its number, as an unsigned byte."""
-    if code in (247, 137, -9):
-        return ": a rank was killed by SIGKILL, as the system does when memory runs out"
-    return f" with code {code}"
+    """How a run ended; DeepSpeed's launcher exits with 256 minus the number of the signal that killed a rank."""
+    killed = ": a rank was killed by SIGKILL, as the system does when memory runs out"
+    return killed if code in (247, 137, -9) else f" with code {code}"
 
 
 def train_once(options: LaunchOptions, ranks: int, flags: list[str], folder: Path) -> int:
-    """Start the launcher and supervise it until its last process has ended; returns the exit code."""
+    """Start the launcher and wait for the end of its last process; returns the exit code."""
     before = read_summary(folder)
     with tempfile.TemporaryDirectory() as scratch:
         command, environment = deepspeed_command(options, ranks, device.count_gpus(), flags, Path(scratch) / "hostfile")
@@ -100,15 +97,15 @@ def train_once(options: LaunchOptions, ranks: int, flags: list[str], folder: Pat
         launch = Launch(command, environment)
         code = launch.wait()
     after = read_summary(folder)
-    first = options.node_rank == 0  # of several machines, the first writes the summary
-    if first and after and after != before and after.status == "running" and not launch.signalled:  # no rank was left to
+    crashed = after and after != before and after.status == "running" and not launch.signalled
+    if crashed and options.node_rank == 0:  # no rank could write it, and the first machine writes the summary
         after = replace(after, status="failed", reason=f"the run ended{describe(code)}")
         after.write(folder)
     return exit_code(code, launch.signalled, before, after)
 
 
 def train(options: LaunchOptions, ranks: int, flags: list[str], max_steps: int | None, folder: Path) -> int:
-    """Train the run in `folder` to its end, with its restarts; returns the exit code."""
+    """Train the run in `folder`, restarting it if it fails; returns the exit code."""
     summary = read_summary(folder)
     if summary and summary.is_complete(max_steps):
         print(f"{folder} holds a finished run; its results are in its summary.json", flush=True)

@@ -1,1 +1,1 @@
-"""What a run says and measures, and where that goes: console, CSV, TensorBoard, W&B."""
+"""What a run measures and prints, and where it goes: the console, CSV files, TensorBoard, W&B, MLflow."""

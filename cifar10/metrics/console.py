@@ -1,4 +1,4 @@
-"""The console: a live progress line in a terminal, elsewhere one line per epoch that is easy to grep."""
+"""The console: a line per epoch that is easy to grep, and in a terminal a live progress bar with images/s and time left."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from cifar10.metrics.sink import Context, EpochRow, Section, Sink, StepRow, Step
 
 
 def plain_lines(section: Section) -> list[str]:
-    """A section without a terminal: each row starts with the title, its cells in columns."""
+    """A section outside a terminal: lines that start with the title."""
     widths = [max(map(len, column)) for column in zip_longest(*section.rows, fillvalue="")]
     cells = (map(str.ljust, row, widths) for row in section.rows)
     return [f"{section.title}: {'  '.join(row)}".rstrip() for row in cells]
 
 
 def _table(section: Section) -> Table:
-    """A section in a terminal: words left-aligned, numbers right-aligned."""
+    """A section in a terminal: text left-aligned, numbers right-aligned."""
     table = Table(title=section.title, title_justify="left", box=box.ROUNDED, show_header=bool(section.header))
     for number, column in enumerate(zip_longest(*section.rows, fillvalue="")):
         are_numbers = all(re.fullmatch(r"[\d, ]*", cell) for cell in column)
@@ -36,10 +36,7 @@ def _table(section: Section) -> Table:
 
 
 class ConsoleSink(Sink):
-    """In a terminal a live line with images/s and the time left; elsewhere one line per epoch.
-
-    `prints_steps` adds a line per log interval, as PyTorch's tutorials print it: `[2,  4000] loss: 1.421`.
-    """
+    """`prints_steps` adds a line per log interval, as in PyTorch's tutorials: `[2,  4000] loss: 1.421`."""
 
     def __init__(self, steps: Steps, first_step: int, global_images: int, *, prints_steps: bool = False) -> None:
         self._console = Console(soft_wrap=True, highlight=False, emoji=False)
@@ -47,18 +44,10 @@ class ConsoleSink(Sink):
         self._steps_per_epoch, self._global_images, self._prints_steps = steps.per_epoch, global_images, prints_steps
         self._progress = None
         if self._console.is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.percentage:>3.0f}%"),
-                TimeElapsedColumn(),
-                TextColumn("eta"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[speed]}"),
-                console=self._console,
-                refresh_per_second=4,
-                transient=True,
-            )
+            done, speed = TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[speed]}")
+            times = TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn()
+            columns = TextColumn("{task.description}"), BarColumn(), done, *times, speed
+            self._progress = Progress(*columns, console=self._console, refresh_per_second=4, transient=True)
             self._task = self._progress.add_task("training", total=steps.last, completed=first_step, speed="")
             self._progress.start()
 
@@ -93,8 +82,7 @@ class ConsoleSink(Sink):
         elif self._console.is_terminal:
             self._console.print(_table(what), soft_wrap=False)
         else:
-            for line in plain_lines(what):
-                self.line(line)
+            self.line("\n".join(plain_lines(what)))
 
     def close(self) -> None:
         if self._progress is not None:

@@ -1,4 +1,4 @@
-"""metrics.csv and steps.csv, flushed row by row."""
+"""metrics.csv (a row per epoch and split) and steps.csv (a row per log interval), flushed row by row."""
 
 from __future__ import annotations
 
@@ -12,35 +12,30 @@ from cifar10.files import written_whole
 from cifar10.metrics.sink import Context, EpochRow, Sink, StepRow
 from cifar10.run.summary import SplitResult
 
+METRICS = ("epoch", "phase", "loss", "accuracy", "throughput")
+STEPS = tuple(f.name for f in fields(StepRow))
+
+
+def _reopened(path: Path, header: Sequence[str], last: int) -> TextIO:
+    """The file for appending after the rows whose first column is at most `last`; a row torn by a crash is cut."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    rows = [line.split(",") for line in text.splitlines()[1:]]
+    whole = (row for row in rows if len(row) == len(header) and row[0].isdecimal())
+    kept = [row for row in whole if int(row[0]) <= last and row[1] != "test"]
+    with written_whole(path) as file:
+        file.write("".join(",".join(row) + "\r\n" for row in [header, *kept]).encode())
+    return path.open("a", newline="", encoding="utf-8", buffering=1)
+
 
 class CsvSink(Sink):
-    """metrics.csv (a row per epoch and split) and steps.csv (a row per log interval), flushed row by row.
-
-    On a resume, rows after the checkpoint are cut and the files continue from there.
-    """
-
-    METRICS = ("epoch", "phase", "loss", "accuracy", "throughput")
-    STEPS = tuple(f.name for f in fields(StepRow))
+    """On a resume, rows after the checkpoint are cut and both files continue from there."""
 
     def __init__(self, folder: Path, *, step: int, epoch: int) -> None:
-        self._metrics_file = self._open(folder / "metrics.csv", self.METRICS, last=epoch)
-        self._steps_file = self._open(folder / "steps.csv", self.STEPS, last=step)
-        self._metrics, self._steps = csv.writer(self._metrics_file), csv.writer(self._steps_file)
-
-    @staticmethod
-    def _open(path: Path, header: Sequence[str], last: int) -> TextIO:
-        """Open for appending after the rows whose first column is at most `last`; a row torn by a crash is cut."""
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        rows = [line.split(",") for line in text.splitlines()[1:]]
-        whole = (row for row in rows if len(row) == len(header) and row[0].isdecimal())
-        kept = [row for row in whole if int(row[0]) <= last and row[1] != "test"]
-        with written_whole(path) as file:
-            file.write("".join(",".join(row) + "\r\n" for row in [header, *kept]).encode())
-        return path.open("a", newline="", encoding="utf-8", buffering=1)
+        self._files = _reopened(folder / "metrics.csv", METRICS, epoch), _reopened(folder / "steps.csv", STEPS, step)
+        self._metrics, self._steps = map(csv.writer, self._files)
 
     def _split(self, epoch: int, phase: str, result: SplitResult) -> None:
-        accuracy = f"{result.accuracy:.6f}"
-        self._metrics.writerow((epoch, phase, f"{result.loss:.6f}", accuracy, f"{result.throughput:.1f}"))
+        self._metrics.writerow((epoch, phase, f"{result.loss:.6f}", f"{result.accuracy:.6f}", f"{result.throughput:.1f}"))
 
     def step(self, row: StepRow) -> None:
         self._steps.writerow(f"{value:.7g}" if isinstance(value, float) else value for value in astuple(row))
@@ -54,8 +49,8 @@ class CsvSink(Sink):
         self._split(epoch, "test", result)
 
     def close(self) -> None:
-        self._metrics_file.close()
-        self._steps_file.close()
+        for file in self._files:
+            file.close()
 
 
 def open_sink(context: Context) -> CsvSink:

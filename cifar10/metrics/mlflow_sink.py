@@ -1,8 +1,7 @@
-"""A run's metrics for MLflow, on when $MLFLOW_TRACKING_URI, MLflow's own variable, is set.
+"""MLflow, on when $MLFLOW_TRACKING_URI, MLflow's own variable, is set.
 
-The settings are the run's params. Names and x-axis of the metrics are those in TensorBoard: step/*, train/*, val/*, test/* and
-final/* over the run's step. The MLflow run's id is kept in mlflow_run.json and a resume continues it; the store itself says
-which rows it has, so that none is logged twice.
+Metrics have the names and x-axis that they have in TensorBoard; the settings are the MLflow run's params. Its id is kept in
+mlflow_run.json, so that a resume continues it; the store is asked which rows it has, so that none is logged twice.
 """
 
 from __future__ import annotations
@@ -11,16 +10,15 @@ import os
 import time
 from typing import Any
 
-from cifar10.metrics.sink import Context, EpochRow, Sink, StepRow
+from cifar10.metrics.sink import Context, ScalarSink
 from cifar10.metrics.wandb_sink import PROJECT
-from cifar10.run.evaluation import SplitResult
 from cifar10.run.folder import read_json, title, write_json
 
-# MLflow's own settings, unless the user has set them: its defaults wait for minutes where no server answers.
+# MLflow's own settings, unless the user has set them: by default it waits minutes for a server that does not answer.
 SETTINGS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
 
 
-class MlflowSink(Sink):
+class MlflowSink(ScalarSink):
     """One run at MLflow. Raises whatever MLflow raises when it cannot start."""
 
     def __init__(self, context: Context) -> None:
@@ -31,7 +29,7 @@ class MlflowSink(Sink):
         except ImportError as error:
             raise RuntimeError(f"{error}; `uv sync --extra mlflow` installs it") from None
         self._client, self._entities, self._status = MlflowClient(), entities, "KILLED"
-        self._folder, self._steps = context.folder, context.steps
+        self._folder, self.steps = context.folder, context.steps
         self._logged: dict[str, int] = {}  # the last step of each metric in the store
         if saved := read_json(self._folder / "mlflow_run.json"):
             self._id = saved["id"]
@@ -46,8 +44,8 @@ class MlflowSink(Sink):
             self._client.log_batch(self._id, params=params)
         self.note = f"MLflow: run {self._id}"
 
-    def _log(self, prefix: str, step: int, **values: float) -> None:
-        """Log the values of a step that the store does not have yet."""
+    def log(self, prefix: str, step: int, **values: float) -> None:
+        """Log those values of a step that the store does not have yet."""
         named = {f"{prefix}/{name}": float(value) for name, value in values.items()}
         for name in named.keys() - self._logged.keys():
             history = self._client.get_metric_history(self._id, name)
@@ -58,26 +56,9 @@ class MlflowSink(Sink):
         self._client.log_batch(self._id, metrics=metrics)
         self._logged |= dict.fromkeys(new, step)
 
-    def _log_split(self, split: str, step: int, result: SplitResult, **more: float) -> None:
-        self._log(split, step, loss=result.loss, accuracy=result.accuracy, throughput=result.throughput, **more)
-
-    def step(self, row: StepRow) -> None:
-        measured = {"loss": row.loss, "accuracy": row.accuracy, "gradient_norm": row.grad_norm}
-        self._log("step", row.step, **measured, learning_rate=row.lr, skipped=row.skipped)
-
-    def epoch(self, row: EpochRow) -> None:
-        step = self._steps.at_end_of(row.epoch)
-        self._log_split("train", step, row.train, gradient_norm=row.grad_norm, epoch=row.epoch)
-        if row.val is not None:
-            self._log_split("val", step, row.val)
-
-    def test(self, epoch: int, result: SplitResult) -> None:
-        self._log_split("test", self._steps.at_end_of(epoch), result)
-
     def finished(self, summary: dict[str, Any]) -> None:
+        super().finished(summary)
         self._status = "FINISHED"
-        numbers = {k: v for k, v in summary.items() if isinstance(v, float | int) and not isinstance(v, bool)}
-        self._log("final", summary["steps"], **numbers)
         if (page := self._folder / "report.html").exists():
             self._client.log_artifact(self._id, str(page))
 

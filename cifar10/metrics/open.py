@@ -1,4 +1,4 @@
-"""Opens the sinks that a run's rows go to, once, on rank 0. A new sink is a file in this package and a line in SINKS."""
+"""Opens a run's sinks, once, on rank 0. A new sink is a file in this package and a name in SINKS."""
 
 from __future__ import annotations
 
@@ -9,19 +9,13 @@ from cifar10.metrics.sink import Context, Metrics, Steps, report_failure
 from cifar10.plan import Plan
 from cifar10.run.state import RunState
 
-# Modules with `open_sink(context) -> Sink | None`; rows reach them in this order. A library is imported only by a sink in use.
-SINKS = (
-    "console",
-    "csv_sink",
-    "report_sink",  # before the sinks that upload its plots
-    "tensorboard_sink",
-    "wandb_sink",
-    "mlflow_sink",
-)
+# Modules with `open_sink(context) -> Sink | None`, in the order in which they get rows: the report before the sinks that
+# upload its plots. A library is imported only by a sink in use.
+SINKS = ("console", "csv_sink", "report_sink", "tensorboard_sink", "wandb_sink", "mlflow_sink")
 
 
 def open_sinks(plan: Plan, folder: Path, state: RunState, last_step: int, steps_per_epoch: int) -> Metrics:
-    """The sinks that want the rows of a run which starts at `state`. One that cannot be opened is named on stderr."""
+    """The sinks of a run that starts at `state`. A sink that cannot be opened is reported on stderr."""
     context, sinks = Context(plan, folder, state, Steps(steps_per_epoch, last_step)), []
     for name in SINKS:
         try:

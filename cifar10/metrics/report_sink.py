@@ -12,12 +12,12 @@ class ReportSink(Sink):
     """Renders the report of a finished run and prints its path."""
 
     def __init__(self, folder: Path, data_dir: Path) -> None:
-        self._folder, self._data_dir = folder, data_dir
+        self._paths = folder, data_dir
 
     def finished(self, summary: dict[str, Any]) -> None:
         from cifar10.report.html import make_report
 
-        print(f"report: {make_report(self._folder, self._data_dir)}", flush=True)
+        print(f"report: {make_report(*self._paths)}", flush=True)
 
 
 def open_sink(context: Context) -> ReportSink | None:

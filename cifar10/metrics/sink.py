@@ -1,4 +1,4 @@
-"""Sinks receive what a run measures and says, row by row. Only rank 0 has any; `open.py` opens them."""
+"""Sinks receive what a run measures and reports, row by row. Only rank 0 has any; `open.py` opens them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,22 @@ from cifar10.run.summary import SplitResult
 
 @dataclass(frozen=True)
 class StepRow:
-    """Means over the steps since the row before: one row of steps.csv."""
+    """Means over the steps since the previous row: one row of steps.csv."""
 
     step: int
-    epoch: int  # the epoch under way, from 1
+    epoch: int  # the epoch in progress, from 1
     loss: float
     accuracy: float
     grad_norm: float
     lr: float
-    skipped: int  # steps skipped since the row before
+    skipped: int  # steps skipped since the previous row
 
 
 @dataclass(frozen=True)
 class EpochRow:
-    """An epoch's end: training over the epoch (augmented images, moving weights), validation after it, and how it stands now.
+    """The end of an epoch: training during it (augmented images, changing weights), and validation after it.
 
-    The watched loss is validation's, and the best accuracy too; where nothing is held out, both are training's.
+    The watched loss and the best accuracy are validation's; without a validation split, training's.
     """
 
     epoch: int  # from 1
@@ -41,26 +42,26 @@ class EpochRow:
     grad_norm: float
     lr: float
     skipped: int
-    best_loss: float = math.nan  # the lowest of the watched loss so far
+    best_loss: float = math.nan  # the lowest watched loss so far
     best_accuracy: float = math.nan
     waited: int = 0  # epochs since the watched loss improved
 
 
 @dataclass(frozen=True)
 class Steps:
-    """How a run's epochs lie on the axis of its steps."""
+    """Where a run's epochs lie on its step axis."""
 
     per_epoch: int
-    last: int  # where the run ends, if it does not stop early
+    last: int  # the run's last step, unless it stops early
 
     def at_end_of(self, epoch: int) -> int:
-        """The step at which the rows of an epoch (from 1) are written: its last one, or the run's."""
+        """The step at which the rows of an epoch (from 1) are written: its last, or the run's."""
         return min(epoch * self.per_epoch, self.last)
 
 
 @dataclass(frozen=True)
 class Context:
-    """A run as it stands when its sinks are opened, from which each decides whether it is wanted."""
+    """A run as its sinks are opened; each sink decides from it whether it is wanted."""
 
     plan: Plan
     folder: Path
@@ -69,7 +70,7 @@ class Context:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Flat settings to compare runs by: the recipe's fields, and what changes most often in DeepSpeed's JSON."""
+        """Flat settings to compare runs by: the recipe's fields, and what changes most often in the DeepSpeed config."""
         plan, optimizer = self.plan, self.plan.ds_config.get("optimizer", {})
         batch = {"global_batch_size": plan.batch.global_images, "world_size": plan.batch.world_size}
         lr = optimizer.get("params", {}).get("lr")
@@ -78,7 +79,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Section:
-    """A titled table: drawn as one in a terminal, elsewhere printed as lines that begin with the title."""
+    """A titled table: rendered as one in a terminal, elsewhere printed as lines that begin with the title."""
 
     title: str
     rows: Sequence[tuple[str, ...]]
@@ -86,9 +87,9 @@ class Section:
 
 
 class Sink:
-    """Where rows go. The base ignores everything; a sink overrides the verbs it cares about."""
+    """Where rows go. The base class ignores everything; a sink overrides what it needs."""
 
-    note = ""  # where to look at the rows, if that is not obvious; printed at the start of the run
+    note = ""  # where to find the rows, if that is not obvious; printed at the start of the run
 
     def step(self, row: StepRow) -> None: ...
     def epoch(self, row: EpochRow) -> None: ...
@@ -98,17 +99,43 @@ class Sink:
     def close(self) -> None: ...
 
 
+class ScalarSink(Sink):
+    """A sink of scalars over the run's step: step/*, train/*, val/*, test/*, final/*. A subclass has `steps` and `log`."""
+
+    steps: Steps
+
+    def log(self, prefix: str, step: int, **values: float) -> None:
+        raise NotImplementedError
+
+    def step(self, row: StepRow) -> None:
+        means = {"loss": row.loss, "accuracy": row.accuracy, "gradient_norm": row.grad_norm}
+        self.log("step", row.step, **means, learning_rate=row.lr, skipped=row.skipped)
+
+    def epoch(self, row: EpochRow) -> None:
+        step = self.steps.at_end_of(row.epoch)
+        self.log("train", step, **row.train.measures, gradient_norm=row.grad_norm, epoch=row.epoch)
+        if row.val is not None:
+            self.log("val", step, **row.val.measures)
+
+    def test(self, epoch: int, result: SplitResult) -> None:
+        self.log("test", self.steps.at_end_of(epoch), **result.measures)
+
+    def finished(self, summary: dict[str, Any]) -> None:
+        numbers = {k: v for k, v in summary.items() if isinstance(v, float | int) and not isinstance(v, bool)}
+        self.log("final", summary["steps"], **numbers)
+
+
 def report_failure(name: str, error: Exception) -> None:
-    """A sink is never worth a run: its failure is one line on stderr."""
+    """A failing sink never ends a run: it is reported in one line on stderr."""
     reason = " ".join(str(error).split()) or type(error).__name__
     with contextlib.suppress(OSError):
-        print(f"{name} failed ({reason}); training goes on without it", file=sys.stderr)
+        print(f"{name} failed ({reason}); training continues without it", file=sys.stderr)
 
 
 class Metrics(Sink):
-    """All sinks as one. Ranks other than 0 have one without sinks, so nobody needs to ask for the rank.
+    """All sinks as one; without sinks on ranks other than 0, so that no caller needs to check the rank.
 
-    A sink that fails (a full disk, a closed pipe, a lost connection) is named on stderr and dropped; training goes on.
+    A sink that fails (a full disk, a closed pipe, a lost connection) is reported and dropped.
     """
 
     def __init__(self, sinks: Sequence[Sink] = ()) -> None:
@@ -126,25 +153,14 @@ class Metrics(Sink):
                     with contextlib.suppress(Exception):
                         sink.close()
 
-    def step(self, row: StepRow) -> None:
-        self._forward("step", row)
-
-    def epoch(self, row: EpochRow) -> None:
-        self._forward("epoch", row)
-
-    def test(self, epoch: int, result: SplitResult) -> None:
-        self._forward("test", epoch, result)
-
-    def event(self, what: str | Section) -> None:
-        self._forward("event", what)
+    step = partialmethod(_forward, "step")
+    epoch = partialmethod(_forward, "epoch")
+    test = partialmethod(_forward, "test")
+    event = partialmethod(_forward, "event")
+    finished = partialmethod(_forward, "finished")
+    close = partialmethod(_forward, "close")
 
     def say(self, lines: Iterable[str | Section]) -> None:
-        """An event for each of `lines`, which is not even iterated where there are no sinks."""
+        """An event for each of `lines`, which are not even computed where there are no sinks."""
         for line in lines if self._sinks else ():
             self.event(line)
-
-    def finished(self, summary: dict[str, Any]) -> None:
-        self._forward("finished", summary)
-
-    def close(self) -> None:
-        self._forward("close")

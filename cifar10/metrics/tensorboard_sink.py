@@ -1,7 +1,7 @@
-"""A run's metrics for TensorBoard: `tensorboard --logdir runs` compares all runs.
+"""TensorBoard: `tensorboard --logdir runs` compares all runs.
 
-The x-axis is always the run's step. Accuracies are fractions. `step/*` are means over a log interval, `train/*` over an
-epoch (augmented images, weights still changing), `val/*` are measured after it, `test/*` belong to the best model.
+The x-axis is the run's step; accuracies are fractions. `step/*` are means over a log interval, `train/*` over an epoch
+(augmented images, changing weights), `val/*` is measured after it, and `test/*` belongs to the best model.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cifar10.metrics.sink import Context, EpochRow, Sink, StepRow, Steps
-from cifar10.run.summary import SplitResult
+from cifar10.metrics.sink import Context, ScalarSink, Steps
 
-FLUSH_SECONDS = 10  # what a viewer sees is at most this old
+FLUSH_SECONDS = 10  # what a viewer shows is at most this old
 
 
-class TensorBoardSink(Sink):
+class TensorBoardSink(ScalarSink):
     """Event files in `folder`. On a resume, what was written after the checkpoint's step is hidden from viewers."""
 
     def __init__(self, folder: Path, steps: Steps, first_step: int, settings: dict[str, Any]) -> None:
@@ -23,46 +22,27 @@ class TensorBoardSink(Sink):
 
         purge = first_step + 1 if folder.exists() else None
         self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=FLUSH_SECONDS)
-        self._folder, self._steps, self._settings = folder, steps, settings
-        self._last_step = first_step
+        self._folder, self.steps, self._settings = folder, steps, settings
 
-    def _write(self, prefix: str, step: int, **values: float) -> None:
-        self._last_step = max(self._last_step, step)
+    def log(self, prefix: str, step: int, **values: float) -> None:
         for name, value in values.items():
             self._writer.add_scalar(f"{prefix}/{name}", value, step)
 
-    def _split(self, split: str, step: int, result: SplitResult) -> None:
-        self._write(split, step, loss=result.loss, accuracy=result.accuracy, throughput=result.throughput)
-
-    def step(self, row: StepRow) -> None:
-        measured = {"loss": row.loss, "accuracy": row.accuracy, "gradient_norm": row.grad_norm}
-        self._write("step", row.step, **measured, learning_rate=row.lr, skipped=row.skipped)
-
-    def epoch(self, row: EpochRow) -> None:
-        step = self._steps.at_end_of(row.epoch)
-        self._split("train", step, row.train)
-        self._write("train", step, gradient_norm=row.grad_norm, epoch=row.epoch)
-        if row.val is not None:
-            self._split("val", step, row.val)
-
-    def test(self, epoch: int, result: SplitResult) -> None:
-        self._split("test", self._steps.at_end_of(epoch), result)
-
     def finished(self, summary: dict[str, Any]) -> None:
-        """The settings and results for the HPARAMS tab, and the report's plots, if there is one."""
+        """The settings and results for the HPARAMS tab, and the report's plots, if there are any."""
         import numpy as np
         from PIL import Image
         from torch.utils.tensorboard.summary import hparams
 
-        results = {f"final/{k}": v for k, v in summary.items() if isinstance(v, float | int) and not isinstance(v, bool)}
+        super().finished(summary)
         plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in self._settings.items()}
-        for record in hparams(plain, results):  # add_hparams would start another folder for them
-            self._writer._get_file_writer().add_summary(record)
-        self._write("final", self._last_step, **{name.removeprefix("final/"): value for name, value in results.items()})
+        results = {f"final/{k}": v for k, v in summary.items() if isinstance(v, float | int) and not isinstance(v, bool)}
+        for record in hparams(plain, results):
+            self._writer._get_file_writer().add_summary(record)  # add_hparams would start another folder for them
         for path in sorted((self._folder.parent / "report").glob("*.png")):
-            with Image.open(path) as picture:
-                pixels = np.asarray(picture.convert("RGB"))
-            self._writer.add_image(f"report/{path.stem}", pixels, self._last_step, dataformats="HWC")
+            with Image.open(path) as plot:
+                pixels = np.asarray(plot.convert("RGB"))
+            self._writer.add_image(f"report/{path.stem}", pixels, summary["steps"], dataformats="HWC")
 
     def close(self) -> None:
         self._writer.close()

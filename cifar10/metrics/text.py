@@ -1,11 +1,13 @@
-"""What a run says: the data set, the network and the training at its start, the results at its end."""
+"""What a run prints: the data set, the model and the training settings at its start, the results at its end."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,66 +27,44 @@ MOST_LAYERS = 12  # that are listed one by one
 
 @dataclass(frozen=True)
 class Layer:
-    """One module that an image passes, or several that are told as one."""
+    """One module of the forward pass, or a block of several."""
 
     name: str
     kind: str
-    shape: tuple[int, ...]  # of what comes out for one image
+    shape: tuple[int, ...]  # of the output for one image
     parameters: int
 
 
 def layers(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Layer]:
-    """The layers of `model` in the order in which an image passes them, the parameters of each counted once.
+    """The layers of `model` in the order of its forward pass, shared parameters counted once.
 
-    One black image is sent through the model as it evaluates, so that nothing in it changes and nothing random is drawn.
+    One black image is sent through a copy of the model in eval mode, so nothing changes, not even the random state.
     """
     import torch
 
     found: list[Layer] = []
-    counted: set[int] = set()
+    counted: set[nn.Parameter] = set()
 
-    def count(parameters: Any) -> int:
-        fresh = [p for p in parameters if id(p) not in counted]
-        counted.update(map(id, fresh))
-        return sum(p.numel() for p in fresh)
+    def add(name: str, module: nn.Module, _inputs: Any = None, output: Any = None) -> None:
+        new = set(module.parameters()) - counted
+        counted.update(new)
+        shape = tuple(output.shape[1:]) if isinstance(output, torch.Tensor) else ()
+        found.append(Layer(name, type(module).__name__ if name else "outside of layers", shape, sum(p.numel() for p in new)))
 
-    def hook(name: str) -> Any:
-        def passed(module: nn.Module, _inputs: Any, output: Any) -> None:
-            shape = tuple(output.shape[1:]) if isinstance(output, torch.Tensor) else ()
-            found.append(Layer(name, type(module).__name__, shape, count(module.parameters())))
-
-        return passed
-
-    leaves = [(name, module) for name, module in model.named_modules() if name and not any(module.children())]
-    hooks = [module.register_forward_hook(hook(name)) for name, module in leaves]
-    training = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, *image_shape, device=next(model.parameters()).device))
-    finally:
-        for handle in hooks:
-            handle.remove()
-        for module, was_training in training.items():
-            module.training = was_training
-    if others := count(model.parameters()):
-        found.append(Layer("", "outside of layers", (), others))
-    return found
-
-
-def with_parameters(found: list[Layer]) -> list[Layer]:
-    """The layers that have any; where they are too many, each block of the network as one."""
-    told = [layer for layer in found if layer.parameters]
-    if len(told) <= MOST_LAYERS:
-        return told
-    blocks = [list(block) for _, block in groupby(found, key=lambda layer: layer.name.split(".")[0])]
-    return [block for block in map(_as_one, blocks) if block.parameters]
+    model = deepcopy(model).eval()
+    for name, module in model.named_modules():
+        if name and not any(module.children()):
+            module.register_forward_hook(partial(add, name))
+    with torch.no_grad():
+        model(torch.zeros(1, *image_shape, device=next(model.parameters()).device))
+    add("", model)
+    return found if found[-1].parameters else found[:-1]
 
 
 def _as_one(block: list[Layer]) -> Layer:
     kinds = Counter(layer.kind for layer in block if layer.parameters)
     kind = ", ".join(f"{count} {name}" for name, count in kinds.items())
-    parameters = sum(layer.parameters for layer in block)
-    return Layer(block[0].name.split(".")[0], kind, block[-1].shape, parameters)
+    return Layer(block[0].name.split(".")[0], kind, block[-1].shape, sum(layer.parameters for layer in block))
 
 
 def _times(shape: tuple[int, ...]) -> str:
@@ -92,20 +72,24 @@ def _times(shape: tuple[int, ...]) -> str:
 
 
 def model_section(model: nn.Module, image_shape: tuple[int, int, int]) -> Section:
-    """The network's layers that have parameters, and what comes out of each; `model` is the plain one, in fp32."""
+    """The layers (of a large model, the blocks) that have parameters, and their output shapes; `model` is the fp32 copy."""
     found = layers(model, image_shape)
-    rows = [(layer.name, layer.kind, _times(layer.shape), f"{layer.parameters:,}") for layer in with_parameters(found)]
+    if len(listed := [layer for layer in found if layer.parameters]) > MOST_LAYERS:
+        blocks = [_as_one(list(block)) for _, block in groupby(found, key=lambda layer: layer.name.split(".")[0])]
+        listed = [block for block in blocks if block.parameters]
     total = sum(layer.parameters for layer in found)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    which = "all of them trained" if trained == total else f"{trained:,} of them trained"
-    answer = next(layer.shape for layer in reversed(found) if layer.shape)
-    rows.append(("total", which, f"{_times(image_shape)} -> {_times(answer)}", f"{total:,}"))
-    digits = max(len(row[-1]) for row in rows)
-    return Section("model", [(*row[:-1], row[-1].rjust(digits)) for row in rows], ("layer", "kind", "output", "parameters"))
+    output = next(layer.shape for layer in reversed(found) if layer.shape)
+    which = "all trainable" if trained == total else f"{trained:,} trainable"
+    listed.append(Layer("total", which, output, total))
+    digits = len(f"{max(layer.parameters for layer in listed):,}")
+    rows = [(layer.name, layer.kind, _times(layer.shape), f"{layer.parameters:{digits},}") for layer in listed]
+    rows[-1] = (*rows[-1][:2], f"{_times(image_shape)} -> {_times(output)}", rows[-1][3])
+    return Section("model", rows, ("layer", "kind", "output", "parameters"))
 
 
 def _image_sizes(recipe: Recipe, size: int) -> str:
-    """The sizes that the network sees, one after another, unless it sees the images as they are."""
+    """The image sizes that the model is trained on, in order; empty if it is the data set's."""
     sizes, epoch = [], 1
     for first, epochs in zip(recipe.first_sizes, recipe.first_epochs, strict=True):
         when = f"epoch {epoch}" if epochs == 1 else f"epochs {epoch}-{epoch + epochs - 1}"
@@ -122,12 +106,12 @@ def _image_sizes(recipe: Recipe, size: int) -> str:
 
 
 def data_section(plan: Plan) -> Section:
-    """The images as they are on disk, and what training makes of them."""
+    """The images on disk, and how training augments them."""
     recipe, dataset = plan.recipe, plan.dataset
     kind = "grayscale" if dataset.channels == 1 else "RGB"
     tested = dataset.test_images if plan.options.test_images is None else plan.options.test_images
-    again = "" if recipe.tta == "none" else ", without and with test-time augmentation"
-    test = f"{tested:,} test images are opened once, at the end{again}" if tested else "the test images stay unopened"
+    tta = "" if recipe.tta == "none" else ", without and with test-time augmentation"
+    test = f"the {tested:,} test images are used once, at the end{tta}" if tested else "the test images are not used"
     rows = [
         ("images", f"{dataset.size}x{dataset.size}, {kind}, {len(dataset.classes)} classes; {test}"),
         ("classes", ", ".join(dataset.classes)),
@@ -140,37 +124,36 @@ def data_section(plan: Plan) -> Section:
 def _learning_rate(plan: Plan) -> str:
     recipe = plan.recipe
     if scheduler := plan.ds_config.get("scheduler"):
-        return f"moved by the JSON's {scheduler.get('type')}"
+        return f"set by the config's {scheduler.get('type')}"
     warmup = min(recipe.warmup_epochs, recipe.epochs / 10)
-    rises = f"a linear warmup over {warmup:g} epoch{'' if warmup == 1 else 's'}, then " if warmup else ""
-    falls = "a line" if recipe.lr_shape == "linear" else "a cosine"
-    return f"{rises}{falls} to 0, moving {recipe.lr_moves.replace('-', ' ')}"
+    rises = f"linear warmup over {warmup:g} epoch{'' if warmup == 1 else 's'}, then " if warmup else ""
+    return f"{rises}{recipe.lr_shape} decay to 0, updated {recipe.lr_moves.replace('-', ' ')}"
 
 
 def training_section(plan: Plan) -> Section:
-    """Batch, optimizer, learning rate, precision and the end, in the words of DeepSpeed's JSON and the recipe."""
+    """Batch, optimizer, learning rate, precision and early stopping, in the terms of DeepSpeed's config and the recipe."""
     recipe, config, batch = plan.recipe, plan.ds_config, plan.batch
     optimizer = config.get("optimizer", {})
     settings = {"lr": None, **optimizer.get("params", {})}
     scale = recipe.lr_scale(batch.global_images)
     if settings["lr"] is not None and scale != 1:
         settings["lr"] = f"{settings['lr'] * scale:g}"
-    told = {name: value for name, value in settings.items() if value not in (None, True, False)}
-    words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in told.items())
+    shown = [f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if value not in (None, True, False)]
     passes = f" x {batch.accumulation} micro-batches" if batch.accumulation > 1 else ""
-    ranks = "1 rank" if batch.world_size == 1 else f"{batch.world_size} ranks"
+    ranks = f"{batch.world_size} rank{'' if batch.world_size == 1 else 's'}{passes} x {batch.micro_images}"
     clipping, stage = config.get("gradient_clipping", 0), config.get("zero_optimization", {}).get("stage", 0)
-    clipped = f"gradients clipped to norm {clipping:g}" if clipping else "gradients as they are"
+    clipped = f"gradients clipped to norm {clipping:g}" if clipping else "no gradient clipping"
     watched = "validation" if recipe.val_images else "training"
-    waits = f"after {recipe.patience} epochs in which the {watched} loss has not fallen by {recipe.min_improvement:g}"
+    patience = f"after {recipe.patience} epochs without an improvement of the {watched} loss by {recipe.min_improvement:g}"
     smoothing = f", label smoothing {recipe.label_smoothing:g}" if recipe.label_smoothing else ""
     precision = "fp32" if plan.precision == "fp32" else f"{plan.precision} (torch_autocast), weights in fp32"
     rows = [
-        ("batch", f"{batch.global_images} images a step: {ranks}{passes} x {batch.micro_images}; cross-entropy{smoothing}"),
-        ("optimizer", f"{optimizer.get('type', 'the JSON has none')}: {words}" if words else str(optimizer.get("type"))),
+        ("batch", f"{batch.global_images} images per step = {ranks}"),
+        ("loss", f"cross-entropy{smoothing}"),
+        ("optimizer", ": ".join(filter(None, (optimizer.get("type", "none in the config"), ", ".join(shown))))),
         ("learning rate", _learning_rate(plan)),
         ("precision", f"{precision}; ZeRO stage {stage}; {clipped}"),
-        ("stops early", waits if recipe.patience else "never"),
+        ("early stopping", patience if recipe.patience else "off"),
     ]
     return Section("training", rows)
 
@@ -181,13 +164,13 @@ def training_section(plan: Plan) -> Section:
 def opening_lines(
     plan: Plan, folder: Path, place: str, model: Any, images: tuple[int, int], steps: tuple[int, int, int]
 ) -> Iterator[str | Section]:
-    """What is about to be trained: `images` are those of train and val, `steps` the first, the last and the schedule's."""
+    """What will be trained: `images` counts train and val, `steps` is the first, the last, and the schedule's total."""
     (train, val), (first_step, last_step, total_steps) = images, steps
     parameters = sum(p.numel() for p in model.parameters())
     yield f"recipe {plan.options.recipe}: {plan.recipe.model}, {parameters:,} parameters; run folder {folder}"
     yield (
-        f"{train:,} train and {val:,} val images of {plan.recipe.dataset};"
-        f" {total_steps:,} steps of {plan.batch.global_images} images = {plan.recipe.epochs:g} epochs"
+        f"{plan.recipe.dataset}: {train:,} train and {val:,} val images;"
+        f" {plan.recipe.epochs:g} epochs = {total_steps:,} steps of {plan.batch.global_images} images"
     )
     yield place
     yield data_section(plan)
@@ -197,11 +180,11 @@ def opening_lines(
     if first_step:
         yield f"resumed at step {first_step}"
     if last_step < total_steps:
-        yield f"ends at step {last_step} (--max-steps); the schedule stays that of {total_steps:,} steps"
+        yield f"stops at step {last_step} (--max-steps) of a schedule of {total_steps:,} steps"
 
 
 def _since_first(summary: Summary, split: str) -> str:
-    """How far an accuracy has come since the first epoch, in points: percent of the images."""
+    """How much an accuracy has gained since the first epoch, in percentage points."""
     first, now = getattr(summary, f"first_{split}_accuracy"), getattr(summary, f"{split}_accuracy")
     if first is None or summary.epochs <= 1:
         return ""
@@ -210,50 +193,42 @@ def _since_first(summary: Summary, split: str) -> str:
 
 
 def closing_lines(summary: Summary, val_images: int, plan: Plan) -> list[str]:
-    """The end of a finished run, a line for each split that was measured."""
+    """The results of a finished run, a line for each split that was measured."""
     lines = [
         f"finished ({summary.ended_by}): {summary.epochs:.4g} epochs, {summary.steps:,} steps,"
         f" {summary.train_seconds / 60:.1f} minutes of training, {summary.images_per_second or 0:,.0f} images/s;"
-        f" this process began {summary.process_seconds:.1f} seconds ago"
+        f" {summary.process_seconds:.1f} seconds since this process started"
     ]
-    since = _since_first(summary, "train") if summary.train_accuracy is not None else ""
+    since = ""
     if summary.train_accuracy is not None:
-        images = "augmented images, " if plan.recipe.is_augmented else ""
+        images, since = "augmented images, " if plan.recipe.is_augmented else "", _since_first(summary, "train")
         lines.append(f"train accuracy {summary.train_accuracy:.2%}  (last epoch: {images}weights still moving{since})")
     if summary.train_loss is not None:
         first = f"; first epoch {summary.first_train_loss:.4f}" if since else ""
         lines.append(f"training loss  {summary.train_loss:.4f}  (last epoch{first})")
     if summary.val_accuracy is not None:
-        lines.append(
-            f"val accuracy   {summary.val_accuracy:.2%}  (best_model, step {summary.best_step}; {val_images:,} images"
-            f"{_since_first(summary, 'val')})"
-        )
+        which = f"best_model, step {summary.best_step}; {val_images:,} images{_since_first(summary, 'val')}"
+        lines.append(f"val accuracy   {summary.val_accuracy:.2%}  ({which})")
     if summary.test_accuracy is not None:
-        used, there = summary.test_images, plan.dataset.test_images
-        which = f"all {used:,} images" if used == there else f"the first {used:,} of {there:,} images"
+        used, total = summary.test_images, plan.dataset.test_images
+        which = f"all {used:,} images" if used == total else f"the first {used:,} of {total:,} images"
         lines.append(f"test accuracy  {summary.test_accuracy:.2%}  (best_model; {which})  {summary.quality or ''}".rstrip())
     if summary.test_accuracy_tta is not None:
-        views = f"{VIEWS[plan.recipe.tta]} views of an image"
-        unsure = f" of which the model is less than {plan.recipe.tta_below:.0%} sure" if plan.recipe.tta_below < 1 else ""
+        views, below = f"{VIEWS[plan.recipe.tta]} views per image", plan.recipe.tta_below
+        unsure = f", where the model's confidence is below {below:.0%}" if below < 1 else ""
         lines.append(f"test accuracy  {summary.test_accuracy_tta:.2%}  with test-time augmentation: {views}{unsure}")
-    if plan.dataset.note:
-        lines.append(f"note: {plan.dataset.note}")
-    return lines
+    return [*lines, *([f"note: {plan.dataset.note}"] if plan.dataset.note else [])]
 
 
 def failure(error: Exception, rank: int, step: int, micro_images: int) -> str:
-    """Why a run has failed, in one line: which rank, at which step, and what to change where that is known."""
-    said = (str(error).strip() or type(error).__name__).splitlines()[0]
-    said = re.sub(r"^\[\S+\] ", "", said).split(" This is typically")[
-        0
-    ]  # gloo begins with its source file, and ends with guesses
-    if isinstance(error, MemoryError) or "out of memory" in said.lower() or "allocate memory" in said.lower():
-        advice = (
-            f"type --micro-batch-size {max(1, micro_images // 2)}, which keeps the global batch, or a ZeRO stage in the JSON"
-        )
-        return f"rank {rank} is out of memory at step {step}; {advice}"
-    if any(sign in said for sign in ("Timed out", "timed out", "Timeout")):
-        return f"rank {rank} has waited in vain for another at step {step}, which has died or hangs: {said}"
-    if any(sign in said for sign in ("closed by peer", "Connection reset", "Broken pipe", "Connection refused")):
-        return f"rank {rank} has lost another at step {step}, which has died: {said}"
-    return f"rank {rank} failed at step {step}: {type(error).__name__}: {said}"
+    """Why a run failed, in one line: which rank, at which step, and what to change if that is known."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = re.sub(r"^\[\S+\] ", "", reason).split(" This is typically")[0]  # gloo's source file, and its guesses
+    if isinstance(error, MemoryError) or "out of memory" in reason.lower() or "allocate memory" in reason.lower():
+        smaller = f"--micro-batch-size {max(1, micro_images // 2)}"
+        return f"rank {rank} is out of memory at step {step}; use {smaller}, which keeps the global batch, or a ZeRO stage"
+    if re.search("Timed out|timed out|Timeout", reason):
+        return f"rank {rank} timed out at step {step} waiting for another rank, which died or hangs: {reason}"
+    if re.search("closed by peer|Connection reset|Broken pipe|Connection refused", reason):
+        return f"rank {rank} lost another rank at step {step}, which died: {reason}"
+    return f"rank {rank} failed at step {step}: {type(error).__name__}: {reason}"

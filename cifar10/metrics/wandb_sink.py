@@ -1,17 +1,16 @@
-"""A run's metrics for Weights & Biases, online or in files that `wandb sync` uploads later.
+"""Weights & Biases, online or in files that `wandb sync` uploads later.
 
-Every row has `step`, the x-axis of all charts; accuracies are fractions (the documents' are percent).
+Every row has `step`, the x-axis of all charts; accuracies are fractions.
 
     step_loss  step_accuracy  gradient_norm  learning_rate  epoch  step     means over a log interval; epoch counts from 1
-    epoch_avg_loss  epoch_accuracy  epoch_avg_grad_norm                    training over an epoch, as the documents name it
-    best_loss  best_accuracy  patience                                     of validation; of training where none is held out;
-                                                                           epochs without improvement
+    epoch_avg_loss  epoch_accuracy  epoch_avg_grad_norm                    training over an epoch, named as in the documents
+    best_loss  best_accuracy  patience                                     of validation, or of training without a validation
+                                                                           split; epochs without improvement
     train/*  val/*  test/*                                                 loss, accuracy, throughput (images/s) by split
     final/*  and the summary                                               summary.json of the finished run
-    report/*                                                               the report's plots, if there is one
+    report/*                                                               the report's plots, if there are any
 
-A run keeps its id in wandb_run.json and a resume continues it: rows that W&B already has are not sent again. Nobody is ever
-asked for a key, and nothing waits for a network longer than the seconds below.
+A run keeps its id in wandb_run.json, so that a resume continues it and sends no row twice. It never prompts for an API key.
 """
 
 from __future__ import annotations
@@ -36,15 +35,12 @@ from cifar10.run.summary import SplitResult
 
 Mode = Literal["online", "offline", "off"]
 PROJECT = "deepspeed-cifar10"
-INIT_SECONDS, FINISH_SECONDS = 20.0, 30.0  # $WANDB_INIT_TIMEOUT and $WANDB_FINISH_TIMEOUT change them
-NOT_FINISHED = 75  # the exit code that W&B shows of a run that was stopped or killed, and can be resumed
-
-
-# --- whether, where -----------------------------------------------------------------------------------------------------
+INIT_SECONDS, FINISH_SECONDS = 20.0, 30.0  # $WANDB_INIT_TIMEOUT and $WANDB_FINISH_TIMEOUT override them
+NOT_FINISHED = 75  # the exit code that W&B shows for a run that was stopped or killed and can be resumed
 
 
 def find_key(environment: Mapping[str, str]) -> tuple[str, str]:
-    """The key that wandb would use, and its source: the environment, or the file of `wandb login`; else "", ""."""
+    """The API key that wandb would use and where it was found (the environment, or the file of `wandb login`), or "", ""."""
     if key := environment.get("WANDB_API_KEY"):
         return key, "WANDB_API_KEY"
     host = urlsplit(environment.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
@@ -57,51 +53,31 @@ def find_key(environment: Mapping[str, str]) -> tuple[str, str]:
 
 
 def has_login(environment: Mapping[str, str]) -> bool:
-    """Whether wandb can log in without asking."""
+    """Whether wandb can log in without a prompt."""
     return bool(environment.get("WANDB_IDENTITY_TOKEN_FILE") or find_key(environment)[0])
 
 
 def choose_mode(asked: str, environment: Mapping[str, str]) -> Mode:
-    """The mode that --wandb and the environment resolve to; wandb itself is not imported."""
+    """The mode that --wandb and the environment resolve to, without importing wandb."""
     if asked != "auto":
         return asked  # type: ignore[return-value]
-    said = environment.get("WANDB_MODE", "").lower()
-    if said in ("disabled", "off") or environment.get("WANDB_DISABLED", "").lower() in ("true", "1"):
+    mode = environment.get("WANDB_MODE", "").lower()
+    if mode in ("disabled", "off") or environment.get("WANDB_DISABLED", "").lower() in ("true", "1"):
         return "off"
-    if said in ("offline", "dryrun"):
+    if mode in ("offline", "dryrun"):
         return "offline"
-    return "online" if has_login(environment) or said == "online" else "off"
-
-
-# --- the run's id and progress -------------------------------------------------------------------------------------------
-
-
-class _RunFile:
-    """wandb_run.json: the run's id at W&B, and the last step whose row was handed over."""
-
-    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
-        self._file = folder / "wandb_run.json"
-        self.id, self.step = environment.get("WANDB_RUN_ID") or secrets.token_hex(4), -1  # a sweep's agent chooses one
-        with suppress(OSError, ValueError, TypeError, KeyError):
-            saved = json.loads(self._file.read_text(encoding="utf-8"))
-            self.id, self.step = str(saved["id"]), int(saved["step"])
-
-    def keep(self, step: int) -> None:
-        self.step = max(self.step, step)
-        temporary = self._file.with_name(f".{self._file.name}.tmp")
-        temporary.write_text(json.dumps({"id": self.id, "step": self.step}) + "\n", encoding="utf-8")
-        os.replace(temporary, self._file)  # no fsync: a lost write costs one row at most
+    return "online" if has_login(environment) or mode == "online" else "off"
 
 
 # --- wandb's own process ------------------------------------------------------------------------------------------------
 
-# wandb-core writes or uploads the rows. SIGTERM ends it at once, together with the rows it still holds in memory (wandb 0.31,
-# github.com/wandb/wandb/issues/9963), and DeepSpeed's launcher ends a run with SIGTERM to all descendants of its ranks. So
-# wandb.setup() runs in a process that is not our descendant, and that ends wandb-core when we close its stdin or die.
+# wandb-core writes or uploads the rows. SIGTERM ends it at once and loses the rows it holds in memory (wandb 0.31,
+# github.com/wandb/wandb/issues/9963), and DeepSpeed's launcher stops a run with SIGTERM to all descendants of its ranks. So
+# wandb.setup() runs in a process that is not our descendant and ends wandb-core when we close its stdin or die.
 KEEPER = f"""
 import os, sys
 if os.fork():
-    os._exit(0)  # which leaves the other half without a parent
+    os._exit(0)  # so that the child has no parent
 answer = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # wandb-core inherits no pipe
 import wandb
@@ -113,7 +89,7 @@ wandb.teardown(exit_code={NOT_FINISHED})
 
 
 class _Keeper:
-    """The process that starts and ends wandb-core for us, as `wandb.setup()` does for its children."""
+    """The process that starts and ends wandb-core for us."""
 
     def __init__(self, mode: Mode) -> None:
         environment = {**os.environ, "WANDB_MODE": mode}  # wandb.setup() starts nothing if it says disabled
@@ -124,7 +100,7 @@ class _Keeper:
             self._process = subprocess.Popen(command, **pipes, text=True, env=environment, start_new_session=True)
 
     def connect(self) -> None:
-        """Let wandb in this process use it. Without an answer, wandb starts a wandb-core of its own."""
+        """Let wandb in this process use it; if it does not answer, wandb starts a wandb-core of its own."""
         answered = self._process and select.select([self._process.stdout], [], [], INIT_SECONDS)[0]
         if address := answered and self._process.stdout.readline().strip():
             os.environ["WANDB_SERVICE"] = address
@@ -145,35 +121,36 @@ class WandbSink(Sink):
 
     def __init__(self, context: Context, mode: Mode) -> None:
         if mode == "online" and not has_login(os.environ):
-            raise RuntimeError("there is no key: `wandb login` or WANDB_API_KEY gives one, --wandb offline needs none")
+            raise RuntimeError("no API key: run `wandb login`, set WANDB_API_KEY, or use --wandb offline, which needs none")
         os.environ.setdefault("WANDB_SILENT", "true")
         self._keeper = _Keeper(mode)
         import wandb  # 0.7 s, which a run without it saves
 
         self._keeper.connect()
         folder, options = context.folder, context.plan.options
-        self._wandb, self._steps, self._report = wandb, context.steps, folder / "report"
-        self._file, self._has_finished = _RunFile(folder, os.environ), False
-        settings = wandb.Settings(
-            silent=True,
-            console="off",
-            login_timeout=1,  # in case wandb asks for a key after all
-            init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT") or INIT_SECONDS),
-            finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT") or FINISH_SECONDS),
-        )
+        self._wandb, self._steps, self._report, self._has_finished = wandb, context.steps, folder / "report", False
+        self._file = folder / "wandb_run.json"
+        self._id, self._step = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4), -1  # a sweep's agent chooses one
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            saved = json.loads(self._file.read_text(encoding="utf-8"))
+            self._id, self._step = str(saved["id"]), int(saved["step"])
+        init_seconds = float(os.environ.get("WANDB_INIT_TIMEOUT") or INIT_SECONDS)
+        finish_seconds = float(os.environ.get("WANDB_FINISH_TIMEOUT") or FINISH_SECONDS)
+        timeouts = {"login_timeout": 1, "init_timeout": init_seconds, "finish_timeout": finish_seconds}  # a login may prompt
+        settings = wandb.Settings(silent=True, console="off", **timeouts)
         try:
             self._run = wandb.init(
                 dir=str(folder),
                 project=options.wandb_project or os.environ.get("WANDB_PROJECT") or PROJECT,
                 name=options.wandb_name or os.environ.get("WANDB_NAME") or title(folder),
-                id=self._file.id,
+                id=self._id,
                 resume="allow",
                 mode=mode,
                 config={**context.settings, "deepspeed": context.plan.ds_config},
                 settings=settings,
                 allow_val_change=True,
             )
-            self._file.keep(-1)
+            self._keep(self._step)
         except BaseException:
             self._keeper.end(wandb)
             raise
@@ -182,32 +159,32 @@ class WandbSink(Sink):
         sync = f"`wandb sync {folder}/wandb/offline-run-*` uploads it"
         self.note = f"W&B: {self._run.url if mode == 'online' else sync}"
 
-    def _is_logged(self, step: int) -> bool:
-        """Whether an earlier start of this run has logged the row of this step."""
-        return step <= self._file.step
+    def _keep(self, step: int) -> None:
+        """Save the run's id and the last step whose row was sent."""
+        self._step = step
+        temporary = self._file.with_name(f".{self._file.name}.tmp")
+        temporary.write_text(json.dumps({"id": self._id, "step": step}) + "\n", encoding="utf-8")
+        os.replace(temporary, self._file)  # no fsync: a lost write costs one row at most
 
-    def _log(self, step: int, values: Mapping[str, Any], *, is_whole: bool) -> None:
-        """Add values to the row of a step. A whole row is sent, and nothing can be added to it any more."""
+    def _log(self, step: int, values: Mapping[str, Any], *, is_whole: bool = True) -> None:
+        """Add values to the row of a step, unless an earlier start of this run has sent it; send it if it is whole."""
+        if step <= self._step:
+            return
         self._run.log({**values, "step": step}, step=step, commit=is_whole)
         if is_whole:
-            self._file.keep(step)
+            self._keep(step)
 
     def step(self, row: StepRow) -> None:
-        if self._is_logged(row.step):
-            return
-        ends_epoch = row.step == self._steps.at_end_of(row.epoch)  # whose row follows this one, at the same step
         means = {"step_loss": row.loss, "step_accuracy": row.accuracy, "gradient_norm": row.grad_norm}
+        ends_epoch = row.step == self._steps.at_end_of(row.epoch)  # whose row follows, at the same step
         self._log(row.step, {**means, "learning_rate": row.lr, "epoch": row.epoch}, is_whole=not ends_epoch)
 
     def epoch(self, row: EpochRow) -> None:
-        step = self._steps.at_end_of(row.epoch)
-        if self._is_logged(step):
-            return
         train = {"epoch_avg_loss": row.train.loss, "epoch_accuracy": row.train.accuracy, "epoch_avg_grad_norm": row.grad_norm}
         best = {"best_loss": row.best_loss, "best_accuracy": row.best_accuracy, "patience": row.waited}
         splits = {**_by_split("train", row.train), **(_by_split("val", row.val) if row.val else {})}
         known = {name: value for name, value in {**train, **best, **splits}.items() if math.isfinite(value)}
-        self._log(step, {**known, "epoch": row.epoch}, is_whole=True)
+        self._log(self._steps.at_end_of(row.epoch), {**known, "epoch": row.epoch})
 
     def test(self, epoch: int, result: SplitResult) -> None:
         """After the last row, in a row of its own."""
@@ -222,7 +199,7 @@ class WandbSink(Sink):
         self._has_finished = True
 
     def close(self) -> None:
-        """Send what is left, within FINISH_SECONDS, and end wandb's own process."""
+        """Send the remaining rows, within FINISH_SECONDS, and end wandb's own process."""
         try:
             self._run.finish(exit_code=0 if self._has_finished else NOT_FINISHED)
         finally:
@@ -230,7 +207,7 @@ class WandbSink(Sink):
 
 
 def _by_split(split: str, result: SplitResult) -> dict[str, float]:
-    return {f"{split}/loss": result.loss, f"{split}/accuracy": result.accuracy, f"{split}/throughput": result.throughput}
+    return {f"{split}/{name}": value for name, value in result.measures.items()}
 
 
 def open_sink(context: Context) -> WandbSink | None:

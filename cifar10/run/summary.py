@@ -35,6 +35,10 @@ class SplitResult:
         """Images per second."""
         return self.images / self.seconds if self.seconds else 0.0
 
+    @property
+    def measures(self) -> dict[str, float]:
+        return {"loss": self.loss, "accuracy": self.accuracy, "throughput": self.throughput}
+
 
 @dataclass(frozen=True)
 class Summary:

@@ -1,8 +1,7 @@
-"""The engine against plain PyTorch on one rank, and against one rank on two; what it costs, and what it skips."""
+"""The engine against plain PyTorch on one rank, and two ranks against one; the cost of a step, and skipped steps."""
 
 from __future__ import annotations
 
-import copy
 import gc
 import weakref
 from collections import Counter
@@ -65,7 +64,7 @@ def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tenso
 
 
 def test_a_step_costs_the_operations_of_plain_pytorch() -> None:
-    """Forward, loss, backward, clipping, update: the same ATen operations; the guard and the sums are few, and apart."""
+    """Forward, loss, backward, clipping, update: the same ATen operations; the guard and the metrics add few."""
     world, data = one_rank(), batch(32)
     model = build_model("bn_cnn", 0, 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
@@ -78,7 +77,8 @@ def test_a_step_costs_the_operations_of_plain_pytorch() -> None:
     with CountOperations() as ours:
         for method in GUARD:
             ours.relabel(engine, method, "guard")
-        one_step_without_sums(engine, *data)
+        engine.backward(F.cross_entropy(engine.forward(data[0]), data[1]))
+        engine.step()
     guard_only = Counter({"aten.detach.default": 1})  # the guard's hold on the loss
     assert ours.counts["core"] - plain.counts["core"] == guard_only
     assert plain.counts["core"] - ours.counts["core"] == Counter()
@@ -87,14 +87,8 @@ def test_a_step_costs_the_operations_of_plain_pytorch() -> None:
 
     with CountOperations() as whole:
         logged_step(train_step, engine, [data], buffer)
-    sums = whole.counts["core"].total() - plain.counts["core"].total() - guard.total()
-    print(f"\nATen operations a step: plain {plain.counts['core'].total()}, guard {guard.total()}, sums {sums}")
-    assert 0 < sums <= 8, whole.counts["core"] - ours.counts["core"] - ours.counts["guard"]
-
-
-def one_step_without_sums(engine: Engine, images: Tensor, labels: Tensor) -> None:
-    engine.backward(F.cross_entropy(engine.forward(images), labels))
-    engine.step()
+    metrics = whole.counts["core"].total() - plain.counts["core"].total() - guard.total()
+    assert 0 < metrics <= 8, whole.counts["core"] - ours.counts["core"] - ours.counts["guard"]
 
 
 READS = ("aten._local_scalar_dense.default", "aten.nonzero.default", "aten.is_nonzero.default", "aten.equal.default")
@@ -111,20 +105,20 @@ def test_nothing_is_read_from_the_device_between_log_points(config: dict[str, An
                 break
             logged_step(train_step, engine, micro_batches, buffer, 0.5, 0.1)
     assert buffer.is_full
-    assert operations.counts["core"]["aten._fused_sgd_.default"] == 20, "the steps were seen"
+    assert operations.counts["core"]["aten._fused_sgd_.default"] == 20, "the steps were counted"
     assert {name: operations.counts["core"][name] for name in READS} == dict.fromkeys(READS, 0)
     assert not reads.counts
 
     with CountReads() as reads:
         assert len(buffer.read(world)) == 20
-    assert reads.counts == {"tolist": 1}, "one reading for all the steps, which this test can see"
+    assert reads.counts == {"tolist": 1}, "one read for all steps"
     with CountOperations() as operations:
         bool(engine.skipped)
-    assert operations.counts["core"][READS[0]] == 1, "and so would it see any other"
+    assert operations.counts["core"][READS[0]] == 1, "a read is counted"
 
 
 def test_a_step_leaves_nothing_behind() -> None:
-    """The loss of a step, and with it the graph, is freed without waiting for the garbage collector."""
+    """The loss of a step, and with it the graph, is freed without the garbage collector."""
     engine, data, losses = smooth_engine(global_images=2), batch(2), []
     gc.collect()
     gc.disable()
@@ -141,24 +135,6 @@ def test_a_step_leaves_nothing_behind() -> None:
 
 
 # --- one rank against plain PyTorch --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("limit", [0.0, 0.3])
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_gradient_norm_is_autograds_own(limit: float, accumulation: int) -> None:
-    """Before clipping, of the mean loss over the passes of a step; each pass has BatchNorm statistics of its own."""
-    engine = bn_engine(accumulation=accumulation, gradient_clipping=limit)
-    for step in range(5):
-        images, labels = batch(32, seed=step)
-        micro_batches = list(zip(images.chunk(accumulation), labels.chunk(accumulation), strict=True))
-        reference = copy.deepcopy(engine.module)
-        loss = torch.stack([F.cross_entropy(reference(x), y) for x, y in micro_batches]).mean()
-        gradients = torch.autograd.grad(loss, list(reference.parameters()))
-        expected = torch.cat([g.flatten().double() for g in gradients]).norm().item()
-        measured = one_step(engine, micro_batches, 0.1)
-        assert measured.item() == pytest.approx(loss.item(), rel=1e-6)
-        assert engine.grad_norm.item() == pytest.approx(expected, rel=1e-5)
-        assert expected > 0.3 or not limit, "clipping had something to do"
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.2])
@@ -187,22 +163,19 @@ def bad_images(engine: Engine, data: tuple[Tensor, Tensor]) -> None:
 
 
 def infinite_loss(engine: Engine, data: tuple[Tensor, Tensor]) -> None:
-    """Its gradient is finite: only the loss tells."""
+    """Its gradient is finite."""
     one_step(engine, [data], extra=torch.tensor(INFINITE))
 
 
 def bad_gradient(engine: Engine, data: tuple[Tensor, Tensor]) -> None:
-    """The loss is finite: only the gradient tells (of sqrt at 0: infinity times 0)."""
+    """The loss is finite, but not the gradient of sqrt at 0: infinity times 0."""
     one_step(engine, [data], extra=torch.sqrt(next(engine.module.parameters()).sum() * 0))
 
 
 OPTIMIZERS = {
     "SGD": SGD,
     "SGD, no momentum": {"type": "SGD", "params": {"lr": 0.1}},
-    "SGD, weight decay, nesterov": {
-        "type": "SGD",
-        "params": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
-    },
+    "SGD, nesterov": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}},
     "SGD, dampening": DAMPENED,
     "AdamW": {"type": "AdamW", "params": {"lr": 0.001}},
     "RMSprop": {"type": "RMSprop", "params": {"lr": 0.001, "momentum": 0.9, "weight_decay": 0.01}},
@@ -216,8 +189,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("optimizer", "fault", "at"), CASES)
-def test_a_bad_step_is_as_if_it_had_not_been(optimizer: str, fault: Callable, at: int) -> None:
-    """Weights, momentum and BatchNorm's buffers stay as they were to the bit, and what follows is as without it."""
+def test_a_bad_step_leaves_no_trace(optimizer: str, fault: Callable, at: int) -> None:
+    """Weights, momentum and BatchNorm's buffers stay bit for bit, and later steps are as without it."""
     engine, twin = (bn_engine(global_images=8, optimizer=OPTIMIZERS[optimizer]) for _ in range(2))
     for step in range(4):
         data = batch(8, seed=step)
@@ -238,7 +211,7 @@ def test_a_bad_step_is_as_if_it_had_not_been(optimizer: str, fault: Callable, at
 @pytest.mark.parametrize("limit", [0.0, 1.0])
 @pytest.mark.parametrize("optimizer", ["SGD", "SGD, dampening", "AdamW", "RMSprop", "MuonWithSGD"])
 def test_a_bad_step_in_fp16_changes_nothing(optimizer: str, limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There the loss scaler skips as well; a step that overflows only because of its scale counts as skipped too."""
+    """Also one that overflows only because of its loss scale, which the scaler skips."""
     monkeypatch.setattr("deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED", False)  # and put back afterwards
     config = {"optimizer": OPTIMIZERS[optimizer], "gradient_clipping": limit, "fp16": {"enabled": True}}
     engine = bn_engine(global_images=8, **config)
@@ -247,17 +220,15 @@ def test_a_bad_step_in_fp16_changes_nothing(optimizer: str, limit: float, monkey
         fault(engine, batch(8))
         assert engine.skipped.item() == 1
         assert same_bits({name: snapshot(engine)[name] for name in before}, before)
-    skipped = []
     for step in range(8):
         one_step(engine, [batch(8, seed=step)], 0.01)
-        skipped.append(engine.skipped.item())
-    assert skipped[-1] == 0, "the scale has come down far enough"
+    assert engine.skipped.item() == 0, "the scale is small enough"
     assert not same_bits({name: snapshot(engine)[name] for name in before}, before)
     assert all(torch.isfinite(value).all() for value in snapshot(engine).values())
 
 
 def test_a_bad_pass_skips_the_whole_step() -> None:
-    """With accumulation, one bad micro-batch of a step is enough, and the passes before it leave no trace either."""
+    """With accumulation, one bad micro-batch is enough, and those before it leave no trace."""
     engine, twin = (bn_engine(global_images=16, accumulation=2) for _ in range(2))
     good, other, bad = batch(8, 0), batch(8, 1), batch(8, 2)
     bad[0][0] = NOT_A_NUMBER
@@ -273,7 +244,7 @@ def test_a_bad_pass_skips_the_whole_step() -> None:
 
 @pytest.mark.parametrize("limit", [0.0, 1.0])
 def test_a_norm_beyond_floating_point_is_a_bad_step(limit: float) -> None:
-    """Finite gradients whose norm overflows would be clipped to nothing, or not at all."""
+    """Finite gradients whose norm overflows cannot be clipped."""
     engine = smooth_engine(global_images=4, gradient_clipping=limit)
     before, (images, labels) = snapshot(engine), batch(4)
     engine.backward(F.cross_entropy(engine.forward(images), labels) * 1e30)
@@ -284,7 +255,7 @@ def test_a_norm_beyond_floating_point_is_a_bad_step(limit: float) -> None:
 
 
 def test_dropout_depends_on_the_step_alone(tmp_path: Path) -> None:
-    """Neither on what else draws random numbers, nor on whether the run was interrupted."""
+    """Not on other random numbers, nor on whether the run was interrupted."""
 
     def small_net() -> nn.Module:
         torch.manual_seed(0)
@@ -294,9 +265,8 @@ def test_dropout_depends_on_the_step_alone(tmp_path: Path) -> None:
     masks = []
     for step in range(4):
         one_step(undisturbed, [batch(8, seed=step)])
-        masks.append(torch.nn.functional.dropout(torch.ones(50)))  # goes on with the numbers of this step's dropout
+        masks.append(F.dropout(torch.ones(50)))  # continues this step's random numbers
     assert not any(torch.equal(masks[0], mask) for mask in masks[1:])
-
     first, resumed = make_engine(world, small_net()), make_engine(world, small_net())
     for step in (0, 1):
         torch.rand(step + 1)
@@ -310,7 +280,7 @@ def test_dropout_depends_on_the_step_alone(tmp_path: Path) -> None:
 
 
 def test_a_run_of_bad_steps_ends_with_the_reason() -> None:
-    """At the next read of the metric buffer: 24 in a row and then a good one do not, 25 do."""
+    """At the next read of the metric buffer, after 25 in a row, not after 24."""
     world, engine, state = one_rank(), smooth_engine(global_images=4), RunState()
     buffer, good = MetricBuffer(10, world.device), batch(4)
     bad = (good[0] * NOT_A_NUMBER, good[1])
@@ -331,7 +301,7 @@ def test_a_run_of_bad_steps_ends_with_the_reason() -> None:
     assert same_bits(engine.portable_state(), before)
 
 
-# --- the weights as anyone can load them -----------------------------------------------------------------------------------
+# --- portable weights -------------------------------------------------------------------------------------------------------
 
 
 def test_portable_state_is_a_copy_that_loads_into_a_plain_model() -> None:
@@ -343,21 +313,19 @@ def test_portable_state_is_a_copy_that_loads_into_a_plain_model() -> None:
     assert same_bits(plain.state_dict(), {name: value.cpu() for name, value in engine.module.state_dict().items()})
     kept = {name: value.clone() for name, value in state.items()}
     one_step(engine, [batch(8, seed=1)])
-    assert same_bits(state, kept), "training on does not change what was taken"
+    assert same_bits(state, kept), "training changed the copy"
 
 
-def test_weights_sha256_tells_any_difference() -> None:
+def test_weights_sha256_detects_any_difference_but_of_order_and_memory_layout() -> None:
     state = build_model("bn_cnn", 0, 10).state_dict()
-    same = {name: state[name].clone() for name in reversed(state)}
-    assert weights_sha256(state) == weights_sha256(same)
+    strided = {**state, "fc1.weight": state["fc1.weight"].t().contiguous().t()}
+    reordered = {name: state[name].clone() for name in reversed(state)}
+    assert weights_sha256(state) == weights_sha256(reordered) == weights_sha256(strided)
     last_bit = {**state, "fc2.bias": state["fc2.bias"].clone()}
     last_bit["fc2.bias"].view(torch.int32)[0] += 1
     renamed = {("fc3.bias" if name == "fc2.bias" else name): value for name, value in state.items()}
     reshaped = {**state, "fc2.bias": state["fc2.bias"].view(2, 5)}
-    fingerprints = {weights_sha256(s) for s in (state, last_bit, renamed, reshaped)}
-    assert len(fingerprints) == 4
-    strided = {**state, "fc1.weight": state["fc1.weight"].t().contiguous().t()}
-    assert weights_sha256(strided) == weights_sha256(state), "how a tensor lies in memory is no difference"
+    assert len({weights_sha256(s) for s in (state, last_bit, renamed, reshaped)}) == 4
 
 
 # --- two ranks ---------------------------------------------------------------------------------------------------------------
@@ -370,8 +338,8 @@ def ranks() -> list[dict[str, Any]]:
     return two_ranks()
 
 
-def run_alone(limit: float) -> dict[str, Any]:
-    """What one rank makes of the same global batches: losses, norms and weights."""
+def run_alone(limit: float = 1.0) -> dict[str, Any]:
+    """Losses, norms and weights of one rank on the same global batches."""
     engine, losses, norms = smooth_engine(gradient_clipping=limit), [], []
     for micro_batches, _ in zip(make_loader(one_rank()).epoch(0), range(20), strict=False):
         losses.append(one_step(engine, micro_batches, 0.5).item())
@@ -379,14 +347,10 @@ def run_alone(limit: float) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "weights": engine.portable_state()}
 
 
-@pytest.fixture(scope="module")
-def alone() -> dict[str, Any]:
-    return run_alone(limit=1.0)
-
-
 @pytest.mark.parametrize("run", ["zero 0", "2 passes", *ZERO_STAGES])
-def test_two_ranks_train_as_one(ranks: list[dict[str, Any]], alone: dict[str, Any], run: str) -> None:
-    """Same images, same augmentation: the same losses, gradient norms and, after 20 steps, weights."""
+def test_two_ranks_train_as_one(ranks: list[dict[str, Any]], run: str) -> None:
+    """The same losses, gradient norms and, after 20 steps, weights."""
+    alone = run_alone()
     for rank in ranks:
         assert rank[run]["losses"] == pytest.approx(alone["losses"], abs=1e-5)
         assert rank[run]["norms"] == pytest.approx(alone["norms"], rel=1e-4)
@@ -421,28 +385,25 @@ def test_portable_state_is_the_same_on_all_ranks_and_changes_none(ranks: list[di
     first, second = (rank["bn"]["portable"] for rank in ranks)
     own = [rank["bn"]["own before"] for rank in ranks]
     assert same_bits(first, second)
-    assert not torch.equal(own[0]["bn1.running_mean"], own[1]["bn1.running_mean"]), "each rank has seen its own images"
+    assert not torch.equal(own[0]["bn1.running_mean"], own[1]["bn1.running_mean"])
     for name in ("bn1.running_mean", "bn1.running_var", "bn2.running_mean", "bn2.running_var"):
         torch.testing.assert_close(first[name], (own[0][name] + own[1][name]) / 2)
     for rank in ranks:
         assert same_bits(rank["bn"]["own after"], rank["bn"]["own before"])
-    plain = CIFAR10CNNEnhanced()
-    plain.load_state_dict(first)
 
 
-def test_looking_at_a_run_and_saving_it_never_changes_it(ranks: list[dict[str, Any]]) -> None:
-    """Evaluated, exported and saved at every step, or never: the same weights, momentum and buffers on each rank."""
+def test_evaluating_and_saving_a_run_never_changes_it(ranks: list[dict[str, Any]]) -> None:
+    """At every step, or never: the same weights, momentum and buffers on each rank."""
     for rank in ranks:
         assert same_bits(rank["bn"]["watched"], rank["bn"]["unwatched"])
 
 
 def test_evaluation_is_the_same_on_two_ranks(ranks: list[dict[str, Any]]) -> None:
-    loss, accuracy, images = ranks[0]["evaluation"]
-    assert ranks[1]["evaluation"] == (loss, accuracy, images)
-    assert images == 333, "not a multiple of two: every image once, none twice"
-    expected_loss, expected_accuracy, _ = ranks[0]["evaluation on one"]
-    assert loss == pytest.approx(expected_loss, rel=1e-6)
-    assert accuracy == expected_accuracy
+    loss, *rest = ranks[0]["evaluation"]
+    assert ranks[1]["evaluation"] == (loss, *rest)
+    expected, *expected_rest = ranks[0]["evaluation on one"]
+    assert (loss, rest) == (pytest.approx(expected, rel=1e-6), expected_rest)
+    assert rest[1] == 333, "an odd number: every image once"
 
 
 @pytest.mark.parametrize("run", ["bf16", "bf16, zero 2", "fp16", "fp16, no clipping"])
@@ -450,7 +411,7 @@ def test_lower_precision_trains_and_reports_the_true_norm(ranks: list[dict[str, 
     expected = run_alone(limit=0.0 if "no clipping" in run else 1.0)
     for rank in ranks:
         assert any("torch_autocast" in note for note in rank[run]["notes"])
-        assert rank[run]["logits"] == (torch.bfloat16 if "bf16" in run else torch.float16), "lower precision did run"
+        assert rank[run]["logits"] == (torch.bfloat16 if "bf16" in run else torch.float16)
         assert rank[run]["skipped"] == [0] * 20
         assert rank[run]["losses"] == pytest.approx(expected["losses"], rel=0.05)
         assert rank[run]["norms"] == pytest.approx(expected["norms"], rel=0.05)
@@ -462,4 +423,4 @@ def test_lower_precision_trains_and_reports_the_true_norm(ranks: list[dict[str, 
 def test_two_ranks_read_nothing_from_the_device_either(ranks: list[dict[str, Any]], run: str) -> None:
     for rank in ranks:
         assert rank[run]["reads"] == 0
-        assert rank["zero 2"]["reads"] > 0, "ZeRO does, which this test can see"
+        assert rank["zero 2"]["reads"] > 0, "ZeRO does"

@@ -1,7 +1,4 @@
-"""On a GPU: the levels agree, no step synchronizes, and every precision trains at every ZeRO stage.
-
-Nothing here has run yet: no machine with a GPU was to be had while it was written.
-"""
+"""On a GPU: the levels agree, no step synchronizes, and every precision trains at every ZeRO stage (never run so far)."""
 
 from __future__ import annotations
 
@@ -49,7 +46,7 @@ def smooth_net(dropout: float) -> nn.Module:
 @pytest.mark.parametrize("optimizer", [None, MUON], ids=["SGD", "Muon"])
 @pytest.mark.parametrize(("level", "dropout"), [("compile", 0.0), ("graph", 0.2), ("captured", 0.2)])
 def test_two_hundred_steps_are_the_eager_ones(level: Level, dropout: float, optimizer: Any) -> None:
-    """To rounding, bad steps included; dropout draws the same numbers, but for compiled code."""
+    """To rounding, with bad steps and dropout; compiled dropout uses other random numbers."""
     config = {"optimizer": optimizer} if optimizer else {}
     if level == "compile" and (missing := device.missing_for_compiling()):
         pytest.skip(f"needs {missing}")
@@ -86,13 +83,13 @@ def test_a_step_never_synchronizes(level: Level, no_synchronizing: Any) -> None:
     for one in batches[5:]:
         logged_step(step, engine, [one], buffer, 0.5, 0.1)
     with pytest.raises(RuntimeError, match="synchron"):
-        buffer.read(one_rank())  # which this mode can see
+        buffer.read(one_rank())  # this mode detects it
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_precision_trains_at_every_stage(precision: str, stage: int) -> None:
-    """With BatchNorm, on one batch again and again: the loss falls, and what is kept is finite and fp32."""
+    """The loss on one batch falls, and the weights are finite and fp32."""
     sections = {precision: {"enabled": True}} if precision != "fp32" else {}
     engine = make_engine(one_rank(), build_model("bn_cnn", 0, 10), zero_optimization={"stage": stage}, **sections)
     losses = [one_step(engine, [data(32)], 0.1).item() for _ in range(30)]

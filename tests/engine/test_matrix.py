@@ -1,6 +1,6 @@
-"""Every cell of precision x ZeRO stage x accumulation x ranks trains; fp16's loss scale follows one rule at every stage.
+"""Every precision x ZeRO stage x accumulation x ranks trains; fp16's loss scale follows one rule at every stage.
 
-The launches are those of tests/workers/matrix.py, one of each number of ranks: about 100 seconds of CPU together.
+tests/workers/matrix.py is launched once for each number of ranks: about 100 seconds of CPU together.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.helpers import largest_difference, measured
-from tests.workers.matrix import DTYPES, NORMS_AT, SMOOTH_STEPS, STAGES, STEPS
+from tests.workers.matrix import DTYPES, NORMS_AT, STAGES, STEPS
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +21,6 @@ LARGEST_ERROR = {"fp32": 1e-5, "bf16": 1e-4, "fp16": 1e-4}  # of the gradient no
 
 
 def matrix(num_ranks: int) -> list[dict[str, Any]]:
-    """What each of so many ranks has measured."""
     return measured("matrix.py", num_ranks)
 
 
@@ -30,8 +29,8 @@ def matrix(num_ranks: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("num_ranks", NUM_RANKS)
 @pytest.mark.parametrize(("precision", "stage", "accumulation"), CELLS)
-def test_a_cell_learns_its_two_batches_by_heart(num_ranks: int, precision: str, stage: int, accumulation: int) -> None:
-    """As fp32 without ZeRO does: the loss falls from 2.35 to 0.55 in 12 steps, none of which is skipped."""
+def test_a_cell_memorizes_its_two_batches(num_ranks: int, precision: str, stage: int, accumulation: int) -> None:
+    """As fp32 without ZeRO: the loss falls from 2.35 to 0.55 in 12 steps, none of which is skipped."""
     ranks = matrix(num_ranks)
     cell, plain = (ranks[0]["cells"][key, at, accumulation] for key, at in ((precision, stage), ("fp32", 0)))
     assert len(cell["losses"]) == STEPS
@@ -54,24 +53,11 @@ def test_a_cells_gradient_norm_is_autograds_own(num_ranks: int, precision: str, 
 
 
 def test_a_cell_has_weights_of_its_own() -> None:
-    """What the comparisons above rest on: precision, accumulation and ranks each leave their mark."""
-    prints = {
-        num_ranks: {key: cell["weights"] for key, cell in matrix(num_ranks)[0]["cells"].items()} for num_ranks in NUM_RANKS
-    }
-    for num_ranks in NUM_RANKS:
-        assert len({prints[num_ranks][precision, 0, accumulation] for precision in DTYPES for accumulation in (1, 2)}) == 6
-    assert prints[1]["fp32", 0, 1] != prints[2]["fp32", 0, 1]
-
-
-@pytest.mark.parametrize("num_ranks", NUM_RANKS)
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_makes_the_losses_that_training_without_it_makes(num_ranks: int, stage: int) -> None:
-    """30 steps of smooth_cnn in fp32, each on new images."""
-    for rank in matrix(num_ranks):
-        plain, zero = rank["smooth"][0], rank["smooth"][stage]
-        assert len(plain) == SMOOTH_STEPS
-        assert zero == pytest.approx(plain, abs=1e-5)
-        assert plain[-1] < plain[0] - 0.2, "there was something to learn"
+    """Precision, accumulation and the number of ranks each make a difference."""
+    keys = [(precision, 0, accumulation) for precision in DTYPES for accumulation in (1, 2)]
+    prints = {num_ranks: [matrix(num_ranks)[0]["cells"][key]["weights"] for key in keys] for num_ranks in NUM_RANKS}
+    assert [len(set(prints[num_ranks])) for num_ranks in NUM_RANKS] == [6, 6]
+    assert prints[1][0] != prints[2][0]
 
 
 # --- the loss scale -----------------------------------------------------------------------------------------------------
@@ -80,7 +66,7 @@ def test_zero_makes_the_losses_that_training_without_it_makes(num_ranks: int, st
 @pytest.mark.parametrize("num_ranks", NUM_RANKS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_that_overflows_is_skipped_and_halves_the_scale(num_ranks: int, stage: int) -> None:
-    """Also one that overflows on one rank alone; the weights stay, and training goes on."""
+    """Also one that overflows on one rank alone; the weights stay, and training continues."""
     ranks = matrix(num_ranks)
     steps = ranks[0]["overflows"][stage]
     skipped = [bool(step["skipped"]) for step in steps]
@@ -100,7 +86,7 @@ def test_a_step_that_overflows_is_skipped_and_halves_the_scale(num_ranks: int, s
 @pytest.mark.parametrize("num_ranks", NUM_RANKS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_scale_that_grows_leaves_the_update_as_it_is(num_ranks: int, stage: int) -> None:
-    """It doubles between two steps, never between a step's backward and its update, which would then be halved."""
+    """It doubles between steps, never between a step's backward and its update."""
     for rank in matrix(num_ranks):
         growing, fixed = rank["growing scale"][stage], rank["fixed scale"][stage]
         assert growing["scale"] == [256, 256, 512, 512, 1024, 1024, 2048]

@@ -1,4 +1,4 @@
-"""A short campaign of kills: no run is lost, and every one comes to the same end as the run that nobody killed."""
+"""A short campaign of kills: no run is lost, and each ends like an undisturbed run."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.launching import run
 pytestmark = pytest.mark.slow
 
 
-def test_runs_that_are_killed_at_any_moment_go_on_to_the_right_end(tmp_path) -> None:
-    """One kill at each point of a save, and four at random, over one rank and two."""
+def test_runs_killed_at_any_moment_resume_to_the_right_end(tmp_path) -> None:
+    """One kill at each point of a save, and four at random, on one rank and two."""
     found = tmp_path / "found.json"
     kills = ["--kills", str(len(PAUSES) + 4), "--seed", "1", "--json", str(found)]
     process = run([sys.executable, "-m", "tests.campaign", *kills], OMP_NUM_THREADS="1")

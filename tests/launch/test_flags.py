@@ -1,8 +1,7 @@
-"""Launch options: how many ranks and machines, and the deepspeed command line that they become."""
+"""Launch options, and the deepspeed command line that they become."""
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from dataclasses import fields
@@ -24,7 +23,7 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-# --- which flags are whose ------------------------------------------------------------------------------------------------
+# --- parsing --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -36,13 +35,9 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--num_gpus=2 --epochs=3", LaunchOptions(num_gpus=2), "--epochs=3"),
         ("--num-gpus 2 --num-gpus 4", LaunchOptions(num_gpus=4), ""),
         ("--num-nodes 2 --master-addr host", LaunchOptions(num_nodes=2, master_addr="host"), ""),
-        (
-            "--seed 1 --num-nodes=3 --node_rank=2 --master_addr=a --master-port 5 --lr 2",
-            LaunchOptions(None, 3, 2, "a", 5),
-            "--seed 1 --lr 2",
-        ),
+        ("--seed 1 --num-nodes=3 --node_rank=2 --master_addr=a --master-port 5", LaunchOptions(None, 3, 2, "a", 5), "--seed 1"),
         ("--mean 0.5 -0.4 --seeds 2 --data_dir a_b", LaunchOptions(seeds=2), "--mean 0.5 -0.4 --data_dir a_b"),
-        ("--num-gpus-wanted 2 num-gpus", LaunchOptions(), "--num-gpus-wanted 2 num-gpus"),  # the program refuses these itself
+        ("--num-gpus-wanted 2 num-gpus", LaunchOptions(), "--num-gpus-wanted 2 num-gpus"),  # refused by the script
     ],
 )
 def test_launch_options_are_split_from_the_flags_of_the_script(argv, options, rest):
@@ -50,32 +45,30 @@ def test_launch_options_are_split_from_the_flags_of_the_script(argv, options, re
 
 
 @pytest.mark.parametrize(
-    ("argv", "says"),
+    ("argv", "message"),
     [
-        ("--num-gpus 0", "--num-gpus: 0"),
-        ("--num-gpus -1", "--num-gpus: -1"),
-        ("--num-gpus two", "--num-gpus: two"),
+        ("--num-gpus 0", "--num-gpus"),
+        ("--num-gpus two", "--num-gpus"),
         ("--num-gpus", "--num-gpus"),
         ("--num-gpus=", "--num-gpus"),
-        ("--num-gpus=1.5", "--num-gpus: 1.5"),
-        ("--num-nodes 0", "--num-nodes: 0"),
+        ("--num-gpus=1.5", "--num-gpus"),
+        ("--num-nodes 0", "--num-nodes"),
         ("--node-rank x", "--node-rank"),
-        ("--master-port 0", "--master-port: 0"),
-        ("--max-restarts -1", "--max-restarts: -1"),
-        ("--seeds 0", "--seeds: 0"),
-        ("--seeds x", "--seeds: x"),
-        ("--num-nodes 2 --node-rank 2 --master-addr a", "--node-rank: 2"),
-        ("--node-rank 1", "--node-rank: 1"),
+        ("--master-port 0", "--master-port"),
+        ("--max-restarts -1", "--max-restarts"),
+        ("--seeds 0", "--seeds"),
+        ("--num-nodes 2 --node-rank 2 --master-addr a", "--node-rank"),
+        ("--node-rank 1", "--node-rank"),
         ("--num-nodes 2", "--master-addr 10.0.0.1"),
         ("--num-nodes 2 --master-addr=", "--master-addr"),
         ("--seeds 2 --num-nodes 2 --master-addr a", "--seeds"),
     ],
 )
-def test_invalid_launch_options_are_refused_in_one_line(argv, says):
+def test_invalid_launch_options_are_refused_in_one_line(argv, message):
     with pytest.raises(UsageError) as caught:
         split_launch_options(argv.split())
-    assert says in str(caught.value)
-    assert len(str(caught.value).splitlines()) == 1
+    (line,) = str(caught.value).splitlines()
+    assert message in line
 
 
 def test_several_of_main_under_one_srun_step_are_refused(monkeypatch):
@@ -87,14 +80,11 @@ def test_several_of_main_under_one_srun_step_are_refused(monkeypatch):
     assert split_launch_options([]) == (LaunchOptions(), [])
 
 
-def test_several_machines_need_a_shared_folder(capsys):
-    assert main.main("--num-nodes 2 --master-addr a --dataset synthetic".split()) == 2
+def test_several_machines_need_a_shared_folder_and_a_batch_that_divides_over_all_ranks(tmp_path, capsys):
+    flags = "--dataset synthetic --num-gpus 2 --num-nodes 3 --master-addr a".split()
+    assert main.main([*flags, "--global-batch-size=60"]) == 2
     assert "--output-dir SHARED/run" in capsys.readouterr().err
-
-
-def test_the_batch_must_divide_over_the_ranks_of_all_machines(tmp_path, capsys):
-    flags = "--dataset synthetic --global-batch-size 32 --num-gpus 2 --num-nodes 3 --master-addr a".split()
-    assert main.main([*flags, "--output-dir", str(tmp_path / "run")]) == 2
+    assert main.main([*flags, "--global-batch-size=32", f"--output-dir={tmp_path / 'run'}"]) == 2
     assert "--global-batch-size 30" in capsys.readouterr().err
 
 
@@ -116,13 +106,10 @@ def test_main_starts_without_torch():
 # --- how many ranks -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("asked", "gpus", "ranks"), [(None, 0, 1), (None, 4, 4), (2, 4, 2), (4, 4, 4), (3, 0, 3)])
-def test_ranks_on_this_machine(asked, gpus, ranks):
-    assert count_ranks(asked, gpus) == ranks
-
-
-def test_more_ranks_than_gpus_are_refused():
-    with pytest.raises(UsageError, match="--num-gpus 2 or fewer"):
+def test_ranks_on_this_machine():
+    cases = [(None, 0), (None, 4), (2, 4), (4, 4), (3, 0)]
+    assert [count_ranks(asked, gpus) for asked, gpus in cases] == [1, 4, 2, 4, 3]
+    with pytest.raises(UsageError, match=r"--num-gpus: 3, .* for example --num-gpus 2"):
         count_ranks(3, 2)
 
 
@@ -137,11 +124,8 @@ def built(options: LaunchOptions, ranks: int, gpus: int, folder: Path) -> tuple[
 
 
 def test_on_one_machine_ranks_are_counted_and_the_port_is_free(tmp_path):
-    words, environment = built(LaunchOptions(), 2, 0, tmp_path)
-    assert words[0] == "--num_gpus=2"
-    assert words[1].startswith("--master_port=")
-    assert len(words) == 2
-    assert environment["DS_ACCELERATOR"] == "cpu"
+    (number, port), environment = built(LaunchOptions(), 2, 0, tmp_path)
+    assert (number, port.partition("=")[0], environment["DS_ACCELERATOR"]) == ("--num_gpus=2", "--master_port", "cpu")
     assert not (tmp_path / "hostfile").exists()
     ports = {built(LaunchOptions(), 2, 0, tmp_path)[0][1] for _ in range(5)}
     assert len(ports) > 1
@@ -158,13 +142,12 @@ def test_several_machines_are_listed_in_the_hostfile_and_ssh_is_not_used(tmp_pat
 @pytest.mark.parametrize(
     ("options", "include"), [(LaunchOptions(), "--include=localhost:2,5"), (TWO, "--include=node0:2,5@node1:2,5")]
 )
-def test_visible_gpus_are_named_because_deepspeed_would_ignore_the_variable(tmp_path, monkeypatch, options, include):
+def test_visible_gpus_are_passed_on_because_deepspeed_would_ignore_the_variable(tmp_path, monkeypatch, options, include):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
     words, environment = built(options, 2, 3, tmp_path)
     assert include in words
     assert not any(word.startswith("--num_gpus") for word in words)
     assert "CUDA_VISIBLE_DEVICES" not in environment
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,5,7"
     assert "DS_ACCELERATOR" not in environment
 
 
@@ -176,7 +159,7 @@ def test_without_gpus_cuda_visible_devices_is_left_alone(tmp_path, monkeypatch):
     assert environment["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 
-@pytest.mark.parametrize("options", [LaunchOptions(), LaunchOptions(num_gpus=2), TWO, LaunchOptions(4, 3, 2, "a host", 29_500)])
+@pytest.mark.parametrize("options", [LaunchOptions(seeds=4), TWO, LaunchOptions(4, 3, 2, "a host", 29_500)])
 def test_the_command_that_starts_it_again_has_the_same_options(options, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["main.py", "--epochs", "3"])
     words = shlex.split(start_command(options))

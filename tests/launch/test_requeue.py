@@ -1,10 +1,9 @@
-"""A job of run_deepspeed.sh that SLURM moves on, in each way it has, ends with the weights of a run that nobody disturbed.
+"""A job of run_deepspeed.sh that SLURM requeues, for whatever reason, ends with the weights of an undisturbed run.
 
-`pytest -n 0 -s -m slow tests/launch/test_requeue.py` shows what became of each job, as records/2026-11-21_slurm does.
+`pytest -n 0 -s -m slow tests/launch/test_requeue.py` shows each job, as in records/2026-11-21_slurm.
 """
 
 import shlex
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.cluster import ENDED, PREEMPTING, WITH_USER_SIGNAL, Hosts, Slurm, need_cluster
-from tests.launching import BIN, COMMANDS, DEADLINE_SECONDS, has_trained, run, summary, wait_until
+from tests.launching import BIN, COMMANDS, has_trained, run, summary, wait_until
 
 COMMON = ("--dataset", "synthetic", "--test-images", "200", "--threads", "1", "--log-every-steps", "10")
 SECONDS_LONG = (*COMMON, "--max-steps", "300")
@@ -39,7 +38,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """The sha256 of the weights that an undisturbed run of these flags ends with, outside SLURM; each is run once."""
+    """weights_sha256 of an undisturbed run of these flags outside SLURM; each is run once."""
     known: dict[tuple[str, ...], str] = {}
 
     def undisturbed(ranks: int, *flags: str) -> str:
@@ -62,22 +61,23 @@ def submit(slurm: Slurm, folder: Path, requests: tuple[str, ...], *flags: str) -
 
 
 def follow(slurm: Slurm, number: str) -> dict[str, str]:
-    """Wait for the end of a job, and print what SLURM says of it whenever that changes."""
-    started, said = time.monotonic(), ""
-    while time.monotonic() < started + DEADLINE_SECONDS:
+    """Wait for the end of a job, and print its state whenever that changes."""
+    states: list[str] = []
+
+    def has_ended() -> bool:
         job = slurm.job(number)
-        says = " ".join(f"{key}={job.get(key)}" for key in ("JobState", "Reason", "Restarts", "ExitCode"))
-        if says != said:
-            print(f"{time.monotonic() - started:5.0f} s  job {number} {says}", flush=True)
-            said = says
-        if job.get("JobState") in ENDED:
-            return job
-        time.sleep(0.2)
-    raise AssertionError(f"waited in vain for job {number}: {said}")
+        state = " ".join(f"{key}={job.get(key)}" for key in ("JobState", "Reason", "Restarts", "ExitCode"))
+        if state not in states[-1:]:
+            print(f"job {number} {state}", flush=True)
+            states.append(state)
+        return job.get("JobState") in ENDED
+
+    wait_until(has_ended, f"job {number}")
+    return slurm.job(number)
 
 
 def check_finished(job: dict[str, str], folder: Path, ranks: int, weights: str) -> dict[str, Any]:
-    """The job was started again, its run went on each time, and it ended with these weights."""
+    """The job was requeued, its run resumed each time, and it ended with these weights."""
     log = folder.with_name(f"{folder.name}.log").read_text()
     print(log)
     assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), log
@@ -85,12 +85,11 @@ def check_finished(job: dict[str, str], folder: Path, ranks: int, weights: str) 
     assert (results["status"], results["world_size"], results["weights_sha256"]) == ("finished", ranks, weights)
     assert 0 < len(results["resumed_at_steps"]) <= int(job["Restarts"])
     assert results["resumed_at_steps"] == sorted(set(results["resumed_at_steps"]))
-    print({key: results[key] for key in ("status", "steps", "resumed_at_steps", "weights_sha256")})
     return results
 
 
 def test_scontrol_requeue(cluster, weights, tmp_path) -> None:
-    """It is queued again from outside: no warning, but SIGTERM to all of its processes."""
+    """Without a warning, SIGTERM to all processes."""
     folder = tmp_path / "run"
     number = submit(cluster, folder, (), *SECONDS_LONG)
     wait_until(lambda: has_trained(folder), "the first steps")
@@ -100,8 +99,8 @@ def test_scontrol_requeue(cluster, weights, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("signal", ["SIGTERM", "user signal"])
-def test_a_job_of_a_partition_that_matters_more(signal, weights, tmp_path) -> None:
-    """Preemption with a time of grace: SIGTERM goes to the steps of the job and not to its script, or the script is warned."""
+def test_preemption(signal, weights, tmp_path) -> None:
+    """With a grace time: SIGTERM goes to the job's steps, not to its script, or the script gets the user's signal."""
     folder = tmp_path / "run"
     with one_node(tmp_path, partitions=PREEMPTING + WITH_USER_SIGNAL * (signal != "SIGTERM")) as slurm:
         number = submit(slurm, folder, ("--partition=low",), *SECONDS_LONG)
@@ -119,23 +118,23 @@ def test_a_time_limit(cluster, weights, tmp_path) -> None:
 
 
 def test_a_node_fails(cluster, weights, tmp_path) -> None:
-    """It goes on from the last checkpoint."""
+    """It resumes from the last checkpoint."""
     folder = tmp_path / "run"
     number = submit(cluster, folder, ONE_RANK, *MINUTE_LONG)
     wait_until((folder / "checkpoints" / "latest").exists, "a checkpoint")
-    # the node comes back by itself, since its daemon answers; SLURM then holds the job, whose processes may not have ended
+    # the node comes back by itself; SLURM then holds the job, whose processes may not have ended
     assert cluster.run("scontrol", "update", "nodename=hostA", "state=down", "reason=test").returncode == 0
     going_on = ("RUNNING", "1"), ("PENDING", "2")
     wait_until(lambda: (cluster.job(number)["JobState"], cluster.job(number)["Restarts"]) in going_on, "the node to be back")
     cluster.run("scontrol", "release", number)
     cluster.run("scontrol", "update", "nodename=hostA", "state=resume")  # refused if it is back
     results = check_finished(follow(cluster, number), folder, 1, weights(1, *MINUTE_LONG))
-    assert results["resumed_at_steps"][0] >= 175  # a node that is only said to fail still saves
+    assert results["resumed_at_steps"][0] >= 175  # a node that is only marked as down still saves
 
 
 @pytest.mark.parametrize("warned", [False, True])
 def test_scancel(warned, cluster, weights, tmp_path) -> None:
-    """It is saved, not queued again, and the command that was printed goes on with it."""
+    """It is saved, not requeued, and the printed command continues it."""
     folder = tmp_path / "run"
     number = submit(cluster, folder, ONE_RANK, *SECONDS_LONG)
     wait_until(lambda: has_trained(folder), "the first steps")
@@ -154,12 +153,12 @@ def test_scancel(warned, cluster, weights, tmp_path) -> None:
     assert follow(cluster, number)["JobState"] == "COMPLETED", (tmp_path / "run-2.log").read_text()
     print((tmp_path / "run-2.log").read_text())
     results = summary(folder)
-    assert (results["status"], len(results["resumed_at_steps"]), results["world_size"]) == ("finished", 1, 1)
+    assert (results["status"], len(results["resumed_at_steps"])) == ("finished", 1)
     assert results["weights_sha256"] == weights(1, *SECONDS_LONG)
 
 
 def test_an_array(cluster, weights, tmp_path) -> None:
-    """Two tasks at a time on one node, %a in a flag; the last to be warned bears the number of the array itself."""
+    """Two tasks on one node, %a in a flag; the task that is warned is the one with the array's own number."""
     requests = ("--array=0-1", f"--output={tmp_path}/%a.log", *ONE_RANK)
     flags = (*SECONDS_LONG, "--seed", "%a", "--output-dir", f"{tmp_path}/%a")
     array = cluster.submit(*requests, "run_deepspeed.sh", *flags, **EXPORTED)

@@ -1,4 +1,4 @@
-"""main.py --seeds: which runs are started, what a stop or a failure of one does, and the summary at the end."""
+"""main.py --seeds: the runs that are started, stops and failures, and the summary at the end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 import main
 from cifar10.launch import supervise
-from cifar10.launch.command import LaunchOptions, split_launch_options, start_command
+from cifar10.launch.command import LaunchOptions
 from cifar10.launch.seeds import print_summary, summary_lines
 from cifar10.run.record import open_record
 from tests.launching import SHORT, run, summary
@@ -25,7 +25,7 @@ FLAGS = ["--dataset", "synthetic", "--threads", "1"]
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[str]]]:
-    """main.py without the launcher: each run ends at once with the next of these codes; the flags that each was given."""
+    """main.py without the launcher: each run ends at once with the next of these codes; the flags of each."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     flags_of_each: list[list[str]] = []
 
@@ -33,13 +33,13 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[str]]]:
         left = list(codes)
 
         def train_once(options: LaunchOptions, ranks: int, flags: list[str], folder: Path) -> int:
-            assert options.seeds is None  # or the run would say that it goes on with all of them
+            assert options.seeds is None
             flags_of_each.append(flags)
             code = left.pop(0)
             shutil.rmtree(folder, ignore_errors=True)
             seed = int(folder.name.removeprefix("seed_"))
             make_run(folder, seed=seed, test=0.5 + seed / 10, status={0: "finished", 75: "stopped"}.get(code, "failed"))
-            (folder / "ds_config.json").unlink()  # else its settings would be compared with the command's
+            (folder / "ds_config.json").unlink()  # or its settings would be compared with the command's
             return code
 
         monkeypatch.setattr(supervise, "train_once", train_once)
@@ -56,11 +56,11 @@ def test_seeds_are_counted_from_the_given_one_and_each_has_a_folder(tmp_path, la
     flags = launched(0, 0, 0)
     assert start(tmp_path, "--seeds", "3", "--seed=2", "--report") == 0
     assert [words[-4:-2] for words in flags] == [[f"--seed={s}", f"--output-dir={tmp_path}/seed_{s}"] for s in (2, 3, 4)]
-    said = capsys.readouterr().out
-    assert "3 of 3 seeds have finished:" in said
-    assert "seed_3: finished; train accuracy 41.00%, val accuracy 62.00%, test accuracy 80.00%" in said
-    assert "test accuracy over seeds: 80.00 ± 10.00% (n = 3, 95% interval of the mean 55.16 to 100.00%)" in said
-    assert said.splitlines()[-1] == f"report: {tmp_path}/compare.html"
+    printed = capsys.readouterr().out
+    assert "3 of 3 seeds finished:" in printed
+    assert "seed_3: finished; train accuracy 41.00%, val accuracy 62.00%, test accuracy 80.00%" in printed
+    assert "test accuracy over seeds: 80.00 ± 10.00% (n = 3, 95% interval of the mean 55.16 to 100.00%)" in printed
+    assert printed.splitlines()[-1] == f"report: {tmp_path}/compare.html"
     assert "80.00 ± 10.00%" in (tmp_path / "compare.html").read_text(encoding="utf-8")
 
 
@@ -72,33 +72,30 @@ def test_several_seeds_are_several_runs_at_wandb(seeds, left, tmp_path, launched
     assert os.environ.get("WANDB_RUN_ID") == left
 
 
-def test_a_stop_ends_it_and_the_same_command_goes_on_with_what_is_left(tmp_path, launched, capsys):
+def test_a_stop_ends_the_sweep_and_the_same_command_continues_it(tmp_path, launched, capsys):
     flags = launched(0, 75)
     assert start(tmp_path, "--seeds", "3") == 75
     assert len(flags) == 2
-    said = capsys.readouterr().out
-    assert "1 of 2 seeds have finished:" in said
-    how = said.splitlines()[-1]
-    assert how.startswith("to go on with all seeds: ")
+    printed = capsys.readouterr().out
+    assert "1 of 2 seeds finished:" in printed
+    how = printed.splitlines()[-1]
+    assert how.startswith("to continue all seeds: ")
     assert how.endswith(f"--seeds 3 {' '.join(FLAGS)} --output-dir {tmp_path}")
     flags = launched(0, 0)
-    assert start(tmp_path, "--seeds", "3") == 0
-    assert [words[-1][-1] for words in flags] == ["0", "1", "1", "2"]
-    assert "seed_0 holds a finished run" in capsys.readouterr().out
-    flags = launched()
-    assert start(tmp_path, "--seeds", "3") == 0
+    for _ in range(2):  # the second time there is nothing left to train
+        assert start(tmp_path, "--seeds", "3") == 0
+        assert [words[-1][-1] for words in flags] == ["0", "1", "1", "2"]
+        assert "seed_0 holds a finished run" in capsys.readouterr().out
 
 
-def test_a_failure_does_not_keep_the_others_but_is_the_exit_code(tmp_path, launched, capsys):
+def test_a_failure_does_not_end_the_sweep_but_is_its_exit_code(tmp_path, launched, capsys):
     flags = launched(0, 3, 0)
     assert start(tmp_path, "--seeds", "3") == 3
     assert len(flags) == 3
-    said = capsys.readouterr().out
-    assert "seed_1: failed" in said
-    assert "test accuracy over seeds: 60.00 ± 14.14% (n = 2" in said
+    assert "test accuracy over seeds: 60.00 ± 14.14% (n = 2" in capsys.readouterr().out
 
 
-def test_a_seed_that_cannot_be_is_refused_before_any_is_started(tmp_path, launched, capsys):
+def test_an_invalid_seed_is_refused_before_any_is_started(tmp_path, launched, capsys):
     flags = launched()
     make_run(tmp_path / "seed_2", seed=2)  # of other settings than the command's
     assert start(tmp_path, "--seeds", "3") == 2
@@ -112,29 +109,18 @@ def test_without_reports_there_is_no_page(tmp_path, launched):
     assert not (tmp_path / "compare.html").exists()
 
 
-def test_a_damaged_run_costs_the_comparison_and_nothing_else(tmp_path, capsys):
+def test_with_a_corrupt_run_there_is_no_comparison(tmp_path, capsys):
     (make_run(tmp_path / "seed_0") / "metrics.csv").write_text("x,y\n1,2\n")
-    print_summary(tmp_path, [0], with_page=True)
+    print_summary(tmp_path, [tmp_path / "seed_0"], with_page=True)
     assert "no comparison: " in capsys.readouterr().out
 
 
-def test_one_seed_has_neither_deviation_nor_interval(tmp_path):
-    lines = summary_lines([open_record(make_run(tmp_path / "seed_0"))])
-    assert lines[-1] == "test accuracy over seeds: 50.00% (n = 1)"
-
-
-def test_test_time_augmentation_has_a_line_of_its_own(tmp_path):
+def test_one_seed_has_no_interval_and_test_time_augmentation_has_a_line_of_its_own(tmp_path):
     folder = make_run(tmp_path / "seed_0")
-    told = json.loads((folder / "summary.json").read_text())
-    (folder / "summary.json").write_text(json.dumps(told | {"test_accuracy_tta": 0.75}))
-    plain, views = summary_lines([open_record(folder)])[-2:]
-    assert plain == "test accuracy over seeds: 50.00% (n = 1)"
-    assert views == "test accuracy with test-time augmentation over seeds: 75.00% (n = 1)"
-
-
-def test_the_command_that_goes_on_says_how_many_seeds():
-    options, _ = split_launch_options(["--seeds=4", "--num-gpus", "2", "--lr", "1"])
-    assert start_command(options).endswith("--num-gpus 2 --seeds 4")
+    saved = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(saved | {"test_accuracy_tta": 0.75}))
+    due = ["test accuracy over seeds: 50.00% (n = 1)", "test accuracy with test-time augmentation over seeds: 75.00% (n = 1)"]
+    assert summary_lines([open_record(folder)])[-2:] == due
 
 
 def test_after_a_launch_signals_are_what_they_were():
@@ -148,8 +134,7 @@ def test_after_a_launch_signals_are_what_they_were():
 @pytest.mark.slow
 def test_real_runs_of_two_seeds(tmp_path):
     process = run([sys.executable, "main.py", *SHORT, "--seeds", "2", "--output-dir", str(tmp_path)], OMP_NUM_THREADS="1")
-    assert process.returncode == 0, process.stderr
-    assert process.stderr == ""
+    assert (process.returncode, process.stderr) == (0, "")
     results = [summary(tmp_path / f"seed_{seed}") for seed in (0, 1)]
     assert [result["seed"] for result in results] == [0, 1]
     assert results[0]["weights_sha256"] != results[1]["weights_sha256"]

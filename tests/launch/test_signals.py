@@ -1,4 +1,4 @@
-"""A chain of cells of tests/signals.py, those that test_launchers.py has not: signals to main.py in training are there."""
+"""A chain of cells of tests/signals.py; signals to main.py during training are in test_launchers.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHAIN = [
 STEPS = 1_000
 
 
-def test_a_signal_to_any_process_leaves_none_and_a_folder_that_the_same_command_finishes(tmp_path) -> None:
+def test_a_signal_to_any_process_ends_all_and_the_same_command_finishes_the_run(tmp_path) -> None:
     command = command_for(tmp_path / "run", STEPS)
     for cell in CHAIN:
         outcome = carry_out(cell, command, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""run_deepspeed.sh and srun on a real SLURM: the ranks asked for, the weights of a plain run, and a run that is moved on."""
+"""run_deepspeed.sh and srun on a real SLURM: the ranks asked for, the weights of a plain run, and a requeued job."""
 
 import shutil
 import subprocess
@@ -14,8 +14,6 @@ from tests.launching import BIN, PROJECT, SHORT, has_trained, summary, wait_unti
 pytestmark = pytest.mark.slow
 
 LONG = ("--dataset", "synthetic", "--max-steps", "120", "--log-every-steps", "5", "--test-images", "200", "--threads", "1")
-PYTHON = [sys.executable, "cifar10_deepspeed.py"]
-# One thread each, and a CPU: the GPUs of these nodes are not real.
 EXPORTED = {"OMP_NUM_THREADS": "1", "VENV": str(BIN.parent)}
 
 
@@ -36,14 +34,12 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 
 
 def submit(slurm: Slurm, log: Path, requests: list[str], *flags: str) -> str:
-    """sbatch run_deepspeed.sh with its log where the test wants it; returns the job's number."""
     return slurm.submit(f"--output={log}", *requests, "run_deepspeed.sh", *flags, **EXPORTED)
 
 
 def check_is_the_run_of_one_machine(folder: Path, weights: str) -> None:
     results = summary(folder)
-    assert (results["status"], results["world_size"]) == ("finished", 2)
-    assert results["weights_sha256"] == weights
+    assert (results["status"], results["world_size"], results["weights_sha256"]) == ("finished", 2, weights)
 
 
 def test_the_batch_script_is_clean() -> None:
@@ -67,7 +63,7 @@ def test_sbatch_as_the_document_types_it_trains_on_both_gpus(one_node, tmp_path,
     assert list(asked.values()) == ["cifar10", "gpu", "02:00:00", "8", "gres:gpu:2"]
 
 
-def test_a_job_that_is_warned_saves_and_is_queued_again_and_finishes(one_node, tmp_path) -> None:
+def test_a_job_that_is_warned_saves_is_requeued_and_finishes(one_node, tmp_path) -> None:
     log, folder = tmp_path / "log", tmp_path / "run"
     number = submit(one_node, log, ["--gres=gpu:1"], *LONG, "--output-dir", str(folder))
     wait_until(lambda: has_trained(folder), "the first steps")
@@ -82,7 +78,6 @@ def test_a_job_that_is_warned_saves_and_is_queued_again_and_finishes(one_node, t
 
 
 def srun(slurm: Slurm, folder: Path, *requests: str) -> subprocess.CompletedProcess[str]:
-    """The short run on two tasks, started by SLURM alone."""
     command = ["srun", "--ntasks=2", *requests, sys.executable, "cifar10_deepspeed.py", *SHORT, "--output-dir", str(folder)]
     return slurm.run(*command, **EXPORTED)
 
@@ -104,7 +99,7 @@ def test_sbatch_on_two_nodes(two_nodes, tmp_path, two_ranks_here) -> None:
 
 
 def test_deepspeeds_own_launcher_for_slurm(two_nodes, tmp_path, two_ranks_here) -> None:
-    """In an allocation: it runs srun with a task for each slot of the hostfile, and tells the tasks nothing of their ranks."""
+    """It runs srun with a task for each slot of the hostfile, and the tasks do not know their ranks."""
     folder, hostfile = tmp_path / "run", tmp_path / "hostfile"
     hostfile.write_text("hostA slots=1\nhostB slots=1\n")
     deepspeed = [str(BIN / "deepspeed"), "--launcher=slurm", f"--hostfile={hostfile}", "--no_ssh_check"]

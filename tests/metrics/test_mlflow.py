@@ -40,7 +40,7 @@ def test_a_resumed_run_has_every_row_once_under_one_id(tmp_path, monkeypatch, ca
     client, folder = mlflow.MlflowClient(), tmp_path / "run"
     experiment = client.create_experiment("mine", artifact_location=str(tmp_path / "artifacts"))
     folder.mkdir()
-    capsys.readouterr()  # what MLflow says of a new database
+    capsys.readouterr()  # what MLflow prints for a new database
     note = part_of_a_run(folder, 10, 20, 30)
     run_id = json.loads((folder / "mlflow_run.json").read_text())["id"]
     assert run_id in note

@@ -41,35 +41,20 @@ def _plain_terminal(monkeypatch):
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_columns_and_rows_of_the_files(tmp_path):
+def test_the_columns_and_rows_of_the_files_which_are_there_at_once(tmp_path):
     sink = CsvSink(tmp_path, step=0, epoch=0)
     sink.step(step_row(100, skipped=2))
     sink.epoch(epoch_row(1))
     sink.epoch(epoch_row(2, val=None))
     sink.test(2, TEST)
-    sink.close()
-    header = (tmp_path / "metrics.csv").read_text(encoding="utf-8").splitlines()[0]
-    assert header == "epoch,phase,loss,accuracy,throughput"
-    assert (tmp_path / "steps.csv").read_text(encoding="utf-8").splitlines()[
-        0
-    ] == "step,epoch,loss,accuracy,grad_norm,lr,skipped"
-    assert [row[:2] for row in rows(tmp_path / "metrics.csv")[1:]] == [
-        ["1", "train"],
-        ["1", "val"],
-        ["2", "train"],
-        ["2", "test"],
-    ]
-    numbers = [[float(value) for value in row[2:]] for row in rows(tmp_path / "metrics.csv")[1:]]
+    header, *lines = rows(tmp_path / "metrics.csv")  # the files are still open
+    assert header == ["epoch", "phase", "loss", "accuracy", "throughput"]
+    assert [line[:2] for line in lines] == [["1", "train"], ["1", "val"], ["2", "train"], ["2", "test"]]
+    numbers = [[float(value) for value in line[2:]] for line in lines]
     assert numbers == [[1.25, 0.5625, 1_600], [1.5, 0.5, 1_000], [1.25, 0.5625, 1_600], [1.75, 0.4375, 1_000]]
-    assert [float(value) for value in rows(tmp_path / "steps.csv")[1]] == [100, 1, 2.25, 0.125, 3.5, 0.0125, 2]
-
-
-def test_a_row_is_in_the_file_before_the_next_one_comes(tmp_path):
-    sink = CsvSink(tmp_path, step=0, epoch=0)
-    sink.step(step_row(100))
-    sink.epoch(epoch_row(1))
-    assert len(rows(tmp_path / "steps.csv")) == 2
-    assert len(rows(tmp_path / "metrics.csv")) == 3
+    header, line = rows(tmp_path / "steps.csv")
+    assert header == ["step", "epoch", "loss", "accuracy", "grad_norm", "lr", "skipped"]
+    assert [float(value) for value in line] == [100, 1, 2.25, 0.125, 3.5, 0.0125, 2]
     sink.close()
 
 
@@ -78,17 +63,16 @@ def test_a_small_number_keeps_its_digits(tmp_path):
     sink.step(StepRow(1, 1, loss=1.2345678e-7, accuracy=1.0, grad_norm=float("nan"), lr=1.217974e-05, skipped=0))
     sink.close()
     row = rows(tmp_path / "steps.csv")[1]
-    assert float(row[2]) == pytest.approx(1.2345678e-7, rel=1e-6)
-    assert float(row[5]) == pytest.approx(1.217974e-05, rel=1e-6)
+    assert (float(row[2]), float(row[5])) == (pytest.approx(1.2345678e-7, rel=1e-6), pytest.approx(1.217974e-05, rel=1e-6))
 
 
-def test_on_a_resume_rows_later_than_the_checkpoint_are_cut_and_the_rest_kept(tmp_path):
+def test_a_resume_cuts_the_rows_after_the_checkpoint_and_those_of_the_test(tmp_path):
     sink = CsvSink(tmp_path, step=0, epoch=0)
     for epoch in (1, 2, 3):
         for step in (100, 200):
             sink.step(step_row(step + 200 * (epoch - 1), epoch))
         sink.epoch(epoch_row(epoch))
-    sink.test(3, TEST)
+    sink.test(2, TEST)
     sink.close()
     kept = {name: rows(tmp_path / name) for name in ("metrics.csv", "steps.csv")}
 
@@ -101,27 +85,12 @@ def test_on_a_resume_rows_later_than_the_checkpoint_are_cut_and_the_rest_kept(tm
     assert [row[:2] for row in rows(tmp_path / "metrics.csv")[-3:]] == [["2", "val"], ["3", "train"], ["3", "val"]]
     assert [row[0] for row in rows(tmp_path / "steps.csv")[1:]] == ["100", "200", "300", "400", "500"]
 
-
-def test_a_test_row_is_never_kept_because_a_run_that_goes_on_is_tested_again(tmp_path):
-    sink = CsvSink(tmp_path, step=0, epoch=0)
-    sink.epoch(epoch_row(1))
-    sink.test(1, TEST)
-    sink.close()
-    CsvSink(tmp_path, step=100, epoch=1).close()
-    assert [row[1] for row in rows(tmp_path / "metrics.csv")] == ["phase", "train", "val"]
-
-
-def test_a_new_run_in_an_old_folder_starts_with_empty_files(tmp_path):
-    sink = CsvSink(tmp_path, step=0, epoch=0)
-    sink.step(step_row(100))
-    sink.epoch(epoch_row(1))
-    sink.close()
-    CsvSink(tmp_path, step=0, epoch=0).close()
+    CsvSink(tmp_path, step=0, epoch=0).close()  # a new run
     assert len(rows(tmp_path / "metrics.csv")) == len(rows(tmp_path / "steps.csv")) == 1
 
 
 @pytest.mark.parametrize("torn", ["2", "200,1,2.2", "20x,1", ",,,", "\n\n"])
-def test_a_row_that_a_crash_has_torn_is_cut(tmp_path, torn):
+def test_a_row_torn_by_a_crash_is_cut(tmp_path, torn):
     sink = CsvSink(tmp_path, step=0, epoch=0)
     sink.step(step_row(100))
     sink.close()
@@ -135,37 +104,20 @@ def test_a_row_that_a_crash_has_torn_is_cut(tmp_path, torn):
 
 
 def test_metrics_passes_everything_to_every_sink_in_order():
+    verbs, calls = ("step", "epoch", "test", "event", "finished", "close"), []
+
     class Recorder(Sink):
-        def __init__(self) -> None:
-            self.calls: list[tuple] = []
+        def __getattribute__(self, verb):
+            return (lambda *what: calls.append((verb, *what))) if verb in verbs else super().__getattribute__(verb)
 
-        def step(self, row):
-            self.calls.append(("step", row))
-
-        def epoch(self, row):
-            self.calls.append(("epoch", row))
-
-        def test(self, epoch, result):
-            self.calls.append(("test", epoch, result))
-
-        def event(self, text):
-            self.calls.append(("event", text))
-
-        def close(self):
-            self.calls.append(("close",))
-
-    sinks = [Recorder(), Recorder()]
-    for metrics in (Metrics(sinks), Metrics()):  # the second is that of ranks other than 0
-        metrics.step(step_row(1))
-        metrics.epoch(epoch_row(1))
-        metrics.test(1, TEST)
-        metrics.event("text")
-        metrics.close()
-    due = [("step", step_row(1)), ("epoch", epoch_row(1)), ("test", 1, TEST), ("event", "text"), ("close",)]
-    assert sinks[0].calls == sinks[1].calls == due
+    due = [("step", step_row(1)), ("epoch", epoch_row(1)), ("test", 1, TEST), ("event", "text"), ("finished", {}), ("close",)]
+    for metrics in (Metrics([Recorder(), Recorder()]), Metrics()):  # the second is that of ranks other than 0
+        for verb, *what in due:
+            getattr(metrics, verb)(*what)
+    assert calls == [call for call in due for _ in range(2)]
 
 
-def test_throughput_without_time_is_none():
+def test_throughput_without_time_is_zero():
     assert SplitResult(1.0, 0.5, 100, 0.0).throughput == 0.0
 
 
@@ -188,37 +140,21 @@ def test_without_a_terminal_there_is_one_plain_line_per_epoch(capsys):
     assert errors == ""
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", printed)  # no escape codes, no carriage returns
     first, second, event = printed.splitlines()
-    for number, line in enumerate((first, second), start=1):
-        assert line.startswith(f"epoch {number}/2 ")
-        assert "train loss 1.2500 accuracy 56.25%" in line
-        assert "val loss 1.5000 accuracy 50.00%" in line
-        assert "1,600 images/s" in line
-        assert "grad norm 1.500" in line
-        assert "lr 0.012500" in line
-    assert "skipped" not in first
-    assert "skipped 3 steps" in second
+    numbers = "train loss 1.2500 accuracy 56.25%  val loss 1.5000 accuracy 50.00%  lr 0.012500  grad norm 1.500  1,600 images/s"
+    assert first == f"epoch 1/2  {numbers}"
+    assert second == f"epoch 2/2  {numbers}  skipped 3 steps"
     assert event == "a line about the run"
 
 
 def test_a_line_per_log_interval_counts_steps_within_the_epoch(capsys):
     a_run(ConsoleSink(Steps(100, last=200), first_step=0, global_images=32, prints_steps=True))
     lines = capsys.readouterr().out.splitlines()
-    said = [line if line.startswith("[") else line.split("  ")[0] for line in lines]
-    assert said == [
-        "[1,    50] loss: 2.250",
-        "[1,   100] loss: 2.250",
-        "epoch 1/2",
-        "[2,    50] loss: 2.250",
-        "[2,   100] loss: 2.250",
-        "epoch 2/2",
-        "a line about the run",
-    ]
+    assert lines[:2] == ["[1,    50] loss: 2.250", "[1,   100] loss: 2.250"]
+    assert lines[3:5] == ["[2,    50] loss: 2.250", "[2,   100] loss: 2.250"]
 
 
 def test_without_a_validation_split_none_is_mentioned(capsys):
-    sink = ConsoleSink(Steps(200, last=100), first_step=0, global_images=32)
-    sink.epoch(epoch_row(1, val=None))
-    sink.close()
+    ConsoleSink(Steps(200, last=100), first_step=0, global_images=32).epoch(epoch_row(1, val=None))
     line = capsys.readouterr().out
     assert line.startswith("epoch 1/1 ")
     assert "val" not in line
@@ -265,6 +201,5 @@ def test_closing_twice_is_harmless(monkeypatch, capsys):
     sink = ConsoleSink(Steps(1, last=1), first_step=0, global_images=32)
     sink.close()
     sink.close()
-    capsys.readouterr()
-    sink.event("still says what happened")
-    assert "still says what happened" in capsys.readouterr().out
+    sink.event("still printed")
+    assert "still printed" in capsys.readouterr().out

@@ -1,11 +1,10 @@
-"""Use an export as a stranger would, with neither DeepSpeed nor this program; prints as JSON how its answers compare.
+"""Uses an export without DeepSpeed and this program, and prints as JSON how its predictions compare.
 
     uv venv plain && uv pip install --python plain torch numpy safetensors onnxruntime
     plain/bin/python tests/workers/plain_environment.py RUN/export IMAGES RUN/test_predictions.npz
 
-IMAGES is CIFAR-10's own test_batch, or a .npz with uint8 `images` [N, C, S, S]. test_predictions.npz is what `python -m cifar10
-evaluate RUN` has written: the logits that every file has to come to. Exit code 1 unless all fp32 files give the same answers,
-with logits that differ by 1e-4 at most.
+IMAGES is CIFAR-10's own test_batch, or a .npz with uint8 `images` [N, C, S, S]. test_predictions.npz, from `python -m cifar10
+evaluate RUN`, holds the expected logits. Exit code 1 unless all fp32 files give the same predictions, with logits within 1e-4.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ TOLERANCE = 1e-4
 
 
 def read_images(path: Path) -> np.ndarray:
-    """uint8 [N, C, S, S]."""
     if path.suffix == ".npz":
         return np.load(path)["images"]
     content = path.read_bytes()
@@ -45,7 +43,7 @@ def imported(path: Path) -> Any:
 
 
 def readers(folder: Path) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """File -> what answers float32 images in 0..1, for each file that is there."""
+    """File -> a function from float32 images in 0..1 to logits, for each file that exists."""
     network, about = imported(folder / "network.py"), json.loads((folder / "export.json").read_text())["about"]
     mean, std = (torch.tensor(about["normalization"][key])[:, None, None] for key in ("mean", "std"))
 
@@ -62,8 +60,7 @@ def readers(folder: Path) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
         "model.safetensors": lambda name: with_weights(load_file(folder / name)),
         "state_dict.pt": lambda name: with_weights(torch.load(folder / name)),
         "model.pt2": lambda name: torch.export.load(folder / name).module(),
-        "model.onnx": onnx,
-        "model_int8.onnx": onnx,
+        **dict.fromkeys(("model.onnx", "model_int8.onnx"), onnx),
     }
     return {name: way(name) for name, way in ways.items() if (folder / name).exists()}
 
@@ -83,11 +80,11 @@ def main(folder: Path, images_file: Path, predictions_file: Path) -> int:
             "largest difference": float(np.abs(logits - wanted).max()),
             "accuracy": float((logits.argmax(1) == labels).mean()),
         }
-    there = [name for name in ("deepspeed", "cifar10", "cifar10_deepspeed") if sys.modules.get(name) is not None]
-    print(json.dumps({"python": sys.executable, "imported": there, "files": rows}, indent=2))
+    imports = [name for name in ("deepspeed", "cifar10", "cifar10_deepspeed") if sys.modules.get(name) is not None]
+    print(json.dumps({"python": sys.executable, "imported": imports, "files": rows}, indent=2))
     exact = [row for name, row in rows.items() if "int8" not in name]
     agree = all(row["same answers"] == row["images"] and row["largest difference"] <= TOLERANCE for row in exact)
-    return 0 if exact and agree and not there else 1
+    return 0 if exact and agree and not imports else 1
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""Use a run's best_model and final as a stranger to DeepSpeed would; prints as JSON what they turned out to be.
-
-python tests/workers/plain_load.py RUN_FOLDER
-"""
+"""`plain_load.py RUN` loads a run's best_model and final without DeepSpeed and prints facts about them as JSON."""
 
 from __future__ import annotations
 

@@ -1,16 +1,15 @@
-"""What engines of every kind save, and what they and others go on to from it: one rank and two, each ZeRO stage.
+"""What engines of every kind save, and how they and others resume from it: on one rank and two, at each ZeRO stage.
 
     python tests/workers/resumes.py FOLDER
 
-Four worlds, one after another, forked when the slow imports are done: one rank trains and saves, then two ranks do; one rank
-goes on from what both have saved, then two ranks do. Each rank writes what it has measured to FOLDER.
+Four worlds, forked one after another when the slow imports are done: one rank trains and saves, then two; one rank resumes
+from all checkpoints, then two. Each rank writes its measurements to FOLDER.
 """
 
 from __future__ import annotations
 
 import gc
 import hashlib
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from cifar10.config import ds_config
 from cifar10.data.loader import MicroBatch
-from cifar10.distributed import world
+from cifar10.distributed import world as distributed
 from cifar10.distributed.world import World
 from cifar10.engine.engine import Engine, prepare
 from cifar10.engine.full_state import loss_scaler, weights_sha256
@@ -31,7 +30,7 @@ from cifar10.models.registry import build_model
 from cifar10.run import checkpoint
 from cifar10.run.state import RunState
 from tests.helpers import make_engine, make_loader, one_step
-from tests.workers.small_runs import free_port
+from tests.workers.small_runs import become_rank, ended, forked, free_port
 
 STAGES = (0, 1, 2, 3)
 WORLDS = (1, 2)
@@ -42,7 +41,7 @@ ADAMW = {"type": "AdamW", "params": {"lr": 0.003}}
 
 
 class OddCNN(nn.Module):
-    """BatchNorm, dropout, and no tensor that two ranks share evenly but the last two."""
+    """BatchNorm, dropout, and few tensors that two ranks can share evenly."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,26 +64,25 @@ def odd_cnn() -> nn.Module:
 
 @dataclass(frozen=True)
 class Case:
-    """A way to train: what is saved at a step and gone on from, by the same number of ranks and stage, or by all others too."""
+    """A way to train: saved at a step, and resumed with the same number of ranks and stage or with all others too."""
 
     stages: tuple[int, ...] = STAGES
     worlds: tuple[int, ...] = WORLDS
-    save_at: int = 3  # odd, so that a count of passes would not fit another number of passes a step
-    smooth: bool = False  # smooth_cnn, whose losses can be compared between worlds
+    save_at: int = 3  # odd, which would not fit another number of passes a step
+    smooth: bool = False  # smooth_cnn, with losses that can be compared between worlds
     everywhere: bool = False
     precision: str = "fp32"
     accumulation: int = 0  # passes a step; 0: as many as the micro-batch makes
     config: dict[str, Any] = field(default_factory=dict)
 
-    def engine(self, here: World, stage: int) -> Engine:
-        config = ds_config.with_precision(
-            {"zero_optimization": {"stage": stage}, "optimizer": SGD, **self.config}, self.precision
-        )
+    def engine(self, world: World, stage: int) -> Engine:
+        config = {"zero_optimization": {"stage": stage}, "optimizer": SGD, **self.config}
+        config = ds_config.with_precision(config, self.precision)
         model = build_model("smooth_cnn", 0, 10) if self.smooth else odd_cnn()
-        return make_engine(here, model, global_images=GLOBAL_IMAGES, accumulation=self.passes(here), **config)
+        return make_engine(world, model, global_images=GLOBAL_IMAGES, accumulation=self.passes(world), **config)
 
-    def passes(self, here: World) -> int:
-        return self.accumulation or GLOBAL_IMAGES // MICRO_IMAGES // here.size
+    def passes(self, world: World) -> int:
+        return self.accumulation or GLOBAL_IMAGES // MICRO_IMAGES // world.size
 
 
 def optimizer(name: str, **params: Any) -> dict[str, Any]:
@@ -103,13 +101,7 @@ OPTIMIZERS = {
     "SGD, dampening": optimizer("SGD", momentum=0.9, dampening=0.5),
     "SGD, nesterov": optimizer("SGD", momentum=0.9, nesterov=True),
     "SGD, no momentum": optimizer("SGD"),
-    "NAdam": optimizer("NAdam"),
-    "RAdam": optimizer("RAdam"),
-    "Adadelta": optimizer("Adadelta"),
-    "Adamax": optimizer("Adamax"),
-    "ASGD": optimizer("ASGD"),
-    "Rprop": optimizer("Rprop"),
-    "Adagrad": optimizer("Adagrad"),
+    **{name: optimizer(name) for name in ("Adadelta", "Adamax", "ASGD", "Rprop", "Adagrad", "NAdam", "RAdam")},
 }
 SCHEDULERS = {
     "WarmupLR": scheduler("WarmupLR", warmup_max_lr=0.05, warmup_num_steps=6),
@@ -117,12 +109,13 @@ SCHEDULERS = {
     "OneCycle": scheduler("OneCycle", cycle_min_lr=0.01, cycle_max_lr=0.1, cycle_first_step_size=4),
     "LRRangeTest": scheduler("LRRangeTest", lr_range_test_min_lr=0.01, lr_range_test_step_size=2),
 }
-TORCH_SCHEDULERS = {  # which DeepSpeed cannot make under ZeRO
+TORCH_SCHEDULERS = {  # not supported by DeepSpeed under ZeRO
     "OneCycleLR": scheduler("OneCycleLR", max_lr=0.1, total_steps=9),
     "CyclicLR": scheduler("CyclicLR", base_lr=0.01, max_lr=0.1, step_size_up=3),
     "CosineAnnealingLR": scheduler("CosineAnnealingLR", T_max=9),
     "StepLR": scheduler("StepLR", step_size=2),
 }
+GROWING = {"fp16": {"initial_scale_power": 8, "loss_scale_window": 2}}
 CASES = {
     "portable, SGD": Case(smooth=True, everywhere=True),
     "portable, AdamW": Case(smooth=True, everywhere=True, config={"optimizer": ADAMW}),
@@ -130,28 +123,21 @@ CASES = {
     **{f"fp32, {passes}": Case(accumulation=passes) for passes in (1, 2)},
     **{f"step 0, {name}": Case(save_at=0, config={"optimizer": one}) for name, one in (("SGD", SGD), ("AdamW", ADAMW))},
     **{name: Case(stages=BOTH, worlds=ONE, config=config) for name, config in OPTIMIZERS.items()},
-    "Adafactor": Case(stages=(0,), worlds=ONE, config=optimizer("Adafactor")),  # knows rows and columns, which ZeRO flattens
+    "Adafactor": Case(
+        stages=(0,), worlds=ONE, config=optimizer("Adafactor")
+    ),  # not under ZeRO, which flattens its rows and columns
     **{name: Case(stages=BOTH, worlds=ONE, config=config) for name, config in SCHEDULERS.items()},
     **{name: Case(stages=(0,), worlds=ONE, config=config) for name, config in TORCH_SCHEDULERS.items()},
     # lower precisions last: autocast sets flags for the whole process
     **{f"bf16, {passes}": Case(accumulation=passes, precision="bf16") for passes in (1, 2)},
     "portable, bf16": Case(stages=BOTH, smooth=True, everywhere=True, precision="bf16"),
-    **{
-        f"fp16, growing, {at}": Case(
-            stages=BOTH,
-            save_at=at,
-            smooth=True,
-            everywhere=True,
-            precision="fp16",
-            config={"fp16": {"initial_scale_power": 8, "loss_scale_window": 2}},
-        )
-        for at in (3, 4)  # in the middle of a window, and where the scale is about to double
+    **{  # in the middle of a window, and where the scale is about to double
+        f"fp16, growing, {at}": Case(BOTH, WORLDS, at, smooth=True, everywhere=True, precision="fp16", config=GROWING)
+        for at in (3, 4)
     },
-    # not everywhere: where a step's loss is divided by its passes before backward, a scale twice as large fits
-    "fp16, overflown": Case(
-        stages=BOTH, save_at=9, smooth=True, precision="fp16", config={"fp16": {"initial_scale_power": 24}}
-    ),
-    "fp16, fixed": Case(stages=BOTH, precision="fp16", config={"fp16": {"loss_scale": 256}}),
+    # not everywhere: with several passes a step, a scale twice as large fits
+    "fp16, overflown": Case(BOTH, save_at=9, smooth=True, precision="fp16", config={"fp16": {"initial_scale_power": 24}}),
+    "fp16, fixed": Case(BOTH, precision="fp16", config={"fp16": {"loss_scale": 256}}),
 }
 
 
@@ -159,7 +145,7 @@ CASES = {
 
 
 def fingerprint(value: Any) -> str:
-    """Of tensors and plain values, however nested: equal only if all types and bits are."""
+    """Of nested tensors and plain values: equal only if all types and bits are."""
     digest = hashlib.sha256()
     if isinstance(value, Tensor):
         digest.update(weights_sha256({"": value.detach()}).encode())
@@ -172,25 +158,20 @@ def fingerprint(value: Any) -> str:
     return digest.hexdigest()
 
 
-def fingerprints(state: dict[str, Any]) -> dict[str, str]:
-    """One for each part of a full state, so that a difference has a name."""
-    return {key: fingerprint(value) for key, value in state.items()}
-
-
 def look(engine: Engine) -> dict[str, Any]:
-    """All that the engine holds, and this rank's own buffers."""
+    """The full state as fingerprints, and this rank's own buffers."""
     state = engine.full_state()
     own = {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
-    weights = weights_sha256(engine.portable_state())
-    return {"state": fingerprints(state), "weights": weights, "buffers": own, "scale": state["loss_scale"]}
+    prints, weights = {key: fingerprint(value) for key, value in state.items()}, weights_sha256(engine.portable_state())
+    return {"state": prints, "weights": weights, "buffers": own, "scale": state["loss_scale"]}
 
 
-def steps(here: World, engine: Engine, batches: list[list[MicroBatch]]) -> dict[str, Any]:
+def steps(world: World, engine: Engine, batches: list[list[MicroBatch]]) -> dict[str, Any]:
     """The losses of the global batch, the learning rates, and the loss scale after each step."""
     losses, lrs, scales, skipped = [], [], [], []
     for number, micro_batches in enumerate(batches):
         loss = one_step(engine, micro_batches, 1.0 - 0.05 * number)
-        losses.append(here.total(loss.float().clone()).item() / here.size)
+        losses.append(world.total(loss.float().clone()).item() / world.size)
         lrs.append(engine.lr)
         scaler = loss_scaler(engine)
         scales.append(scaler and scaler.state_dict()["scale"])
@@ -198,43 +179,42 @@ def steps(here: World, engine: Engine, batches: list[list[MicroBatch]]) -> dict[
     return {"losses": losses, "lrs": lrs, "scales": scales, "skipped": skipped}
 
 
-def batches_of(here: World, case: Case) -> list[list[MicroBatch]]:
+def batches_of(world: World, case: Case) -> list[list[MicroBatch]]:
     count = case.save_at + MORE_STEPS
-    loader = make_loader(here, accumulation=case.passes(here), num_images=count * GLOBAL_IMAGES)
+    loader = make_loader(world, accumulation=case.passes(world), num_images=count * GLOBAL_IMAGES)
     return list(islice(loader.epoch(0), count))
 
 
-def saves(here: World, folder: Path) -> dict[Any, Any]:
-    """{(case, stage): what was saved, and what its engine went on to}."""
+def saves(world: World, folder: Path) -> dict[Any, Any]:
+    """{(case, stage): what was saved, and how its engine trained on}."""
     seen = {}
     for name, case in CASES.items():
-        for stage in case.stages if here.size in case.worlds else ():
-            batches, engine = batches_of(here, case), case.engine(here, stage)
-            before = steps(here, engine, batches[: case.save_at])
-            tag = folder / name / f"{here.size}-{stage}"
-            failure = checkpoint.save(tag, engine, RunState(step=case.save_at), here, {}, keep=1)
-            assert failure == "", failure
+        for stage in case.stages if world.size in case.worlds else ():
+            batches, engine = batches_of(world, case), case.engine(world, stage)
+            before = steps(world, engine, batches[: case.save_at])
+            tag = folder / name / f"{world.size}-{stage}"
+            assert checkpoint.save(tag, engine, RunState(step=case.save_at), world, {}, keep=1) == ""
             seen[name, stage] = {"before": before, "saved": look(engine)}
-            seen[name, stage] |= {**steps(here, engine, batches[case.save_at :]), "end": look(engine)}
+            seen[name, stage] |= {**steps(world, engine, batches[case.save_at :]), "end": look(engine)}
     return seen
 
 
 def sources(case: Case, num_ranks: int, stage: int) -> list[tuple[int, int]]:
-    """The (ranks, stage) whose checkpoints an engine of this case goes on from."""
+    """The (ranks, stage) whose checkpoints an engine of this case resumes from."""
     return [(ranks, at) for ranks in case.worlds for at in case.stages] if case.everywhere else [(num_ranks, stage)]
 
 
-def resumes(here: World, folder: Path) -> dict[Any, Any]:
-    """{(case, stage, (ranks, stage) of the source): what was loaded, and what this engine went on to}."""
+def resumes(world: World, folder: Path) -> dict[Any, Any]:
+    """{(case, stage, (ranks, stage) of the source): what was loaded, and how this engine trained on}."""
     seen = {}
     for name, case in CASES.items():
-        for stage in case.stages if here.size in case.worlds else ():
-            batches = batches_of(here, case)[case.save_at :]
-            for source in sources(case, here.size, stage):
-                engine = case.engine(here, stage)
-                checkpoint.resume(folder / name / "{}-{}".format(*source), None, engine, here, {})
-                seen[name, stage, source] = {"loaded": look(engine), **steps(here, engine, batches)}
-                if source == (here.size, stage):
+        for stage in case.stages if world.size in case.worlds else ():
+            batches = batches_of(world, case)[case.save_at :]
+            for source in sources(case, world.size, stage):
+                engine = case.engine(world, stage)
+                checkpoint.resume(folder / name / "{}-{}".format(*source), None, engine, world, {})
+                seen[name, stage, source] = {"loaded": look(engine), **steps(world, engine, batches)}
+                if source == (world.size, stage):
                     seen[name, stage, source]["end"] = look(engine)
     return seen
 
@@ -243,28 +223,17 @@ def resumes(here: World, folder: Path) -> dict[Any, Any]:
 
 
 def in_world(num_ranks: int, name: str, measure: Callable[[World, Path], Any], folder: Path) -> None:
-    """Fork so many ranks, wait for them, and leave what each has measured in <name>_<ranks>.rank_<n>.pt."""
-    port, children = free_port(), []
-    for rank in range(num_ranks):
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                if num_ranks > 1:
-                    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(num_ranks))
-                    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-                here = world.join(threads=1)
-                torch.save(measure(here, folder), folder / f"{name}_{num_ranks}.rank_{rank}.pt")
-                world.leave()
-                code = 0
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    """Fork the ranks and wait for them; each writes its measurements to <name>_<ranks>.rank_<n>.pt."""
+    port = free_port()
+
+    def one(rank: int) -> int:
+        become_rank(rank, num_ranks, port)
+        world = distributed.join(threads=1)
+        torch.save(measure(world, folder), folder / f"{name}_{num_ranks}.rank_{rank}.pt")
+        distributed.leave()
+        return 0
+
+    codes = ended([forked(one, rank) for rank in range(num_ranks)])
     if any(codes):
         sys.exit(f"{name} of {num_ranks} ranks ended with {codes}")
 
@@ -272,7 +241,7 @@ def in_world(num_ranks: int, name: str, measure: Callable[[World, Path], Any], f
 if __name__ == "__main__":
     prepare()
     torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # for its first optimizer PyTorch imports its compiler
-    gc.freeze()  # every engine of stage 3 collects garbage, and would look for it among all that is imported
+    gc.freeze()  # every stage-3 engine collects garbage, which would scan all that is imported
     for doing in (saves, resumes):
         for ranks in WORLDS:
             in_world(ranks, doing.__name__, doing, Path(sys.argv[1]))

@@ -1,12 +1,11 @@
-"""The program itself on 600 synthetic training images instead of 50,000: whole runs of several epochs in seconds.
+"""The program on 600 synthetic training images instead of 50,000: whole runs of several epochs in seconds.
 
     python tests/workers/small_runs.py STARTS.json
 
-STARTS.json lists the starts, carried out one after another: {"ranks": 2, "flags": ["--epochs", "2"], "keep_summary":
-"PATH"}, and optionally "stop_after": N, which sends SIGTERM to a rank after the N-th step that it trains, "code": the exit code
-that is due in place of 0, and "stderr": a file for what the ranks say there. Each rank of each start is a process of its own,
-forked when the slow imports are done and before anything else is; afterwards the run's summary.json is copied to keep_summary.
-No rank may leave before rank 0 has written there how the run has ended.
+STARTS.json lists the starts: {"ranks": 2, "flags": ["--epochs", "2"], "keep_summary": "PATH"}, and optionally "stop_after": N
+(SIGTERM to each rank after its N-th step), "code": the expected exit code if it is not 0, and "stderr": a file. Each rank of a
+start is forked when the slow imports are done; then the run's summary.json is copied to keep_summary. No rank may exit before
+rank 0 has written there how the run ended.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ ENDS = ("finished", "stopped")
 
 
 def shrink_the_data_sets() -> None:
-    """Those that are drawn: for the whole process, so no test may import this and call it."""
+    """The generated ones, for the whole process: no test may call this."""
     for name, dataset in DATASETS.items():
         if isinstance(dataset, Generated):
             small = dataclasses.replace(dataset.description, train_images=600, test_images=200)
@@ -42,7 +42,7 @@ def shrink_the_data_sets() -> None:
 
 
 def stop_after(steps: int) -> None:
-    """Let the script's training step send the signal when it has been taken so often; several ranks agree on it at once."""
+    """Let the script's training step send SIGTERM after so many steps; ranks agree on it at once."""
     stop.TIMED_STEPS, stop.SECONDS_BETWEEN_AGREEMENTS = 2, 0.0
     train_step, taken = script.train_step, 0
 
@@ -58,7 +58,7 @@ def stop_after(steps: int) -> None:
 
 
 def write_the_end_late() -> None:
-    """Let rank 0 take its time to write how the run has ended, as a slow disk would."""
+    """Delay the last summary.json on rank 0, as a slow disk would."""
     write_summary = script.write_summary
 
     def late(run: Any, state: Any, status: str, *tested: Any, **known: Any) -> Any:
@@ -75,11 +75,35 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def run_rank(start: dict[str, Any], rank: int, port: int) -> int:
-    """One rank, from its environment to its exit code."""
-    if start["ranks"] > 1:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(start["ranks"]))
+def forked(work: Callable[..., int], *arguments: Any) -> int:
+    """A forked process that exits with the code `work` returns, or with 1 if it raises; returns its number."""
+    sys.stdout.flush()
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        code = work(*arguments)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def ended(children: list[int]) -> list[int]:
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def become_rank(rank: int, ranks: int, port: int) -> None:
+    """Set the environment of a rank as torchrun does; one rank has none."""
+    if ranks > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(ranks))
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+
+
+def run_rank(start: dict[str, Any], rank: int, port: int) -> int:
+    become_rank(rank, start["ranks"], port)
     if "stop_after" in start:
         stop_after(start["stop_after"])
     if start["ranks"] > 1:
@@ -91,7 +115,7 @@ def run_rank(start: dict[str, Any], rank: int, port: int) -> int:
     if "code" in start:
         return int(code != start["code"])
     status = json.loads((run_folder_of(start) / "summary.json").read_text())["status"]
-    assert status in ENDS, f"rank {rank} has left while the run is still {status}: its launcher would call that a failure"
+    assert status in ENDS, f"rank {rank} exited while the run is still {status}, which its launcher would take for a failure"
     return code
 
 
@@ -100,20 +124,8 @@ def run_folder_of(start: dict[str, Any]) -> Path:
 
 
 def carry_out(start: dict[str, Any]) -> None:
-    """All ranks of one start, to their end; raises if one of them fails."""
-    port, children = free_port(), []
-    for rank in range(start["ranks"]):
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                code = run_rank(start, rank, port)
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    port = free_port()
+    codes = ended([forked(run_rank, start, rank, port) for rank in range(start["ranks"])])
     if any(codes):
         sys.exit(f"{start} ended with {codes}")
     shutil.copy(run_folder_of(start) / "summary.json", start["keep_summary"])

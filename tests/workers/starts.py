@@ -1,8 +1,8 @@
-"""The program itself, started as often as is asked for: a start costs about a second, since the slow imports are done once.
+"""Starts the program on request; a start costs about a second, since the slow imports are done once.
 
-Each line on stdin asks for a start: {"flags": [...], "folder": where it runs, "environment": {...}, "cifar10": {"files": the
-known md5 of each file, "archive_md5": ...}}; a line on stdout answers: {"code": ..., "stdout": ..., "stderr": ...}.
-A start is one rank, forked; its images are those of small_runs.py.
+Each line on stdin is a start: {"flags": [...], "folder": where it runs, "environment": {...}, "cifar10": {"files": their known
+md5, "archive_md5": ...}}; its result is a line on stdout: {"code": ..., "stdout": ..., "stderr": ...}.
+A start is one forked rank, on the images of small_runs.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import tempfile
-import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ DEADLINE_SECONDS = 120  # a start that takes longer hangs: SIGALRM ends it
 
 
 def be_the_program(asked: dict[str, Any], out: Path, err: Path) -> int:
-    """In the forked process: from its surroundings to its exit code."""
     signal.alarm(DEADLINE_SECONDS)
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
@@ -38,28 +36,15 @@ def be_the_program(asked: dict[str, Any], out: Path, err: Path) -> int:
     if "cifar10" in asked:
         DATASETS["cifar10"] = replace(DATASETS["cifar10"], **asked["cifar10"])
     sys.argv = [str(Path(small_runs.script.__file__)), *asked["flags"]]
-    try:
-        return small_runs.script.main()
-    except BaseException:
-        traceback.print_exc()
-        return 1
+    return small_runs.script.main()
 
 
 def carry_out(asked: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         out, err = Path(scratch) / "out", Path(scratch) / "err"
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                code = be_the_program(asked, out, err)
-                sys.stdout.flush()
-                sys.stderr.flush()
-            finally:
-                os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        said = {"stdout": out, "stderr": err}
-        return {"code": code, **{name: path.read_text(errors="replace") for name, path in said.items()}}
+        (code,) = small_runs.ended([small_runs.forked(be_the_program, asked, out, err)])
+        printed = {"stdout": out, "stderr": err}
+        return {"code": code, **{name: path.read_text(errors="replace") for name, path in printed.items()}}
 
 
 if __name__ == "__main__":
