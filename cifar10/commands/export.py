@@ -24,7 +24,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -242,14 +242,10 @@ WRITERS: dict[str, Callable[[Job], None]] = {
 # --- checking -----------------------------------------------------------------------------------------------------------
 
 
-def zero_to_one(images: Tensor) -> Tensor:
-    """uint8 [B, C, S, S] -> float32 in 0..1."""
-    return images.to(torch.float32).div_(255)
-
-
 def in_zero_to_one(images: Images, found: Trained, world: World) -> EvaluationLoader:
-    """The images as an exported file takes them."""
-    return replace(EvaluationLoader.of(images.pixels, images.labels, found.recipe, world), normalize=zero_to_one)
+    """The images as an exported file takes them: float32 [B, C, S, S] in 0..1."""
+    loader = EvaluationLoader.of(images.pixels, images.labels, found.recipe, world)
+    return replace(loader, normalize=lambda images: images.to(torch.float32).div_(255))
 
 
 @torch.no_grad()
@@ -262,40 +258,20 @@ def logits_of(classifier: Classifier, loader: EvaluationLoader) -> np.ndarray:
     return torch.cat(parts).numpy()
 
 
-@dataclass(frozen=True)
-class Check:
-    """How a file's answers compare with the model's on the same test images, and how fast it is."""
-
-    format: str
-    file: str
-    bytes: int
-    sha256: str
-    accuracy: float
-    same_answers: int
-    images: int
-    largest_difference: float
-    images_per_second: list[float] = field(default_factory=list)  # of each round; empty for bare weights
-
-    @property
-    def agrees(self) -> bool:
-        """INT8 rounds, so its answers are counted but not judged."""
-        exact = self.same_answers == self.images and self.largest_difference <= TOLERANCE
-        return exact or self.format == "onnx_int8"
-
-
-def check(name: str, job: Job, logits: np.ndarray, labels: np.ndarray, wanted: np.ndarray) -> Check:
-    path = job.path(name)
-    same = logits.argmax(axis=1) == wanted.argmax(axis=1)
-    return Check(
-        format=name,
-        file=path.name,
-        bytes=path.stat().st_size,
-        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-        accuracy=float((logits.argmax(axis=1) == labels).mean()),
-        same_answers=int(same.sum()),
-        images=len(labels),
-        largest_difference=float(np.abs(logits - wanted).max()),
-    )
+def check(name: str, path: Path, logits: np.ndarray, labels: np.ndarray, wanted: np.ndarray) -> dict[str, Any]:
+    """How a file's answers compare with the model's on the same test images; those of INT8, which rounds, are not judged."""
+    same, largest = int((logits.argmax(1) == wanted.argmax(1)).sum()), float(np.abs(logits - wanted).max())
+    return {
+        "format": name,
+        "file": path.name,
+        "bytes": path.stat().st_size,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "accuracy": float((logits.argmax(1) == labels).mean()),
+        "same_answers": same,
+        "images": len(labels),
+        "largest_difference": largest,
+        "agrees": name == "onnx_int8" or (same == len(labels) and largest <= TOLERANCE),
+    }
 
 
 @torch.no_grad()
@@ -362,23 +338,24 @@ def write_all(job: Job, formats: tuple[Format, ...]) -> None:
         raise UsageError(f"{job.folder.parent}: {error.strerror or error}; make room, or choose another --output") from None
 
 
-def check_all(job: Job, formats: tuple[Format, ...], images: Images, world: World) -> tuple[list[Check], dict[str, Any]]:
+def check_all(job: Job, formats: tuple[Format, ...], images: Images, world: World) -> tuple[list[Any], dict[str, Any]]:
     """A check of each file, and the accuracy and speed of the model itself."""
     found = job.found
     _, predictions = answers(found.model, images, found, world)
     wanted, loader = predictions.logits, in_zero_to_one(images, found, world)
     with _quietly():
         models = {name: read_back(name, job) for name in FORMATS if name in formats}
-        checks = [check(name, job, logits_of(model, loader), images.labels, wanted) for name, model in models.items()]
+        logits = {name: logits_of(model, loader) for name, model in models.items()}
+        checks = [check(name, job.path(name), logits[name], images.labels, wanted) for name in models]
         some = replace(loader, batch_images=at_once(BATCH_IMAGES, found.image_shape[1]))
         batch, itself = next(iter(some))[0], WithNormalization(found)
-        in_turns = {name: model for name, model in models.items() if name not in ("safetensors", "state_dict")}
-        fast = speeds({"model": lambda x: itself(x.to(memory_format=torch.channels_last)), **in_turns}, batch)
+        programs = {name: model for name, model in models.items() if name not in ("safetensors", "state_dict")}
+        fast = speeds({"model": lambda x: itself(x.to(memory_format=torch.channels_last)), **programs}, batch)
     facts = {"accuracy": predictions.accuracy, "images_per_second": fast["model"], "batch_images": len(batch)}
-    return [replace(one, images_per_second=fast.get(one.format, [])) for one in checks], facts
+    return [{**row, "images_per_second": fast.get(row["format"], [])} for row in checks], facts
 
 
-def show(checks: list[Check], itself: dict[str, Any], job: Job, console: Console) -> None:
+def show(checks: list[dict[str, Any]], itself: dict[str, Any], job: Job, console: Console) -> None:
     answered = number_table("file", "KB", "test accuracy", "same answers", "difference")
     fast = number_table("file", "images/s, median", "x the model's", "min .. max")
     size = sum(value.numel() * value.element_size() for value in job.found.model.state_dict().values())
@@ -386,11 +363,11 @@ def show(checks: list[Check], itself: dict[str, Any], job: Job, console: Console
     answered.add_row("the model itself", f"{size / 1e3:,.0f}", f"{itself['accuracy']:.2%}", "-", "-")
     fast.add_row("the model itself", f"{median(own):,.0f}", "1.00", "-")
     for row in checks:
-        same = f"{row.same_answers:,} of {row.images:,}", f"{row.largest_difference:.1e}"
-        answered.add_row(row.file, f"{row.bytes / 1e3:,.0f}", f"{row.accuracy:.2%}", *same)
-        if row.images_per_second:
-            times, least, most = times_as_fast(row.images_per_second, own)
-            fast.add_row(row.file, f"{median(row.images_per_second):,.0f}", f"{times:.2f}", f"{least:.2f} .. {most:.2f}")
+        same = f"{row['same_answers']:,} of {row['images']:,}", f"{row['largest_difference']:.1e}"
+        answered.add_row(row["file"], f"{row['bytes'] / 1e3:,.0f}", f"{row['accuracy']:.2%}", *same)
+        if rounds := row["images_per_second"]:
+            times, least, most = times_as_fast(rounds, own)
+            fast.add_row(row["file"], f"{median(rounds):,.0f}", f"{times:.2f}", f"{least:.2f} .. {most:.2f}")
     console.print(answered)
     console.print(fast)
     threads = f"{job.threads} thread{'s' if job.threads > 1 else ''}"
@@ -440,9 +417,8 @@ def run(
         checks, itself = check_all(job, formats, images, world)
         packages = {name: version(name) for name in ("torch", "safetensors", "onnx", "onnxruntime")}
         facts = {"about": found.about, "how_to_feed": how_to_feed(found), "made_with": packages, "from": found.which}
-        results = [{**asdict(one), "agrees": one.agrees} for one in checks]
         measured = {"tolerance": TOLERANCE, "calibration_images": CALIBRATION_IMAGES, "threads": job.threads}
-        run_folder.write_json(job.folder / FACTS_FILE, {**facts, **measured, "model": itself, "checks": results})
+        run_folder.write_json(job.folder / FACTS_FILE, {**facts, **measured, "model": itself, "checks": checks})
         publish(job.folder, folder)
     finally:
         shutil.rmtree(job.folder, ignore_errors=True)
@@ -451,8 +427,8 @@ def run(
     for text in how_to_feed(found).items():
         console.print(": ".join(text))
     console.print(f"written to {folder}, with {NETWORK_FILE} and {FACTS_FILE}")
-    wrong = [one for one in checks if not one.agrees]
-    for one in wrong:
-        differs = f"{one.images - one.same_answers} other answers, logits differ by up to {one.largest_difference:.1e}"
-        console.print(f"{one.file} does not agree with the model: {differs}; do not use it")
+    wrong = [row for row in checks if not row["agrees"]]
+    for row in wrong:
+        differs = f"{row['images'] - row['same_answers']} other answers, logits differ by up to {row['largest_difference']:.1e}"
+        console.print(f"{row['file']} does not agree with the model: {differs}; do not use it")
     return 1 if wrong else 0

@@ -1,4 +1,4 @@
-"""The recipes in one table, for docs/recipes.md: what each is, and what runs in records/ have measured of it."""
+"""`python -m cifar10 recipes`: the recipes as a table for docs/recipes.md, with what runs in records/ have measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cifar10.data import registry
 
 
 def _measured(name: str) -> str:
-    """`82.30 ± 0.36% of cifar10's test images (n = 3, 50 epochs)`, of the finished runs of a recipe in records/."""
+    """`82.30 ± 0.36% of cifar10's test images (n = 3, 50 epochs)`: the finished runs of a recipe in records/."""
     files = sorted((PROJECT / "records").glob("*_cpu/seed_*/summary.json"))
     summaries = (json.loads(path.read_text(encoding="utf-8")) for path in files)
     runs = [run for run in summaries if run["recipe"] == name and run["status"] == "finished"]
