@@ -1,11 +1,10 @@
 """The cost of a step beside plain PyTorch's, in one run: `python -m cifar10 bench --gpu`, and half of `scaling`.
 
 Every loop trains the recipe's network from the same weights on the same images, cut by one loader on the device. `plain
-PyTorch` is forward, loss, backward, clipping and fused SGD as anyone would write them for speed: no engine, no guard against
-bad steps, nothing counted but the loss, and nothing read back until a round is over. The others are this program's own step at
-the levels of `--engine-level`. Loops take turns, round by round, so that other load on the machine affects all of them, and
-only ratios within one run can be compared. If others use the same cores, CPU time says more than wall time: `times by CPU
-time` is plain PyTorch's over a loop's own. (On a GPU it is only the host's share: there the other column counts.)
+PyTorch` is forward, loss, backward, clipping and SGD as anyone would write them for speed, with nothing read back until a
+round is over; the others are the script's step at the levels of `--engine-level`. Loops take turns, so that other load on the
+machine affects all of them; only ratios within one run can be compared. On shared cores CPU time says more than wall time:
+`times by CPU time` is plain PyTorch's over a loop's own. (On a GPU it is only the host's share.)
 """
 
 from __future__ import annotations
@@ -41,6 +40,7 @@ CPU_LEVELS = ("eager", "compile")
 LAST_STEPS = 50  # over which the loss is averaged
 WATCHED_STEPS = 10  # in which synchronizations are counted
 
+Rows = dict[str, dict[str, Any]]  # what was measured of each way to take a step
 Step = Callable[[Any], Tensor]  # returns the loss, on the device
 
 
@@ -131,9 +131,7 @@ def steps_of(loader: TrainLoader) -> Iterator[list[MicroBatch]]:
     return (step for epoch in count() for step in loader.epoch(epoch))
 
 
-def take_turns(
-    ways: dict[str, Step], loader: TrainLoader, rounds: int, warmup_steps: int, steps: int
-) -> dict[str, dict[str, Any]]:
+def take_turns(ways: dict[str, Step], loader: TrainLoader, *, rounds: int, warmup_steps: int, steps: int) -> Rows:
     """For each way to take a step: images per second, how many times plain PyTorch's that is, and the final loss."""
     images, warmup = loader.global_images, max(1, warmup_steps)
     loops = {name: Loop(step, steps_of(loader), images, warmup, steps) for name, step in ways.items()}
@@ -159,15 +157,14 @@ def take_turns(
     return rows
 
 
-def show(title: str, cells: dict[str, dict[str, dict[str, Any]]], console: Console) -> None:
-    """A row for each cell and way to take a step."""
+def show(title: str, cells: dict[str, Rows], console: Console) -> None:
     heads = ("images/s, median", "times plain", "min .. max of rounds", "times by CPU time", "min .. max of rounds")
     table = number_table("", "step", *heads, f"loss, last {LAST_STEPS}", "synchronizations a step", texts=2, title=title)
     for cell, rows in cells.items():
         for name, row in rows.items():
-            waits = "-" if row["waits_per_step"] is None else str(row["waits_per_step"])
             times = f"{row['median']:,.0f}", f"{row['ratio']:.2f}", span(row["per_round"])
             by_cpu = f"{row['cpu_ratio']:.2f}", span(row["cpu_per_round"])
+            waits = "-" if row["waits_per_step"] is None else str(row["waits_per_step"])
             table.add_row(cell, name, *times, *by_cpu, f"{row['final_loss']:.4f}", waits)
         table.add_section()
     console.print(table)
@@ -181,13 +178,10 @@ def plan_for(flags: dict[str, Any], precision: str, batch: int, level: str = "ea
 def measure(
     flags: dict[str, Any],
     world: World,
-    *,
-    rounds: int,
-    steps: int,
-    warmup_steps: int,
     precisions: tuple[str, ...] = PRECISIONS,
     batches: tuple[int, ...] = BATCHES,
-) -> dict[str, dict[str, dict[str, Any]]]:
+    **sizes: int,
+) -> dict[str, Rows]:
     """Every level that this machine supports, beside plain PyTorch: {"fp32, batch 64": {"eager": {...}, ...}, ...}."""
     levels = LEVELS if world.device.type == "cuda" else CPU_LEVELS
     cells = {}
@@ -196,5 +190,5 @@ def measure(
             plans = {level: plan_for({"--recipe": RECIPE, **flags}, precision, batch, level) for level in levels}
             loader, _ = get_cifar10_dataloaders(plans["eager"], world)
             ways = {PLAIN: plain_step(plans["eager"], world)} | {name: engine_step(plan, world) for name, plan in plans.items()}
-            cells[f"{precision}, batch {batch}"] = take_turns(ways, loader, rounds, warmup_steps, steps)
+            cells[f"{precision}, batch {batch}"] = take_turns(ways, loader, **sizes)
     return cells

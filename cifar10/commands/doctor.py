@@ -68,13 +68,10 @@ Check = Callable[[Context], Row | None]
 TORCH_PROBE = """
 import json, os, torch
 import torch.distributed as dist
-gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
-nccl = gpus and dist.is_available() and dist.is_nccl_available()
-print(json.dumps({
-    "gpus": [torch.cuda.get_device_name(i) for i in range(gpus)],
-    "cuda": torch.version.cuda or torch.version.hip,
-    "nccl": ".".join(map(str, torch.cuda.nccl.version())) if nccl else None,
-}))
+count = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+gpus = [torch.cuda.get_device_name(i) for i in range(count)]
+nccl = ".".join(map(str, torch.cuda.nccl.version())) if gpus and dist.is_available() and dist.is_nccl_available() else None
+print(json.dumps({"gpus": gpus, "cuda": torch.version.cuda or torch.version.hip, "nccl": nccl}))
 """
 
 # Two ranks on this machine connect as a launcher's would, and add up a tensor.
@@ -99,10 +96,7 @@ if child:
 os._exit(code)
 """
 
-DEEPSPEED_PROBE = """
-from cifar10.engine.engine import prepare
-print(prepare().__version__)
-"""
+DEEPSPEED_PROBE = "from cifar10.engine.engine import prepare; print(prepare().__version__)"
 PROBES = {"torch": TORCH_PROBE, "gloo": GLOO_PROBE, "deepspeed": DEEPSPEED_PROBE}
 
 
@@ -236,10 +230,8 @@ def check_gpu(context: Context) -> Row | None:
         cure = "install a torch for the driver's CUDA version: https://pytorch.org/get-started/locally"
         return WARN, "there is a driver, but this torch is a CPU build", cure
     if hidden is not None:
-        said = f"there is a driver, but torch sees no GPU (CUDA_VISIBLE_DEVICES is {hidden!r})"
-        return WARN, said, "unset CUDA_VISIBLE_DEVICES"
-    said = "there is a driver, but torch sees no GPU (nvidia-smi should list one)"
-    return WARN, said, "update the driver for the CUDA version of torch above"
+        return WARN, f"torch sees no GPU, since CUDA_VISIBLE_DEVICES is {hidden!r}", "unset CUDA_VISIBLE_DEVICES"
+    return WARN, "there is a driver, but torch sees no GPU", "update the driver for the CUDA version of torch above"
 
 
 def check_nccl(context: Context) -> Row | None:
@@ -250,10 +242,10 @@ def check_nccl(context: Context) -> Row | None:
 
 def check_gloo(context: Context) -> Row:
     _, fault = context.probes["gloo"].result()
-    if fault:
-        cure = "unset GLOO_SOCKET_IFNAME, or set it to lo (several machines: their network); add this host to /etc/hosts"
-        return FAIL, f"two ranks on this machine cannot connect: {fault}", cure
-    return OK, "two ranks on this machine connected and added up a tensor"
+    if not fault:
+        return OK, "two ranks on this machine connected and added up a tensor"
+    cure = "unset GLOO_SOCKET_IFNAME, or set it to lo (several machines: their network); add this host to /etc/hosts"
+    return FAIL, f"two ranks on this machine cannot connect: {fault}", cure
 
 
 def check_deepspeed(context: Context) -> Row:
@@ -280,8 +272,7 @@ def _free_space(num_bytes: float, bounds: dict[str, int], where: str, cure: str)
 
 
 def check_disk(_: Context) -> Row:
-    runs = Path("runs").absolute()
-    folder = next(path for path in (runs, *runs.parents) if path.exists())
+    folder = next(path for path in (Path("runs").absolute(), *Path("runs").absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=folder) as file:  # only writing shows a quota or a read-only mount
             file.write(bytes(1 << 20))
@@ -414,10 +405,8 @@ def check_wandb(_: Context) -> Row:
     mode, (key, source), login = choose_mode("auto", os.environ), find_key(os.environ), has_login(os.environ)
     if mode == "offline":
         return OK, f"WANDB_MODE is {os.environ['WANDB_MODE']}: runs are recorded for wandb sync"
-    if mode == "off" and login:
-        return OK, "switched off by WANDB_MODE or WANDB_DISABLED"
     if mode == "off":
-        return OK, "not logged in, so runs are not logged there; wandb login would change that"
+        return OK, "switched off by WANDB_MODE or WANDB_DISABLED" if login else "not logged in: runs are not logged there"
     if not login:
         cure = "wandb login, or export WANDB_MODE=offline; a run trains on without it"
         return WARN, "WANDB_MODE is online, and there is no key", cure

@@ -7,9 +7,7 @@ in summary.json. The logits are written to the run's folder, for reports.
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -73,57 +71,21 @@ def answers(model: nn.Module, images: Images, found: Trained, world: World) -> t
     return result, Predictions(torch.cat(logits).numpy(), images.labels)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """A model's results on a split, with and without test-time augmentation."""
+def per_class(predictions: Predictions, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """For each class: the number of images, recall (as accuracy), and precision."""
+    counts, rows = confusion(predictions), []
+    for name, right, images, answered in zip(classes, counts.diagonal(), counts.sum(1), counts.sum(0), strict=True):
+        recall, precision = right / images if images else None, right / answered if answered else None
+        rows.append({"class": name, "images": int(images), "accuracy": recall, "precision": precision})
+    return rows
 
-    found: Trained
-    split: Split
-    images: int
-    plain: SplitResult
-    tta: Tta
-    with_tta: SplitResult | None
-    predictions: Predictions  # with TTA, if there is any
-    written: Path | None
-    note: str | None = None  # the data set's
 
-    def per_class(self) -> list[dict[str, Any]]:
-        """For each class: the number of images, recall (as accuracy), and precision."""
-        counts, rows = confusion(self.predictions), []
-        for name, right, images, answered in zip(
-            self.found.classes, counts.diagonal(), counts.sum(1), counts.sum(0), strict=True
-        ):
-            recall, precision = right / images if images else None, right / answered if answered else None
-            rows.append({"class": name, "images": int(images), "accuracy": recall, "precision": precision})
-        return rows
-
-    def confusions(self) -> list[dict[str, Any]]:
-        """The most frequent confusions, most frequent first."""
-        counts = confusion(self.predictions)
-        np.fill_diagonal(counts, 0)
-        pairs = [divmod(int(place), len(counts)) for place in np.argsort(-counts, axis=None, kind="stable")[:CONFUSIONS]]
-        names = self.found.classes
-        return [{"class": names[i], "answer": names[j], "images": int(counts[i, j])} for i, j in pairs if counts[i, j]]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; accuracies are fractions."""
-        with_tta = self.with_tta and {"loss": self.with_tta.loss, "accuracy": self.with_tta.accuracy}
-        return {
-            "file": str(self.found.file),
-            "which": self.found.which,
-            "step": self.found.step,
-            "dataset": self.found.recipe.dataset,
-            "split": self.split,
-            "images": self.images,
-            "loss": self.plain.loss,
-            "accuracy": self.plain.accuracy,
-            "tta": self.tta,
-            "with_tta": with_tta,
-            "calibration_error": calibration(self.predictions).error,
-            "per_class": self.per_class(),
-            "confusions": self.confusions(),
-            "written": str(self.written) if self.written else None,
-        }
+def confusions(predictions: Predictions, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """The most frequent confusions, most frequent first."""
+    counts = confusion(predictions)
+    np.fill_diagonal(counts, 0)
+    pairs = [divmod(int(place), len(counts)) for place in np.argsort(-counts, axis=None, kind="stable")[:CONFUSIONS]]
+    return [{"class": classes[i], "answer": classes[j], "images": int(counts[i, j])} for i, j in pairs if counts[i, j]]
 
 
 def predictions_file(split: Split, which: str, tta: Tta) -> str:
@@ -137,66 +99,83 @@ def tta_below(found: Trained, tta: Tta) -> float:
     return found.recipe.tta_below if tta == found.recipe.tta else 1.0
 
 
-def measure(found: Trained, world: World, split: Split, tta: Tta, data_dir: Path | None, num_images: int | None) -> Evaluation:
-    """Evaluate, and write the logits of a whole split to the run's folder, if the model is in one."""
+def measure(
+    found: Trained, world: World, split: Split, tta: Tta, data_dir: Path | None, num_images: int | None
+) -> dict[str, Any]:
+    """The results, as plain values for JSON; the logits of a whole split go to the run's folder, if the model is in one."""
     whole = split_images(found, split, data_dir)
     images = first_images(whole, num_images, "--images")
     plain, predictions = answers(found.model, images, found, world)
     with_tta = None
     if tta != "none":
-        with_tta, predictions = answers(Augmented(found.model, tta, tta_below(found, tta)), images, found, world)
+        result, predictions = answers(Augmented(found.model, tta, tta_below(found, tta)), images, found, world)
+        with_tta = {"loss": result.loss, "accuracy": result.accuracy}
     written = None
     if found.run is not None and len(images) == len(whole):
         file = found.run / predictions_file(split, found.which, tta)
-        written = file if save_predictions(file, [predictions.logits], images.labels) else None
-    note = registry.find(found.recipe.dataset).describe(registry.folder(data_dir)).note
-    return Evaluation(found, split, len(images), plain, tta, with_tta, predictions, written, note)
+        written = str(file) if save_predictions(file, [predictions.logits], images.labels) else None
+    return {
+        "file": str(found.file),
+        "which": found.which,
+        "step": found.step,
+        "dataset": found.recipe.dataset,
+        "split": split,
+        "images": len(images),
+        "loss": plain.loss,
+        "accuracy": plain.accuracy,
+        "tta": tta,
+        "with_tta": with_tta,
+        "calibration_error": calibration(predictions).error,
+        "per_class": per_class(predictions, found.classes),
+        "confusions": confusions(predictions, found.classes),
+        "written": written,
+        "note": registry.find(found.recipe.dataset).describe(registry.folder(data_dir)).note,
+    }
 
 
 # --- the command --------------------------------------------------------------------------------------------------------
 
 
-def compared_with_summary(done: Evaluation) -> Iterator[str]:
+def compared_with_summary(done: dict[str, Any], found: Trained) -> Iterator[str]:
     """How the accuracies compare with those in the run's summary.json, if these are of the same model and images."""
-    found = done.found
     summary = (run_folder.read_json(found.run / "summary.json") if found.run else None) or {}
-    if done.split != "test" or found.which != "best_model" or summary.get("test_images") != done.images:
+    if done["split"] != "test" or found.which != "best_model" or summary.get("test_images") != done["images"]:
         return
-    results = [("own test", "test_accuracy", done.plain)]
-    if done.with_tta and done.tta == found.recipe.tta:
-        results.append((f"own test with {done.tta}", "test_accuracy_tta", done.with_tta))
-    for name, key, result in results:
+    results = [("own test", "test_accuracy", done["accuracy"])]
+    if done["with_tta"] and done["tta"] == found.recipe.tta:
+        results.append((f"own test with {done['tta']}", "test_accuracy_tta", done["with_tta"]["accuracy"]))
+    for name, key, accuracy in results:
         own = summary.get(key)
-        if own == result.accuracy:
+        if own == accuracy:
             yield f"the run's {name} gave the same {own:.2%}"
         elif own is not None:
             yield f"the run's {name} gave {own:.2%}: other ranks, threads or libraries round differently"
 
 
-def show(done: Evaluation, console: Console) -> None:
-    found, plain, with_tta = done.found, done.plain, done.with_tta
-    images = f"{done.images:,} {done.split} images of {found.recipe.dataset}"
+def show(done: dict[str, Any], found: Trained, console: Console) -> None:
+    split, with_tta = done["split"], done["with_tta"]
+    images = f"{done['images']:,} {split} images of {done['dataset']}"
     console.print(f"{found.recipe.model} of {found.file}, step {found.step:,}: {images}")
-    console.print(f"{done.split} accuracy {plain.accuracy:.2%}  loss {plain.loss:.4f}")
+    console.print(f"{split} accuracy {done['accuracy']:.2%}  loss {done['loss']:.4f}")
     if with_tta:
-        gain, below = 100 * (with_tta.accuracy - plain.accuracy), tta_below(found, done.tta)
+        gain, below = 100 * (with_tta["accuracy"] - done["accuracy"]), tta_below(found, done["tta"])
         unsure = f" for images with a confidence below {below:.0%}" if below < 1 else ""
-        result = f"{done.split} accuracy {with_tta.accuracy:.2%}  loss {with_tta.loss:.4f}"
-        console.print(f"{result}  with --tta {done.tta}{unsure} ({gain:+.2f} points); everything below is with it")
-    for line in compared_with_summary(done):
+        result = f"{split} accuracy {with_tta['accuracy']:.2%}  loss {with_tta['loss']:.4f}"
+        console.print(f"{result}  with --tta {done['tta']}{unsure} ({gain:+.2f} points); everything below is with it")
+    for line in compared_with_summary(done, found):
         console.print(line)
-    console.print(f"calibration error {calibration(done.predictions).error:.2%}  (ECE, {BINS} bins)")
+    console.print(f"calibration error {done['calibration_error']:.2%}  (ECE, {BINS} bins)")
     table = number_table("class", "images", "recall", "precision")
-    for row in done.per_class():
+    for row in done["per_class"]:
         shares = ("-" if row[key] is None else f"{row[key]:.2%}" for key in ("accuracy", "precision"))
         table.add_row(row["class"], f"{row['images']:,}", *shares)
     console.print(table)
-    for pair in done.confusions():
+    for pair in done["confusions"]:
         console.print(f"{pair['class']} classified as {pair['answer']}: {pair['images']:,}")
-    if done.written:
-        console.print(f"logits written to {done.written}")
-    if done.note:
-        console.print(f"note: {done.note}")
+    if done["written"]:
+        console.print(f"logits written to {done['written']}")
+    if done["note"]:
+        console.print(f"note: {done['note']}")
 
 
 def run(
@@ -219,9 +198,9 @@ def run(
         json_: Print JSON, and nothing else.
     """
     world = trained.alone(threads)
-    done = measure(trained.load(where, which, world), world, split, tta, data_dir, images)
+    found = trained.load(where, which, world)
+    done = measure(found, world, split, tta, data_dir, images)
     if json_:
-        json.dump(done.as_dict(), sys.stdout, indent=2)
-        print()
+        print(json.dumps(done, indent=2))
     else:
-        show(done, Console(highlight=False, soft_wrap=True, markup=False))
+        show(done, found, Console(highlight=False, soft_wrap=True, markup=False))

@@ -14,8 +14,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -102,19 +101,6 @@ def files_in(folder: Path) -> list[Path]:
 # --- predictions --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Answer:
-    """The likeliest classes for one file with the model's probabilities, most probable first."""
-
-    file: str
-    top: list[tuple[str, float]]
-
-    def as_dict(self) -> dict[str, Any]:
-        label, confidence = self.top[0]
-        ranked = [{"label": name, "confidence": probability} for name, probability in self.top]
-        return {"file": self.file, "label": label, "confidence": confidence, "top": ranked}
-
-
 def shown(path: Path | str) -> str:
     """A path or a reason as printable text on one line: other bytes and characters are escaped."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
@@ -162,33 +148,34 @@ class Predictor:
             self.resized += was != (size, size)
             yield path, image
 
-    def answers(self, places: list[Path]) -> Iterator[Answer]:
-        """An answer for each file that can be read, in order; the others are reported on stderr."""
+    def answers(self, places: list[Path]) -> Iterator[dict[str, Any]]:
+        """For each file that can be read, in order, its likeliest classes; the others are reported on stderr."""
         images, batch_images = self._images(places), at_once(BATCH_IMAGES, self._found.image_shape[1])
         while batch := list(islice(images, batch_images)):
             files, pixels = zip(*batch, strict=True)
             for path, row in zip(files, probabilities(self._found, np.stack(pixels), self._world), strict=True):
                 best = np.argsort(-row, kind="stable")[: self._top]
                 self.answered += 1
-                yield Answer(shown(path), [(self._found.classes[i], float(row[i])) for i in best])
+                top = [{"label": self._found.classes[i], "confidence": float(row[i])} for i in best]
+                yield {"file": shown(path), **top[0], "top": top}
 
 
 # --- the command --------------------------------------------------------------------------------------------------------
 
 
-def _write_text(answers: Iterator[Answer]) -> None:
+def _write_text(answers: Iterator[dict[str, Any]]) -> None:
     for answer in answers:
-        (label, confidence), *others = answer.top
-        also = f"  ({', '.join(f'{name} {probability:.1%}' for name, probability in others)})" if others else ""
-        print(f"{answer.file}: {label} {confidence:.1%}{also}")
+        first, *others = (f"{one['label']} {one['confidence']:.1%}" for one in answer["top"])
+        print(f"{answer['file']}: {first}" + (f"  ({', '.join(others)})" if others else ""))
 
 
-def _write_csv(answers: Iterator[Answer], top: int) -> None:
+def _write_csv(answers: Iterator[dict[str, Any]], top: int) -> None:
     writer = csv.writer(sys.stdout, lineterminator="\n")
     more = [f"{word}_{place}" for place in range(2, top + 1) for word in ("label", "confidence")]
     writer.writerow(["file", "label", "confidence", *more])
     for answer in answers:
-        writer.writerow([answer.file, *(value for name, share in answer.top for value in (name, f"{share:.6f}"))])
+        ranked = ((one["label"], f"{one['confidence']:.6f}") for one in answer["top"])
+        writer.writerow([answer["file"], *chain.from_iterable(ranked)])
 
 
 def run(
@@ -225,8 +212,7 @@ def run(
     predictor = Predictor(found, world, top, color)
     answers = predictor.answers(images)
     if format == "json":
-        json.dump([answer.as_dict() for answer in answers], sys.stdout, indent=2)
-        print()
+        print(json.dumps(list(answers), indent=2))
     elif format == "csv":
         _write_csv(answers, top)
     else:

@@ -99,7 +99,7 @@ def at_stage(plan: Plan, stage: int) -> Plan:
 
 def measure_engine(
     flags: dict[str, Any], world: World, batch: int, precisions: tuple[str, ...], **sizes: int
-) -> dict[str, dict[str, dict[str, Any]]]:
+) -> dict[str, bench_levels.Rows]:
     """Each ZeRO stage beside plain PyTorch, in each precision; fp32 first, since DeepSpeed 0.19.8 never turns autocast off."""
     cells = {}
     for precision in precisions:
@@ -107,7 +107,7 @@ def measure_engine(
         loader, _ = get_cifar10_dataloaders(plan, world)
         ways = {PLAIN: bench_levels.plain_step(plan, world)}
         ways |= {f"ZeRO {stage}": bench_levels.engine_step(at_stage(plan, stage), world) for stage in STAGES}
-        cells[precision] = bench_levels.take_turns(ways, loader, sizes["rounds"], sizes["warmup_steps"], sizes["steps"])
+        cells[precision] = bench_levels.take_turns(ways, loader, **sizes)
     return cells
 
 
@@ -157,5 +157,5 @@ def run(
     bench_levels.show(f"one rank's step, {batch} images, {threads} threads", cells, console)
     if json_file is not None:
         settings = {"recipe": recipe, "dataset": dataset, "batch_images": batch, "run_steps": run_steps, **sizes}
-        result = {"environment": environment, "settings": settings, "ranks": by_ranks, "engine": cells}
-        run_folder.write_json(json_file, result)
+        measured = {"ranks": by_ranks, "engine": cells}
+        run_folder.write_json(json_file, {"environment": environment, "settings": settings, **measured})
