@@ -9,10 +9,9 @@
     bn_cnn_fast       the same network in this program as that recipe trains it: bf16 where it is native, batch 500
 
 The same network from the same weights, in one process, in rounds A B C D A B C D, so that other load on the machine affects
-all of them; the first three with batch 32, fp32, and the JSON's learning rate. The stock loop is as good as such a script can
-be: the document's also reads the norm of every single gradient, 12 more synchronizations a step, which is left out here; and
-freed memory is kept for the next step in all loops (device.keep_freed_memory), which a script would not do. Images per second
-of two runs or machines cannot be compared; the ratios of one run can. The losses show that all of them learn.
+all of them; the first three with batch 32, fp32, and the JSON's learning rate. Two things make the reference loops faster than
+such scripts are: the document's 12 gradient norms per step are left out, and freed memory is kept for the next step in all
+loops (device.keep_freed_memory). Only the ratios of one run can be compared. The losses show that all of them learn.
 """
 
 from __future__ import annotations
@@ -146,15 +145,11 @@ def measure(plan: Plan, fast: Plan, world: World, console: Console, *, rounds: i
         console.print(
             f"round {number}/{rounds}: " + ", ".join(f"{name} {loop.speeds[-1]:,.0f}" for name, loop in loops.items())
         )
-    return {
-        name: {
-            "images_per_second": loop.speeds,
-            "median": median(loop.speeds),
-            "steps": len(loop.losses),
-            "final_loss": fmean(loop.losses[-LAST_STEPS:]),
-        }
-        for name, loop in loops.items()
-    }
+    rows = {}
+    for name, loop in loops.items():
+        learned = {"steps": len(loop.losses), "final_loss": fmean(loop.losses[-LAST_STEPS:])}
+        rows[name] = {"images_per_second": loop.speeds, "median": median(loop.speeds), **learned}
+    return rows
 
 
 def compare(rows: dict[str, Any]) -> list[dict[str, Any]]:
@@ -217,9 +212,8 @@ def run(
     """
     if min(rounds, steps, warmup_steps + 1) < 1:
         raise UsageError("--rounds and --steps must be whole numbers from 1 up, --warmup-steps from 0 up")
-    images, sizes = {"--dataset": dataset, "--data-dir": data_dir}, {"rounds": rounds, "steps": steps}
-    sizes["warmup_steps"] = warmup_steps
-    console = Console(highlight=False)
+    images, console = {"--dataset": dataset, "--data-dir": data_dir}, Console(highlight=False)
+    sizes = {"rounds": rounds, "steps": steps, "warmup_steps": warmup_steps}
     if gpu:
         if not count_gpus():
             raise UsageError("--gpu needs a GPU, and PyTorch sees none on this machine; leave it out to measure the CPU")

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -34,18 +34,8 @@ PROBE_SECONDS, CONNECT_SECONDS = 60.0, 3.0
 GIB = 1 << 30
 RUN_BYTES = {FAIL: 100 << 20, WARN: GIB}  # free disk space below which a run is in danger
 MEMORY_BYTES = {FAIL: 700 << 20, WARN: 3 * GIB // 2}  # a rank of the default recipe needs 0.67 GB at its peak
-SHM_BYTES = 256 << 20
+SHM_BYTES = {WARN: 256 << 20}
 DEFAULT_PORT = 29500  # DeepSpeed's and torch's
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the output: the check, its result, and how to fix it."""
-
-    name: str
-    level: str
-    says: str
-    cure: str = ""
 
 
 @dataclass
@@ -60,6 +50,7 @@ class Context:
 
 
 Row = tuple[str, str] | tuple[str, str, str]  # level, what it says, and for WARN and FAIL how to fix it
+Finding = dict[str, str]  # name, level, says, cure
 Check = Callable[[Context], Row | None]
 
 
@@ -139,10 +130,6 @@ class Probe:
 # --- the program and its libraries --------------------------------------------------------------------------------------
 
 
-def _pyproject() -> str:
-    return (PROJECT / "pyproject.toml").read_text(encoding="utf-8")
-
-
 def _is_within(installed: str, versions: str) -> bool:
     """Whether 2.15.0+cpu satisfies >=2.11,<2.16."""
     from packaging.specifiers import SpecifierSet
@@ -152,12 +139,14 @@ def _is_within(installed: str, versions: str) -> bool:
 
 def requirements() -> dict[str, str]:
     """Package -> the versions that pyproject.toml asks for: {"torch": ">=2.11,<2.16", ...}."""
-    block = _pyproject().partition("\ndependencies = [")[2].partition("\n]")[0]
+    pyproject = (PROJECT / "pyproject.toml").read_text(encoding="utf-8")
+    block = pyproject.partition("\ndependencies = [")[2].partition("\n]")[0]
     return dict(re.findall(r'^\s*"([\w-]+)([^"]*)"', block, re.M))
 
 
 def check_python(_: Context) -> Row:
-    installed, wanted = platform.python_version(), re.search(r'requires-python = "(.*)"', _pyproject())[1]
+    pyproject = (PROJECT / "pyproject.toml").read_text(encoding="utf-8")
+    installed, wanted = platform.python_version(), re.search(r'requires-python = "(.*)"', pyproject)[1]
     if _is_within(installed, wanted):
         return OK, f"{installed}, {sys.executable}"
     return FAIL, f"{installed} is not {wanted}", "uv sync, which installs a Python that fits"
@@ -167,12 +156,10 @@ def check_packages(_: Context) -> Row:
     faults, wanted = [], requirements()
     for name, versions in wanted.items():
         try:
-            installed = version(name)
+            if not _is_within(version(name), versions):
+                faults.append(f"{name} {version(name)} is not {versions}")
         except PackageNotFoundError:
             faults.append(f"{name} is missing")
-            continue
-        if not _is_within(installed, versions):
-            faults.append(f"{name} {installed} is not {versions}")
     if faults:
         return FAIL, "; ".join(faults), "uv sync (or pip install -r requirements.txt)"
     return OK, f"all {len(wanted)} are installed in the versions that pyproject.toml asks for"
@@ -190,12 +177,11 @@ def check_config(_: Context) -> Row:
 
 
 def check_compiler(_: Context) -> Row:
-    compiler = os.environ.get("CXX") or "c++"
-    missing = [name for name in (compiler, "ninja") if not shutil.which(name)]
-    if missing:
+    compiler, users = os.environ.get("CXX") or "c++", "only DeepSpeed's compiled ops need them"
+    if missing := [name for name in (compiler, "ninja") if not shutil.which(name)]:
         cure = "nothing, unless your JSON asks for such an op: then apt install g++ ninja-build"
-        return WARN, f"no {' and no '.join(missing)}: only DeepSpeed's compiled ops need them", cure
-    return OK, f"{shutil.which(compiler)} and ninja; only DeepSpeed's compiled ops need them"
+        return WARN, f"no {' and no '.join(missing)}: {users}", cure
+    return OK, f"{shutil.which(compiler)} and ninja; {users}"
 
 
 def check_builds(_: Context) -> Row | None:
@@ -262,12 +248,8 @@ def check_deepspeed(context: Context) -> Row:
 # --- the machine --------------------------------------------------------------------------------------------------------
 
 
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:.1f} GiB"
-
-
 def _free_space(num_bytes: float, bounds: dict[str, int], where: str, cure: str) -> Row:
-    level, says = next((level for level in bounds if num_bytes < bounds[level]), OK), f"{_gib(num_bytes)} {where}"
+    level, says = next((level for level in bounds if num_bytes < bounds[level]), OK), f"{num_bytes / GIB:.1f} GiB {where}"
     return (OK, says) if level == OK else (level, says, cure)
 
 
@@ -288,13 +270,9 @@ def check_disk(_: Context) -> Row:
 def check_shm(context: Context) -> Row:
     if not SHM.is_dir():
         return OK, f"this system has no {SHM}"
-    status = os.statvfs(SHM)
-    size, free = status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize
-    if free < SHM_BYTES:
-        users = "NCCL between GPUs and the benchmark's loader workers use it" if context.gpus > 1 else "bench's workers use it"
-        cure = "docker run --shm-size=1g or --ipc=host; else mount -o remount,size=1G /dev/shm, or delete what fills it"
-        return WARN, f"{SHM} has {free >> 20} of {size >> 20} MiB free; {users}", cure
-    return OK, f"{_gib(free)} free in {SHM}"
+    status, users = os.statvfs(SHM), f"{'NCCL between GPUs, and ' if context.gpus > 1 else ''}bench's loader workers"
+    cure = "docker run --shm-size=1g or --ipc=host; else mount -o remount,size=1G /dev/shm, or delete what fills it"
+    return _free_space(status.f_bavail * status.f_frsize, SHM_BYTES, f"free in {SHM}, for {users}", cure)
 
 
 def _cgroup_number(name: str) -> float | None:
@@ -312,7 +290,7 @@ def check_memory(_: Context) -> Row:
     free, where = psutil.virtual_memory().available, ""
     limit, used = _cgroup_number("memory.max"), _cgroup_number("memory.current") or 0
     if limit is not None and limit - used < free:
-        free, where = limit - used, f" of the container's {_gib(limit)}"
+        free, where = limit - used, f" of the container's {limit / GIB:.1f} GiB"
     cure = "end other programs, ask for more (docker run --memory, #SBATCH --mem), or start fewer ranks"
     return _free_space(free, MEMORY_BYTES, f"available{where}; a rank of the default recipe needs 0.7", cure)
 
@@ -334,8 +312,6 @@ def _connection_error(host: str, port: int) -> str:
     """ "" if a connection can be made, else why not."""
     try:
         socket.create_connection((host, port), CONNECT_SECONDS).close()
-    except TimeoutError:
-        return f"no answer for {CONNECT_SECONDS:g} seconds"
     except OSError as error:
         return error.strerror or str(error)
     return ""
@@ -343,13 +319,11 @@ def _connection_error(host: str, port: int) -> str:
 
 def _can_bind(address: str, port: int) -> bool:
     """Whether the port is free; with port 0, whether the address is one of this machine's."""
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-        except OSError:
-            return False
-    return True
+        probe.bind((address, port))
+        return True
+    return False
 
 
 def check_data(context: Context) -> Row:
@@ -359,9 +333,9 @@ def check_data(context: Context) -> Row:
     faults, folder = CIFAR10.faulty_files(context.data_dir, names), context.data_dir / CIFAR10.folder
     if not faults:
         return OK, f"CIFAR-10 in {folder}: {len(names)} files, every md5 is right"
-    missing = set(faults.values()) == {"missing"} and len(faults) == len(names)
-    listed = ", ".join(f"{name} ({fault})" for name, fault in faults.items())
-    said = f"no CIFAR-10 in {context.data_dir}" if missing else f"CIFAR-10 in {folder} is damaged: {listed}"
+    said = f"no CIFAR-10 in {context.data_dir}"
+    if list(faults.values()) != ["missing"] * len(names):
+        said = f"CIFAR-10 in {folder} is damaged: {', '.join(f'{name} ({fault})' for name, fault in faults.items())}"
     if (context.data_dir / CIFAR10.archive).is_file():
         return WARN, said, f"any run restores it from {CIFAR10.archive} there; or --dataset synthetic"
     parts = urlsplit(CIFAR10.source)
@@ -459,12 +433,13 @@ def examine(context: Context) -> Iterator[Finding]:
         context.probes = {name: Probe(source) for name, source in PROBES.items()}
         for name, check in CHECKS.items():
             try:
-                if row := check(context):
-                    yield Finding(name, *row)
+                row = check(context)
             except ImportError as error:
-                yield Finding(name, FAIL, f"cannot be checked: {error}", "uv sync")
+                row = FAIL, f"cannot be checked: {error}", "uv sync"
             except Exception as error:
-                yield Finding(name, FAIL, f"the check itself failed: {reason(error)}", "uv sync; if it stays, report this line")
+                row = FAIL, f"the check itself failed: {reason(error)}", "uv sync; if it stays, report this line"
+            if row:
+                yield dict(zip(("name", "level", "says", "cure"), (name, *row, ""), strict=False))
     finally:
         for probe in context.probes.values():
             probe.end()
@@ -481,10 +456,11 @@ def what_will_happen(context: Context, fails: int) -> str:
 
 
 def _lines(finding: Finding) -> str:
-    color = {OK: "32", WARN: "33", FAIL: "31"}[finding.level]
-    level = f"\033[{color}m{finding.level:4}\033[0m" if sys.stdout.isatty() else f"{finding.level:4}"
-    cure = f"\n{'':20}-> {finding.cure}" if finding.cure else ""
-    return f"{level}  {finding.name:13} {finding.says}{cure}"
+    level, color = f"{finding['level']:4}", {OK: "32", WARN: "33", FAIL: "31"}[finding["level"]]
+    if sys.stdout.isatty():
+        level = f"\033[{color}m{level}\033[0m"
+    cure = f"\n{'':20}-> {finding['cure']}" if finding["cure"] else ""
+    return f"{level}  {finding['name']:13} {finding['says']}{cure}"
 
 
 def _advice() -> str:
@@ -511,11 +487,10 @@ def run(data_dir: Path | None = None, json: bool = False, advice: bool = False) 
         found.append(finding)
         if not json:
             print(_lines(finding), flush=True)
-    fails = sum(finding.level == FAIL for finding in found)
+    fails = sum(finding["level"] == FAIL for finding in found)
     end = what_will_happen(context, fails)
     if json:
-        content = {"findings": [asdict(finding) for finding in found], "ok": not fails, "what_will_happen": end}
-        print(json_format.dumps(content, indent=2))
+        print(json_format.dumps({"findings": found, "ok": not fails, "what_will_happen": end}, indent=2))
     else:
         print(f"\n{end}")
     return 1 if fails else 0

@@ -9,7 +9,7 @@ model_int8.onnx     the same with 8-bit weights and activations, calibrated on t
 export.json         the inputs and outputs of each, and what the checks measured
 
 None of them needs this program or DeepSpeed. Each file is read back and run on the test images, and the command fails if its
-answers differ from the model's. TorchScript is not offered: PyTorch has deprecated it in favor of torch.export.
+answers differ from the model's.
 """
 
 from __future__ import annotations
@@ -143,10 +143,6 @@ def write_safetensors(job: Job) -> None:
     job.path("safetensors").write_bytes(save(job.weights, {"format": "pt", METADATA_KEY: json.dumps(job.found.about)}))
 
 
-def write_state_dict(job: Job) -> None:
-    torch.save(job.weights, job.path("state_dict"))
-
-
 def write_torch_export(job: Job) -> None:
     program = torch.export.export(WithNormalization(job.found), (job.example,), dynamic_shapes=BATCH_OF_ANY_SIZE)
     for node in program.graph.nodes:
@@ -169,17 +165,9 @@ def _describe_onnx(path: Path, job: Job) -> None:
 
 
 def write_onnx(job: Job) -> None:
-    torch.onnx.export(
-        WithNormalization(job.found),
-        (job.example,),
-        job.path("onnx"),
-        dynamo=True,
-        verbose=False,
-        external_data=False,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=BATCH_OF_ANY_SIZE,
-    )
+    names = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": BATCH_OF_ANY_SIZE}
+    model, how = WithNormalization(job.found), {"dynamo": True, "verbose": False, "external_data": False}
+    torch.onnx.export(model, (job.example,), job.path("onnx"), **how, **names)
     _describe_onnx(job.path("onnx"), job)
 
 
@@ -189,27 +177,18 @@ def write_onnx_int8(job: Job) -> None:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self._batches = iter(job.calibration())
+        feeds = iter([{"images": batch} for batch in job.calibration()])
 
         def get_next(self) -> dict[str, np.ndarray] | None:
-            batch = next(self._batches, None)
-            return None if batch is None else {"images": batch}
+            return next(self.feeds, None)
 
     if not job.path("onnx").exists():
         write_onnx(job)
     prepared = job.folder / "prepared.onnx"
     quant_pre_process(str(job.path("onnx")), str(prepared))
-    quantize_static(
-        str(prepared),
-        str(job.path("onnx_int8")),
-        Reader(),
-        quant_format=QuantFormat.QDQ,
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        op_types_to_quantize=["Conv", "Gemm", "MatMul", "MaxPool"],
-    )
+    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+    how = {"quant_format": QuantFormat.QDQ, "per_channel": True, "op_types_to_quantize": ["Conv", "Gemm", "MatMul", "MaxPool"]}
+    quantize_static(str(prepared), str(job.path("onnx_int8")), Reader(), **how, **types)
     prepared.unlink()
     _describe_onnx(job.path("onnx_int8"), job)
 
@@ -232,7 +211,7 @@ def read_back(name: str, job: Job) -> Classifier:
 
 WRITERS: dict[str, Callable[[Job], None]] = {
     "safetensors": write_safetensors,
-    "state_dict": write_state_dict,
+    "state_dict": lambda job: torch.save(job.weights, job.path("state_dict")),
     "torch_export": write_torch_export,
     "onnx": write_onnx,
     "onnx_int8": write_onnx_int8,
@@ -300,9 +279,7 @@ def times_as_fast(ours: list[float], base: list[float]) -> tuple[float, float, f
 def claim(output: Path) -> Path:
     """Make the folder and a draft in it. Raises UsageError for a folder with anything but an earlier export."""
     try:
-        if output.exists() and not output.is_dir():
-            raise UsageError(f"--output {output} is a file; choose a folder")
-        names = {path.name for path in output.iterdir()} if output.is_dir() else set()
+        names = {path.name for path in output.iterdir()} if output.exists() else set()
         if names - {DRAFT} and FACTS_FILE not in names:
             raise UsageError(f"--output {output} is not empty and holds no export; choose another folder")
         shutil.rmtree(output / DRAFT, ignore_errors=True)
@@ -345,8 +322,7 @@ def check_all(job: Job, formats: tuple[Format, ...], images: Images, world: Worl
     wanted, loader = predictions.logits, in_zero_to_one(images, found, world)
     with _quietly():
         models = {name: read_back(name, job) for name in FORMATS if name in formats}
-        logits = {name: logits_of(model, loader) for name, model in models.items()}
-        checks = [check(name, job.path(name), logits[name], images.labels, wanted) for name in models]
+        checks = [check(name, job.path(name), logits_of(models[name], loader), images.labels, wanted) for name in models]
         some = replace(loader, batch_images=at_once(BATCH_IMAGES, found.image_shape[1]))
         batch, itself = next(iter(some))[0], WithNormalization(found)
         programs = {name: model for name, model in models.items() if name not in ("safetensors", "state_dict")}
@@ -358,8 +334,7 @@ def check_all(job: Job, formats: tuple[Format, ...], images: Images, world: Worl
 def show(checks: list[dict[str, Any]], itself: dict[str, Any], job: Job, console: Console) -> None:
     answered = number_table("file", "KB", "test accuracy", "same answers", "difference")
     fast = number_table("file", "images/s, median", "x the model's", "min .. max")
-    size = sum(value.numel() * value.element_size() for value in job.found.model.state_dict().values())
-    own = itself["images_per_second"]
+    size, own = sum(value.nbytes for value in job.found.model.state_dict().values()), itself["images_per_second"]
     answered.add_row("the model itself", f"{size / 1e3:,.0f}", f"{itself['accuracy']:.2%}", "-", "-")
     fast.add_row("the model itself", f"{median(own):,.0f}", "1.00", "-")
     for row in checks:
@@ -368,8 +343,7 @@ def show(checks: list[dict[str, Any]], itself: dict[str, Any], job: Job, console
         if rounds := row["images_per_second"]:
             times, least, most = times_as_fast(rounds, own)
             fast.add_row(row["file"], f"{median(rounds):,.0f}", f"{times:.2f}", f"{least:.2f} .. {most:.2f}")
-    console.print(answered)
-    console.print(fast)
+    console.print(answered, fast, sep="\n")
     threads = f"{job.threads} thread{'s' if job.threads > 1 else ''}"
     console.print("difference: the largest of any logit;  x the model's: the median of the rounds' quotients")
     console.print(f"(on the CPU, {threads}, batches of {itself['batch_images']}, {ROUNDS} rounds in turns: compare ratios)")
@@ -387,9 +361,7 @@ def run(
     """Write a trained model to files that need neither this program nor DeepSpeed, and check each of them.
 
     The exit code is 1 if a file's answers differ from the model's; INT8 rounds, so its differences are only counted.
-
-    ONNX, INT8 ONNX and torch.export take images in 0..1, the normalization is inside; safetensors and the state dict are the
-    bare network's. TorchScript is not offered: PyTorch has deprecated it in favor of torch.export.
+    TorchScript is not offered: PyTorch has deprecated it in favor of torch.export.
 
     Args:
         output: Where the files go (default: export/ in the run's folder).

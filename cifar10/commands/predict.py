@@ -90,12 +90,8 @@ def read_image(path: Path, size: int, channels: int, background: tuple[int, int,
 
 def files_in(folder: Path) -> list[Path]:
     """The image files in a folder and below it, sorted, by suffix; hidden ones and linked folders are left out."""
-    found = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        kept = (name for name in names if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES)
-        found += [Path(place) / name for name in kept]
-    return sorted(found)
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 # --- predictions --------------------------------------------------------------------------------------------------------

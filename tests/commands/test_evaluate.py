@@ -14,7 +14,6 @@ import torch.nn.functional as F
 
 from cifar10.commands import evaluate
 from cifar10.data import synthetic
-from cifar10.report.stats import calibration, confusion
 from cifar10.run.evaluation import Augmented
 from cifar10.run.predictions import TEST_FILE, Predictions, read
 from cifar10.run.trained import alone, load
@@ -171,22 +170,6 @@ def test_the_recipes_own_tta_is_that_of_the_runs_own_test(copied, capsys):
 
 
 # --- the measures -----------------------------------------------------------------------------------------------------
-
-
-def predictions(rows: list[list[float]], labels: list[int]) -> Predictions:
-    return Predictions(np.log(np.float32(rows)), np.array(labels))
-
-
-def test_confusion_by_hand():
-    found = predictions([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.6, 0.3, 0.1], [0.1, 0.2, 0.7]], [0, 0, 1, 2])
-    assert confusion(found).tolist() == [[1, 1, 0], [1, 0, 0], [0, 0, 1]]
-
-
-def test_calibration_error_by_hand():
-    # two answers at 0.9, one of them right: off by 0.4; two at 0.6, both right: off by 0.4; one at 0.55 wrong, in 0.6's bin
-    found = predictions([[0.9, 0.1], [0.9, 0.1], [0.65, 0.35], [0.65, 0.35], [0.62, 0.38]], [0, 1, 0, 0, 1])
-    assert calibration(found).error == pytest.approx(2 / 5 * abs(0.5 - 0.9) + 3 / 5 * abs(2 / 3 - 1.92 / 3), abs=1e-6)
-    assert calibration(predictions([[1.0, 1e-9]], [0])).error == pytest.approx(0, abs=1e-6)
 
 
 def test_recall_and_precision_of_a_class_without_images_or_without_answers():

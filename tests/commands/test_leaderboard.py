@@ -44,11 +44,8 @@ def test_names_are_escaped(tmp_path):
     assert row[0] == r"[x \| y &lt;b> \\\| \](javascript:1)](a%20%28b%29/)"
 
 
-def test_a_run_itself_is_a_row_as_well(tmp_path):
-    assert rows(make_run(tmp_path / "run", test=0.9))[0][0] == "[bn_cnn](../)"
-
-
 def test_links_are_relative_to_the_page(tmp_path):
+    assert rows(make_run(tmp_path / "run", test=0.9))[0][0] == "[bn_cnn](../)"
     make_run(tmp_path / "runs" / "three" / "seed_0")
     assert "| [bn_cnn](../runs/three/) |" in leaderboard.page([tmp_path / "runs"], tmp_path / "docs" / "page.md")
 
