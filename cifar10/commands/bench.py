@@ -1,6 +1,4 @@
-"""The speed of this program beside two loops that anyone would write, in one run: `python -m cifar10 bench`.
-
-(With `--gpu` it is another measurement: see bench_levels.py.)
+"""`python -m cifar10 bench`: the speed of this program beside two loops that anyone would write, in one run.
 
     plain PyTorch     the loop of the tutorials: torchvision's CIFAR10 and transforms in a DataLoader with two workers,
                       torch's SGD and clipping, `.item()` of the loss and the accuracy at every step
@@ -125,9 +123,6 @@ def stock_step(plan: Plan, world: World) -> Step:
     return tutorial_step(world, engine, update)
 
 
-# --- the measurement --------------------------------------------------------------------------------------------------
-
-
 def measure(plan: Plan, fast: Plan, world: World, console: Console, *, rounds: int, warmup_steps: int, steps: int) -> Any:
     """Images per second of every loop in every round, and its final loss; rounds have about the same number of images."""
     tutorial, images, fast_images = tutorial_batches(plan), plan.batch.global_images, fast.batch.global_images
@@ -171,9 +166,6 @@ def show(rows: dict[str, Any], ratios: list[dict[str, Any]], console: Console) -
     for row in ratios:
         times.add_row(f"{row['of']} / {row['to']}", f"{row['ratio']:.2f}", span(row["per_round"]))
     console.print(times)
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
 
 
 @contextmanager

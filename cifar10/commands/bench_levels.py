@@ -1,4 +1,4 @@
-"""The cost of a step beside plain PyTorch's, in one run: `python -m cifar10 bench --gpu`, and half of `scaling`.
+"""`python -m cifar10 bench --gpu`, and half of `scaling`: the cost of a step beside plain PyTorch's, in one run.
 
 Every loop trains the recipe's network from the same weights on the same images, cut by one loader on the device. `plain
 PyTorch` is forward, loss, backward, clipping and SGD as anyone would write them for speed, with nothing read back until a
@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, product
 from statistics import fmean, median
 from typing import Any
 
@@ -185,10 +185,9 @@ def measure(
     """Every level that this machine supports, beside plain PyTorch: {"fp32, batch 64": {"eager": {...}, ...}, ...}."""
     levels = LEVELS if world.device.type == "cuda" else CPU_LEVELS
     cells = {}
-    for precision in precisions:
-        for batch in batches:
-            plans = {level: plan_for({"--recipe": RECIPE, **flags}, precision, batch, level) for level in levels}
-            loader, _ = get_cifar10_dataloaders(plans["eager"], world)
-            ways = {PLAIN: plain_step(plans["eager"], world)} | {name: engine_step(plan, world) for name, plan in plans.items()}
-            cells[f"{precision}, batch {batch}"] = take_turns(ways, loader, **sizes)
+    for precision, batch in product(precisions, batches):
+        plans = {level: plan_for({"--recipe": RECIPE, **flags}, precision, batch, level) for level in levels}
+        loader, _ = get_cifar10_dataloaders(plans["eager"], world)
+        ways = {PLAIN: plain_step(plans["eager"], world)} | {name: engine_step(plan, world) for name, plan in plans.items()}
+        cells[f"{precision}, batch {batch}"] = take_turns(ways, loader, **sizes)
     return cells

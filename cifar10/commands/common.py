@@ -11,9 +11,8 @@ from rich.table import Table
 
 from cifar10.run.trained import Which
 
-_arg = tyro.conf.arg
-RUN_HELP = "A run's folder, its checkpoints/best_model or checkpoints/final, a file of weights, or an export's folder."
-Run = Annotated[tyro.conf.Positional[Path], _arg(metavar="RUN", help=RUN_HELP)]
+_arg, RUNS = tyro.conf.arg, "A run's folder, its checkpoints/best_model or checkpoints/final, a file of weights, or an export."
+Run = Annotated[tyro.conf.Positional[Path], _arg(metavar="RUN", help=RUNS)]
 WhichModel = Annotated[Which, _arg(help="Of a run's folder, the model that validation chose or the last one.")]
 DataDir = Annotated[Path | None, _arg(help="Where the data set is, or is downloaded to (default: $CIFAR10_DIR, else data/).")]
 Threads = Annotated[int | None, _arg(help="CPU threads (default: cores of this machine).")]

@@ -131,7 +131,6 @@ class Probe:
 
 
 def _is_within(installed: str, versions: str) -> bool:
-    """Whether 2.15.0+cpu satisfies >=2.11,<2.16."""
     from packaging.specifiers import SpecifierSet
 
     return SpecifierSet(versions).contains(installed, prereleases=True)
@@ -245,9 +244,6 @@ def check_deepspeed(context: Context) -> Row:
     return OK, f"{printed} can be imported, and builds nothing"
 
 
-# --- the machine --------------------------------------------------------------------------------------------------------
-
-
 def _free_space(num_bytes: float, bounds: dict[str, int], where: str, cure: str) -> Row:
     level, says = next((level for level in bounds if num_bytes < bounds[level]), OK), f"{num_bytes / GIB:.1f} GiB {where}"
     return (OK, says) if level == OK else (level, says, cure)
@@ -270,7 +266,7 @@ def check_disk(_: Context) -> Row:
 def check_shm(context: Context) -> Row:
     if not SHM.is_dir():
         return OK, f"this system has no {SHM}"
-    status, users = os.statvfs(SHM), f"{'NCCL between GPUs, and ' if context.gpus > 1 else ''}bench's loader workers"
+    status, users = os.statvfs(SHM), f"{'NCCL between GPUs and ' if context.gpus > 1 else ''}bench's loader workers"
     cure = "docker run --shm-size=1g or --ipc=host; else mount -o remount,size=1G /dev/shm, or delete what fills it"
     return _free_space(status.f_bavail * status.f_frsize, SHM_BYTES, f"free in {SHM}, for {users}", cure)
 

@@ -36,9 +36,6 @@ Tta = Literal["none", "mirror", "mirror+translate"]
 CONFUSIONS = 5  # pairs that are shown
 
 
-# --- measuring ----------------------------------------------------------------------------------------------------------
-
-
 def split_images(found: Trained, split: Split, data_dir: Path | None) -> Images:
     """All images of a split as the run had it, in their fixed order. Raises UsageError if there are none."""
     recipe, folder = found.recipe, registry.folder(data_dir)
@@ -131,9 +128,6 @@ def measure(
         "written": written,
         "note": registry.find(found.recipe.dataset).describe(registry.folder(data_dir)).note,
     }
-
-
-# --- the command --------------------------------------------------------------------------------------------------------
 
 
 def compared_with_summary(done: dict[str, Any], found: Trained) -> Iterator[str]:

@@ -128,10 +128,6 @@ class Job:
         return self.folder / FILES[name]
 
     @property
-    def example(self) -> Tensor:
-        return torch.rand(2, *self.found.image_shape)
-
-    @property
     def weights(self) -> dict[str, Tensor]:
         """Each tensor in memory of its own, contiguous."""
         return {name: value.contiguous().clone() for name, value in self.found.model.state_dict().items()}
@@ -144,7 +140,8 @@ def write_safetensors(job: Job) -> None:
 
 
 def write_torch_export(job: Job) -> None:
-    program = torch.export.export(WithNormalization(job.found), (job.example,), dynamic_shapes=BATCH_OF_ANY_SIZE)
+    example = torch.rand(2, *job.found.image_shape)
+    program = torch.export.export(WithNormalization(job.found), (example,), dynamic_shapes=BATCH_OF_ANY_SIZE)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths on this machine
     torch.export.save(program, job.path("torch_export"), extra_files={f"{METADATA_KEY}.json": json.dumps(job.found.about)})
@@ -167,7 +164,7 @@ def _describe_onnx(path: Path, job: Job) -> None:
 def write_onnx(job: Job) -> None:
     names = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": BATCH_OF_ANY_SIZE}
     model, how = WithNormalization(job.found), {"dynamo": True, "verbose": False, "external_data": False}
-    torch.onnx.export(model, (job.example,), job.path("onnx"), **how, **names)
+    torch.onnx.export(model, (torch.rand(2, *job.found.image_shape),), job.path("onnx"), **how, **names)
     _describe_onnx(job.path("onnx"), job)
 
 
@@ -271,9 +268,6 @@ def times_as_fast(ours: list[float], base: list[float]) -> tuple[float, float, f
     """The median of the rounds' quotients, the smallest and the largest."""
     rounds = quotients(ours, base)
     return median(rounds), min(rounds), max(rounds)
-
-
-# --- the whole export ---------------------------------------------------------------------------------------------------
 
 
 def claim(output: Path) -> Path:
@@ -396,8 +390,7 @@ def run(
         shutil.rmtree(job.folder, ignore_errors=True)
     console = Console(highlight=False, soft_wrap=True, markup=False)
     show(checks, itself, job, console)
-    for text in how_to_feed(found).items():
-        console.print(": ".join(text))
+    console.print(*map(": ".join, how_to_feed(found).items()), sep="\n")
     console.print(f"written to {folder}, with {NETWORK_FILE} and {FACTS_FILE}")
     wrong = [row for row in checks if not row["agrees"]]
     for row in wrong:

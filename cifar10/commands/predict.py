@@ -85,16 +85,10 @@ def read_image(path: Path, size: int, channels: int, background: tuple[int, int,
         raise ValueError(reason(error)) from None
 
 
-# --- which files --------------------------------------------------------------------------------------------------------
-
-
 def files_in(folder: Path) -> list[Path]:
     """The image files in a folder and below it, sorted, by suffix; hidden ones and linked folders are left out."""
     found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
-
-
-# --- predictions --------------------------------------------------------------------------------------------------------
 
 
 def shown(path: Path | str) -> str:

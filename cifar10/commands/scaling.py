@@ -1,4 +1,4 @@
-"""The gain of more ranks, and the cost of the engine: `python -m cifar10 scaling`.
+"""`python -m cifar10 scaling`: the gain of more ranks, and the cost of the engine.
 
     ranks      the program itself, from its launcher to its summary, on 1, 2 and 4 ranks at one global batch: images per second
                of training, and the peak memory of each rank
@@ -36,9 +36,6 @@ from cifar10.run import folder as run_folder
 from cifar10_deepspeed import get_cifar10_dataloaders
 
 STAGES = (0, 1, 2, 3)
-
-
-# --- ranks ------------------------------------------------------------------------------------------------------------
 
 
 def summary_of_run(flags: list[str], ranks: int) -> dict[str, Any]:
@@ -87,9 +84,6 @@ def show_ranks(rows: dict[str, dict[str, Any]], batch: int, console: Console) ->
     console.print(table)
 
 
-# --- the engine -------------------------------------------------------------------------------------------------------
-
-
 def at_stage(plan: Plan, stage: int) -> Plan:
     """The same plan under ZeRO."""
     config = ds_config.with_precision(plan.given_config, plan.precision)
@@ -109,9 +103,6 @@ def measure_engine(
         ways |= {f"ZeRO {stage}": bench_levels.engine_step(at_stage(plan, stage), world) for stage in STAGES}
         cells[precision] = bench_levels.take_turns(ways, loader, **sizes)
     return cells
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
 
 
 def run(

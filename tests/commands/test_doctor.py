@@ -311,9 +311,6 @@ def test_no_data_and_a_server_that_can_be_reached_or_not(monkeypatch, tmp_path):
     one("data", FAIL, "no-such-host.invalid cannot be reached", data_dir=tmp_path)
 
 
-# --- ports ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def taken():
     """A port on which another program listens."""
@@ -350,9 +347,6 @@ def test_the_port_of_a_run(monkeypatch, taken, address, port, rank, level, words
         if value is not None:
             monkeypatch.setenv(name, value)
     one("ports", level, words)
-
-
-# --- W&B and SLURM ----------------------------------------------------------------------------------------------------
 
 
 def test_wandb(monkeypatch, tmp_path):
