@@ -1,15 +1,15 @@
-"""A trained model in the files that other programs read: `python -m cifar10 export RUN`.
+"""`python -m cifar10 export RUN`: a trained model in files that other programs read.
 
 model.safetensors   the bare network's weights and buffers; its header says how to use them
 state_dict.pt       the same as a plain state dict: torch.load reads it in its safe default
-network.py          the network's own source file, plain PyTorch: goes with the two above
+network.py          the network's source file, plain PyTorch, for the two above
 model.pt2           torch.export's program: weights, network and normalization in one; takes images in 0..1
 model.onnx          the same for ONNX runtimes; the batch may have any size
 model_int8.onnx     the same with 8-bit weights and activations, calibrated on training images
-export.json         how each is fed, what it answers, and what the checks measured
+export.json         the inputs and outputs of each, and what the checks measured
 
-None of them needs this program or DeepSpeed. Each file is read back and answers test images beside the model itself, and the
-command fails where one answers anything else. TorchScript is not offered: PyTorch has deprecated it in favour of torch.export.
+None of them needs this program or DeepSpeed. Each file is read back and run on the test images, and the command fails if its
+answers differ from the model's.
 """
 
 from __future__ import annotations
@@ -24,21 +24,20 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from cifar10 import UsageError
-from cifar10.commands.evaluate import answers, split_images
+from cifar10.commands.common import DataDir, Run, Threads, WhichModel, number_table, quotients
+from cifar10.commands.evaluate import answers, first_images, split_images
 from cifar10.data.dataset import Images
 from cifar10.data.loader import EvaluationLoader, at_once
 from cifar10.distributed.world import World
@@ -46,7 +45,7 @@ from cifar10.models.registry import build_model, source_file
 from cifar10.models.weights import METADATA_KEY, read_weights
 from cifar10.run import folder as run_folder
 from cifar10.run import trained
-from cifar10.run.trained import SAFETENSORS_FILE, Trained, Which
+from cifar10.run.trained import SAFETENSORS_FILE, Trained
 
 Format = Literal["safetensors", "state_dict", "torch_export", "onnx", "onnx_int8"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -59,21 +58,23 @@ FILES: dict[str, str] = {
 }
 NETWORK_FILE, FACTS_FILE, DRAFT = "network.py", "export.json", ".draft"
 OURS = {*FILES.values(), NETWORK_FILE, FACTS_FILE, DRAFT}
-TOLERANCE = 1e-4  # of a logit, between a file in fp32 and the model
+TOLERANCE = 1e-4  # between the logits of a file in fp32 and of the model
 CALIBRATION_IMAGES = 1_000
-ROUNDS, BATCHES, BATCH_IMAGES = 9, 10, 100  # of the timing; the images of 32x32 pixels, fewer if they are larger
+ROUNDS, BATCHES, BATCH_IMAGES = 9, 10, 100  # of the timing; images of 32x32 pixels, fewer if they are larger
+BATCH_OF_ANY_SIZE = {"images": {0: torch.export.Dim("batch")}}
 
-Answering = Callable[[Tensor], Tensor]  # float32 [B, C, S, S] in 0..1 -> logits [B, classes]
+Classifier = Callable[[Tensor], Tensor]  # float32 [B, C, S, S] in 0..1 -> logits [B, classes]
 
 
 class WithNormalization(nn.Module):
-    """The network behind its normalization: takes images as everyone has them, in 0..1."""
+    """The network behind its normalization, in evaluation mode: takes images in 0..1."""
 
     def __init__(self, found: Trained) -> None:
         super().__init__()
         self.network = found.model
         for name, values in (("mean", found.recipe.mean), ("std", found.recipe.std)):
             self.register_buffer(name, torch.tensor(values)[:, None, None])
+        self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         """float32 [B, C, S, S] in 0..1 -> logits [B, classes]."""
@@ -82,7 +83,7 @@ class WithNormalization(nn.Module):
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Libraries that talk about their own business are not heard; their errors are raised all the same."""
+    """Silence libraries' logs, warnings and prints; their errors are still raised."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -93,11 +94,11 @@ def _quietly() -> Iterator[None]:
         logging.disable(before)
 
 
-# --- what a stranger needs to know --------------------------------------------------------------------------------------
+# --- writing, and reading back ------------------------------------------------------------------------------------------
 
 
 def how_to_feed(found: Trained) -> dict[str, str]:
-    """In words, for export.json and the console."""
+    """The inputs and outputs of the files, for export.json, ONNX's metadata and the console."""
     channels, size, _ = found.image_shape
     resize, kind = found.recipe.resize, "RGB" if channels == 3 else "grayscale"
     fitted = f"resized to {resize}x{resize} (bilinear, antialiased)" if resize else ""
@@ -110,16 +111,13 @@ def how_to_feed(found: Trained) -> dict[str, str]:
         "model.pt2, model.onnx, model_int8.onnx": "take such images: the normalization is inside",
         "model.safetensors, state_dict.pt": "are the bare network's: normalize first, (images - mean) / std for each channel",
         "network.py": f"builds that network: network.{found.recipe.model}(num_classes={len(found.classes)}).eval()",
-        "logits": f"float32 [N, {len(found.classes)}], in the order of classes; softmax makes probabilities of them",
+        "logits": f"float32 [N, {len(found.classes)}], in the order of classes; softmax turns them into probabilities",
     }
-
-
-# --- writing, and reading back ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Job:
-    """One export in progress: the model, the folder that its files are made in, and images to calibrate with."""
+    """One export in progress: the model, the folder its files are written to, and images to calibrate with."""
 
     found: Trained
     folder: Path
@@ -130,36 +128,27 @@ class Job:
         return self.folder / FILES[name]
 
     @property
-    def example(self) -> Tensor:
-        return torch.rand(2, *self.found.image_shape)
-
-    @property
     def weights(self) -> dict[str, Tensor]:
-        """Each tensor in memory of its own, in rows."""
+        """Each tensor in memory of its own, contiguous."""
         return {name: value.contiguous().clone() for name, value in self.found.model.state_dict().items()}
 
 
 def write_safetensors(job: Job) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save  # its save_file makes files that only their owner can read
 
-    save_file(job.weights, job.path("safetensors"), metadata={"format": "pt", METADATA_KEY: json.dumps(job.found.about)})
-
-
-def write_state_dict(job: Job) -> None:
-    torch.save(job.weights, job.path("state_dict"))
+    job.path("safetensors").write_bytes(save(job.weights, {"format": "pt", METADATA_KEY: json.dumps(job.found.about)}))
 
 
 def write_torch_export(job: Job) -> None:
-    program = torch.export.export(
-        WithNormalization(job.found).eval(), (job.example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
-    )
+    example = torch.rand(2, *job.found.image_shape)
+    program = torch.export.export(WithNormalization(job.found), (example,), dynamic_shapes=BATCH_OF_ANY_SIZE)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths on this machine
     torch.export.save(program, job.path("torch_export"), extra_files={f"{METADATA_KEY}.json": json.dumps(job.found.about)})
 
 
 def _describe_onnx(path: Path, job: Job) -> None:
-    """Put what there is to know into the file, and take out what the exporter noted of this machine."""
+    """Add the model's metadata, and remove the paths of this machine that the exporter wrote."""
     import onnx
 
     model = onnx.load(path)
@@ -173,62 +162,42 @@ def _describe_onnx(path: Path, job: Job) -> None:
 
 
 def write_onnx(job: Job) -> None:
-    torch.onnx.export(
-        WithNormalization(job.found).eval(),
-        (job.example,),
-        job.path("onnx"),
-        dynamo=True,
-        verbose=False,
-        external_data=False,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-    )
+    names = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": BATCH_OF_ANY_SIZE}
+    model, how = WithNormalization(job.found), {"dynamo": True, "verbose": False, "external_data": False}
+    torch.onnx.export(model, (torch.rand(2, *job.found.image_shape),), job.path("onnx"), **how, **names)
     _describe_onnx(job.path("onnx"), job)
 
 
 def write_onnx_int8(job: Job) -> None:
-    """Weights by channel and activations in 8 bits where the arithmetic is; ranges are those of training images."""
+    """Weights by channel and activations in 8 bits, their ranges calibrated on training images."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self._batches = iter(job.calibration())
+        feeds = iter([{"images": batch} for batch in job.calibration()])
 
         def get_next(self) -> dict[str, np.ndarray] | None:
-            batch = next(self._batches, None)
-            return None if batch is None else {"images": batch}
+            return next(self.feeds, None)
 
     if not job.path("onnx").exists():
         write_onnx(job)
     prepared = job.folder / "prepared.onnx"
     quant_pre_process(str(job.path("onnx")), str(prepared))
-    quantize_static(
-        str(prepared),
-        str(job.path("onnx_int8")),
-        Reader(),
-        quant_format=QuantFormat.QDQ,
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        op_types_to_quantize=["Conv", "Gemm", "MatMul", "MaxPool"],
-    )
+    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+    how = {"quant_format": QuantFormat.QDQ, "per_channel": True, "op_types_to_quantize": ["Conv", "Gemm", "MatMul", "MaxPool"]}
+    quantize_static(str(prepared), str(job.path("onnx_int8")), Reader(), **how, **types)
     prepared.unlink()
     _describe_onnx(job.path("onnx_int8"), job)
 
 
-def read_state_dict(path: Path, job: Job) -> Answering:
-    model = build_model(job.found.recipe.model, job.found.recipe.seed, len(job.found.classes))
-    model.load_state_dict(read_weights(path, str(path), "export again")[0])
-    return WithNormalization(replace(job.found, model=model)).eval()
-
-
-def read_torch_export(path: Path, job: Job) -> Answering:
-    return torch.export.load(path).module()
-
-
-def read_onnx(path: Path, job: Job) -> Answering:
+def read_back(name: str, job: Job) -> Classifier:
+    path = job.path(name)
+    if name in ("safetensors", "state_dict"):
+        model = build_model(job.found.recipe.model, job.found.recipe.seed, len(job.found.classes))
+        model.load_state_dict(read_weights(path, str(path), "export again")[0])
+        return WithNormalization(replace(job.found, model=model))
+    if name == "torch_export":
+        return torch.export.load(path).module()
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -239,131 +208,89 @@ def read_onnx(path: Path, job: Job) -> Answering:
 
 WRITERS: dict[str, Callable[[Job], None]] = {
     "safetensors": write_safetensors,
-    "state_dict": write_state_dict,
+    "state_dict": lambda job: torch.save(job.weights, job.path("state_dict")),
     "torch_export": write_torch_export,
     "onnx": write_onnx,
     "onnx_int8": write_onnx_int8,
-}
-READERS: dict[str, Callable[[Path, Job], Answering]] = {
-    "safetensors": read_state_dict,
-    "state_dict": read_state_dict,
-    "torch_export": read_torch_export,
-    "onnx": read_onnx,
-    "onnx_int8": read_onnx,
 }
 
 
 # --- checking -----------------------------------------------------------------------------------------------------------
 
 
-def zero_to_one(images: Tensor) -> Tensor:
-    """uint8 [B, C, S, S] -> float32 in 0..1."""
-    return images.to(torch.float32).div_(255)
-
-
-def in_zero_to_one(images: Images, found: Trained, here: World) -> EvaluationLoader:
-    """The images as an exported file takes them."""
-    return replace(EvaluationLoader.of(images.pixels, images.labels, found.recipe, here), normalize=zero_to_one)
+def in_zero_to_one(images: Images, found: Trained, world: World) -> EvaluationLoader:
+    """The images as an exported file takes them: float32 [B, C, S, S] in 0..1."""
+    loader = EvaluationLoader.of(images.pixels, images.labels, found.recipe, world)
+    return replace(loader, normalize=lambda images: images.to(torch.float32).div_(255))
 
 
 @torch.no_grad()
-def logits_of(answering: Answering, loader: EvaluationLoader) -> np.ndarray:
-    """All of a split, float32 [N, classes]; the first image comes alone and the next few do, for a batch may have any size."""
+def logits_of(classifier: Classifier, loader: EvaluationLoader) -> np.ndarray:
+    """All of a split, float32 [N, classes]; the first batches have 1 and 3 images, since a batch may have any size."""
     parts = []
     for number, (images, _) in enumerate(loader):
         pieces = (images[:1], images[1:4], images[4:]) if number == 0 else (images,)
-        parts += [answering(piece) for piece in pieces if len(piece)]
+        parts += [classifier(piece) for piece in pieces if len(piece)]
     return torch.cat(parts).numpy()
 
 
-@dataclass(frozen=True)
-class Check:
-    """How a file's answers compare with the model's on the same test images, and how fast it gives them."""
-
-    format: str
-    file: str
-    bytes: int
-    sha256: str
-    accuracy: float
-    same_answers: int
-    images: int
-    largest_difference: float
-    images_per_second: list[float] = field(default_factory=list)  # of each round; empty where it is the model itself
-
-    @property
-    def agrees(self) -> bool:
-        """INT8 rounds, so its answers are counted and not judged."""
-        exact = self.same_answers == self.images and self.largest_difference <= TOLERANCE
-        return exact or self.format == "onnx_int8"
-
-
-def check(name: str, job: Job, logits: np.ndarray, labels: np.ndarray, wanted: np.ndarray) -> Check:
-    path = job.path(name)
-    same = logits.argmax(axis=1) == wanted.argmax(axis=1)
-    return Check(
-        format=name,
-        file=path.name,
-        bytes=path.stat().st_size,
-        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-        accuracy=float((logits.argmax(axis=1) == labels).mean()),
-        same_answers=int(same.sum()),
-        images=len(labels),
-        largest_difference=float(np.abs(logits - wanted).max()),
-    )
+def check(name: str, path: Path, logits: np.ndarray, labels: np.ndarray, wanted: np.ndarray) -> dict[str, Any]:
+    """How a file's answers compare with the model's on the same test images; those of INT8, which rounds, are not judged."""
+    same, largest = int((logits.argmax(1) == wanted.argmax(1)).sum()), float(np.abs(logits - wanted).max())
+    return {
+        "format": name,
+        "file": path.name,
+        "bytes": path.stat().st_size,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "accuracy": float((logits.argmax(1) == labels).mean()),
+        "same_answers": same,
+        "images": len(labels),
+        "largest_difference": largest,
+        "agrees": name == "onnx_int8" or (same == len(labels) and largest <= TOLERANCE),
+    }
 
 
 @torch.no_grad()
-def speeds(models: dict[str, Answering], batch: Tensor) -> dict[str, list[float]]:
-    """Images per second of each in every round, in turns, so that whatever else the machine does meets all of them."""
+def speeds(models: dict[str, Classifier], batch: Tensor) -> dict[str, list[float]]:
+    """Images per second of each in every round, in turns, so that other load on the machine affects all of them."""
     found: dict[str, list[float]] = {name: [] for name in models}
     for number in range(ROUNDS + 1):
-        for name, answering in models.items():
+        for name, classifier in models.items():
             started = time.perf_counter()
             for _ in range(BATCHES):
-                answering(batch)
-            if number:  # the first is for caches
+                classifier(batch)
+            if number:  # the first is a warm-up
                 found[name].append(BATCHES * len(batch) / (time.perf_counter() - started))
     return found
 
 
 def times_as_fast(ours: list[float], base: list[float]) -> tuple[float, float, float]:
-    """The median of the rounds' quotients, the smallest and the largest: of one round, for only these can be compared."""
-    quotients = [this / that for this, that in zip(ours, base, strict=True)]
-    return median(quotients), min(quotients), max(quotients)
-
-
-# --- the whole export ---------------------------------------------------------------------------------------------------
+    """The median of the rounds' quotients, the smallest and the largest."""
+    rounds = quotients(ours, base)
+    return median(rounds), min(rounds), max(rounds)
 
 
 def claim(output: Path) -> Path:
-    """Make the folder and a draft in it. Raises UsageError for one that holds anything but an earlier export."""
+    """Make the folder and a draft in it. Raises UsageError for a folder with anything but an earlier export."""
     try:
-        if output.exists() and not output.is_dir():
-            raise UsageError(f"--output {output} is a file; name a folder")
-        there = {path.name for path in output.iterdir()} if output.is_dir() else set()
-        if there - {DRAFT} and FACTS_FILE not in there:
-            raise UsageError(f"--output {output} is not empty and holds no export; name another folder")
+        names = {path.name for path in output.iterdir()} if output.exists() else set()
+        if names - {DRAFT} and FACTS_FILE not in names:
+            raise UsageError(f"--output {output} is not empty and holds no export; choose another folder")
         shutil.rmtree(output / DRAFT, ignore_errors=True)
         (output / DRAFT).mkdir(parents=True)
     except OSError as error:
-        raise UsageError(f"--output {output} cannot be written to ({error.strerror}); name another folder") from None
+        raise UsageError(f"--output {output} cannot be written to ({error.strerror}); choose another folder") from None
     return output / DRAFT
 
 
 def publish(draft: Path, output: Path) -> None:
-    """The draft's files take the place of an earlier export's; of that nothing stays. The facts go last."""
+    """Replace an earlier export's files by the draft's, export.json last."""
     made = sorted(draft.iterdir(), key=lambda path: path.name == FACTS_FILE)
     for name in OURS - {path.name for path in made} - {DRAFT}:
         (output / name).unlink(missing_ok=True)
     for path in made:
         os.replace(path, output / path.name)
     draft.rmdir()
-
-
-def _umask() -> int:
-    before = os.umask(0)
-    os.umask(before)
-    return before
 
 
 def write_all(job: Job, formats: tuple[Format, ...]) -> None:
@@ -375,118 +302,98 @@ def write_all(job: Job, formats: tuple[Format, ...]) -> None:
                     WRITERS[name](job)
         if "onnx" not in formats:
             job.path("onnx").unlink(missing_ok=True)
-        if "safetensors" in formats:
-            job.path("safetensors").chmod(0o666 & ~_umask())  # its library keeps it from all others
         shutil.copyfile(source_file(job.found.recipe.model), job.folder / NETWORK_FILE)
     except ImportError as error:
         raise UsageError(f"{error.name} is not installed, and --formats {name} needs it; type uv sync") from None
     except OSError as error:
-        raise UsageError(f"{job.folder.parent}: {error.strerror or error}; make room, or name another --output") from None
+        raise UsageError(f"{job.folder.parent}: {error.strerror or error}; make room, or choose another --output") from None
 
 
-def check_all(job: Job, formats: tuple[Format, ...], images: Images, here: World) -> tuple[list[Check], dict[str, Any]]:
-    """A check of each file, the model itself first, and what they were made with."""
+def check_all(job: Job, formats: tuple[Format, ...], images: Images, world: World) -> tuple[list[Any], dict[str, Any]]:
+    """A check of each file, and the accuracy and speed of the model itself."""
     found = job.found
-    _, predictions = answers(found.model, images, found, here)
-    wanted, loader = predictions.logits, in_zero_to_one(images, found, here)
+    _, predictions = answers(found.model, images, found, world)
+    wanted, loader = predictions.logits, in_zero_to_one(images, found, world)
     with _quietly():
-        models: dict[str, Answering] = {name: READERS[name](job.path(name), job) for name in FORMATS if name in formats}
-        checks = [check(name, job, logits_of(model, loader), images.labels, wanted) for name, model in models.items()]
+        models = {name: read_back(name, job) for name in FORMATS if name in formats}
+        checks = [check(name, job.path(name), logits_of(models[name], loader), images.labels, wanted) for name in models]
         some = replace(loader, batch_images=at_once(BATCH_IMAGES, found.image_shape[1]))
-        batch, itself = next(iter(some))[0], WithNormalization(found).eval()
-        in_turns = {name: model for name, model in models.items() if name not in ("safetensors", "state_dict")}
-        fast = speeds({"model": lambda x: itself(x.to(memory_format=torch.channels_last)), **in_turns}, batch)
+        batch, itself = next(iter(some))[0], WithNormalization(found)
+        programs = {name: model for name, model in models.items() if name not in ("safetensors", "state_dict")}
+        fast = speeds({"model": lambda x: itself(x.to(memory_format=torch.channels_last)), **programs}, batch)
     facts = {"accuracy": predictions.accuracy, "images_per_second": fast["model"], "batch_images": len(batch)}
-    return [replace(one, images_per_second=fast.get(one.format, [])) for one in checks], facts
+    return [{**row, "images_per_second": fast.get(row["format"], [])} for row in checks], facts
 
 
-def show(checks: list[Check], itself: dict[str, Any], job: Job, console: Console) -> None:
-    """What each file answered beside the model itself, and how fast those are that run by themselves."""
-    answered = Table("file", "KB", "test accuracy", "same answers", "difference")
-    fast = Table("file", "images/s, median", "x the model's", "min .. max")
-    size = sum(value.numel() * value.element_size() for value in job.found.model.state_dict().values())
-    own = itself["images_per_second"]
+def show(checks: list[dict[str, Any]], itself: dict[str, Any], job: Job, console: Console) -> None:
+    answered = number_table("file", "KB", "test accuracy", "same answers", "difference")
+    fast = number_table("file", "images/s, median", "x the model's", "min .. max")
+    size, own = sum(value.nbytes for value in job.found.model.state_dict().values()), itself["images_per_second"]
     answered.add_row("the model itself", f"{size / 1e3:,.0f}", f"{itself['accuracy']:.2%}", "-", "-")
     fast.add_row("the model itself", f"{median(own):,.0f}", "1.00", "-")
     for row in checks:
-        same = f"{row.same_answers:,} of {row.images:,}", f"{row.largest_difference:.1e}"
-        answered.add_row(row.file, f"{row.bytes / 1e3:,.0f}", f"{row.accuracy:.2%}", *same)
-        if row.images_per_second:
-            times, least, most = times_as_fast(row.images_per_second, own)
-            fast.add_row(row.file, f"{median(row.images_per_second):,.0f}", f"{times:.2f}", f"{least:.2f} .. {most:.2f}")
-    for table in (answered, fast):
-        for column in table.columns[1:]:
-            column.justify = "right"
-        console.print(table)
+        same = f"{row['same_answers']:,} of {row['images']:,}", f"{row['largest_difference']:.1e}"
+        answered.add_row(row["file"], f"{row['bytes'] / 1e3:,.0f}", f"{row['accuracy']:.2%}", *same)
+        if rounds := row["images_per_second"]:
+            times, least, most = times_as_fast(rounds, own)
+            fast.add_row(row["file"], f"{median(rounds):,.0f}", f"{times:.2f}", f"{least:.2f} .. {most:.2f}")
+    console.print(answered, fast, sep="\n")
     threads = f"{job.threads} thread{'s' if job.threads > 1 else ''}"
     console.print("difference: the largest of any logit;  x the model's: the median of the rounds' quotients")
     console.print(f"(on the CPU, {threads}, batches of {itself['batch_images']}, {ROUNDS} rounds in turns: compare ratios)")
 
 
 def run(
-    where: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")],
+    where: Run,
     output: Path | None = None,
     formats: tuple[Format, ...] = FORMATS,
-    which: Which = "best_model",
+    which: WhichModel = "best_model",
     test_images: int | None = None,
-    data_dir: Path | None = None,
-    threads: int | None = None,
+    data_dir: DataDir = None,
+    threads: Threads = None,
 ) -> int:
-    """Write a trained model as files that need neither this program nor DeepSpeed, and check each of them.
+    """Write a trained model to files that need neither this program nor DeepSpeed, and check each of them.
 
-    Ends with 1 if a file answers anything else than the model; of INT8, which rounds, the differences are counted.
-
-    ONNX, INT8 ONNX and torch.export take images in 0..1, the normalization is inside; safetensors and the state dict are the
-    bare network's. TorchScript is not offered: PyTorch has deprecated it in favour of torch.export.
+    The exit code is 1 if a file's answers differ from the model's; INT8 rounds, so its differences are only counted.
+    TorchScript is not offered: PyTorch has deprecated it in favor of torch.export.
 
     Args:
-        where: A run's folder, its checkpoints/best_model or checkpoints/final, a file of weights, or an export's folder.
         output: Where the files go (default: export/ in the run's folder).
-        formats: Which files are written.
-        which: Of a run's folder, the model that validation chose or the last one.
+        formats: Which files to write.
         test_images: How many test images the files are checked on (default: all).
-        data_dir: Where the data set lies, or is downloaded to (default: $CIFAR10_DIR, else data/).
-        threads: CPU threads (default: cores of this machine).
     """
-    here = replace(trained.alone(threads), device=torch.device("cpu"))
-    found = trained.load(where, which, here)
+    world = replace(trained.alone(threads), device=torch.device("cpu"))
+    found = trained.load(where, which, world)
     if output is None and found.run is None:
-        raise UsageError(f"{where} is no run's folder; type --output and the folder that the files are to go to")
+        raise UsageError(f"{where} is not in a run's folder, so --output is needed, for example --output exported")
     if not formats:
-        raise UsageError(f"--formats is empty; type one or more of {' '.join(FORMATS)}")
-    test = split_images(found, "test", data_dir)
-    if test_images is not None and not 1 <= test_images <= len(test):
-        raise UsageError(f"--test-images {test_images} is impossible; type 1 to {len(test)}")
-    images = Images(test.pixels[:test_images], test.labels[:test_images])
+        raise UsageError(f"--formats is empty, expected one or more of {' '.join(FORMATS)}")
+    images = first_images(split_images(found, "test", data_dir), test_images, "--test-images")
 
     def calibration() -> list[np.ndarray]:
         train = split_images(found, "train", data_dir)
         few = Images(train.pixels[:CALIBRATION_IMAGES], train.labels[:CALIBRATION_IMAGES])
-        loader = replace(in_zero_to_one(few, found, here), batch_images=100)
+        loader = replace(in_zero_to_one(few, found, world), batch_images=100)
         return [batch.contiguous().numpy() for batch, _ in loader]
 
     folder = output or found.run / "export"
     job = Job(found, claim(folder), calibration, torch.get_num_threads())
     try:
         write_all(job, formats)
-        checks, itself = check_all(job, formats, images, here)
+        checks, itself = check_all(job, formats, images, world)
         packages = {name: version(name) for name in ("torch", "safetensors", "onnx", "onnxruntime")}
         facts = {"about": found.about, "how_to_feed": how_to_feed(found), "made_with": packages, "from": found.which}
-        results = [{**asdict(one), "agrees": one.agrees} for one in checks]
         measured = {"tolerance": TOLERANCE, "calibration_images": CALIBRATION_IMAGES, "threads": job.threads}
-        run_folder.write_json(job.folder / FACTS_FILE, {**facts, **measured, "model": itself, "checks": results})
+        run_folder.write_json(job.folder / FACTS_FILE, {**facts, **measured, "model": itself, "checks": checks})
         publish(job.folder, folder)
     finally:
         shutil.rmtree(job.folder, ignore_errors=True)
     console = Console(highlight=False, soft_wrap=True, markup=False)
     show(checks, itself, job, console)
-    for text in how_to_feed(found).items():
-        console.print(": ".join(text))
+    console.print(*map(": ".join, how_to_feed(found).items()), sep="\n")
     console.print(f"written to {folder}, with {NETWORK_FILE} and {FACTS_FILE}")
-    wrong = [one for one in checks if not one.agrees]
-    for one in wrong:
-        console.print(
-            f"{one.file} does not agree with the model: {one.images - one.same_answers} other answers, logits differ by up to"
-            f" {one.largest_difference:.1e}; do not use it"
-        )
+    wrong = [row for row in checks if not row["agrees"]]
+    for row in wrong:
+        differs = f"{row['images'] - row['same_answers']} other answers, logits differ by up to {row['largest_difference']:.1e}"
+        console.print(f"{row['file']} does not agree with the model: {differs}; do not use it")
     return 1 if wrong else 0

@@ -1,4 +1,4 @@
-"""`python -m cifar10 leaderboard`: every finished run of some folders in one table; records/README.md is what it prints."""
+"""`python -m cifar10 leaderboard`: all finished runs in some folders as one table; it writes records/README.md."""
 
 from __future__ import annotations
 
@@ -24,24 +24,13 @@ the test accuracy (Student's t; one run has none). Val and test belong to the be
 per run. Runs in one row differ in nothing but their seed. Minutes are those of training, beside whatever else the machine did.
 """
 MADE_BY = "(`python -m cifar10 leaderboard --output records/README.md` writes this page from the run folders)"
-COLUMNS = (
-    "recipe",
-    "data set",
-    "epochs",
-    "n",
-    "test accuracy",
-    "95% interval",
-    "val accuracy",
-    "minutes",
-    "hardware",
-    "commit",
-)
+COLUMNS = "recipe|data set|epochs|n|test accuracy|95% interval|val accuracy|minutes|hardware|commit".split("|")
 
 
 def finished_runs(folder: Path) -> list[Record]:
     """All finished runs in a folder or below it. Raises UsageError for a damaged one."""
     if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder; type one that holds runs, as in python -m cifar10 leaderboard runs")
+        raise UsageError(f"{folder} is not a folder, expected one that holds runs, for example runs")
     found = sorted(path.parent for path in folder.rglob("recipe.json") if (path.parent / "summary.json").exists())
     return [record for record in map(open_record, found) if record.is_finished]
 
@@ -53,7 +42,7 @@ def _range(values: Iterable[float], digits: int) -> str:
 
 
 def _hardware(group: Sequence[Record]) -> str:
-    """`AMD EPYC, 2 ranks of 1 thread`: on what the runs trained."""
+    """`AMD EPYC, 2 ranks of 1 thread`"""
     starts = [record.starts[-1] for record in group if record.starts]
     device = {str(start.get("processor") if start.get("device") == "cpu" else start.get("device")) for start in starts}
     threads = {start["threads"] for start in starts if isinstance(start.get("threads"), int)}
@@ -64,31 +53,28 @@ def _hardware(group: Sequence[Record]) -> str:
 
 def _commits(group: Sequence[Record]) -> str:
     commits = {str(record.starts[0].get("commit") or "?") for record in group if record.starts}
-    short = {commit[:7] + commit[40:] for commit in commits}  # which may end in -dirty
-    return ", ".join(sorted(short)) or "?"
+    return ", ".join(sorted({commit[:7] + commit[40:] for commit in commits})) or "?"  # may end in -dirty
 
 
 def _cell(text: str) -> str:
-    """Names are text: nothing of them starts another cell, a line, a link or a tag."""
+    """Escape a name, so that it cannot start a cell, a line, a link or a tag."""
     return " ".join(re.sub(r"([\\|\[\]])", r"\\\1", text).replace("<", "&lt;").split())
 
 
 def _row(label: str, link: str, group: Sequence[Record]) -> tuple[tuple[str, float], str]:
-    """What a row is sorted by, and its Markdown."""
-    of = {split: [record.number(f"{split}_accuracy") for record in group] for split in ("val", "test")}
-    tested = spread([value for value in of["test"] if value is not None])
-    held_out = group[0].settings.get("val_images") != 0
+    """The key that a row is sorted by, and its Markdown."""
+    val, test = ([record.number(f"{split}_accuracy") for record in group] for split in ("val", "test"))
+    tested = spread([value for value in test if value is not None])
     dataset = str(group[0].settings.get("dataset", "cifar10"))
-    minutes = _range(((record.number("train_seconds") or 0) / 60 for record in group), 1)
     cells = [
         f"[{_cell(label)}]({link})",
         _cell(dataset),
         _range((record.number("epochs") or 0 for record in group), 0),
         str(len(group)),
-        f"**{mean_and_sd(of['test'])}**",
+        f"**{mean_and_sd(test)}**",
         interval(tested),
-        mean_and_sd(of["val"]) if held_out else "none held out",
-        minutes,
+        "none held out" if group[0].settings.get("val_images") == 0 else mean_and_sd(val),
+        _range(((record.number("train_seconds") or 0) / 60 for record in group), 1),
         _cell(_hardware(group)),
         _cell(_commits(group)),
     ]
@@ -96,9 +82,9 @@ def _row(label: str, link: str, group: Sequence[Record]) -> tuple[tuple[str, flo
 
 
 def page(folders: Sequence[Path], output: Path | None = None) -> str:
-    """Markdown: a row for each experiment in each campaign, a folder of runs; by data set, the best first.
+    """Markdown: a row for each experiment in each campaign (a folder of runs); by data set, best first.
 
-    Links to campaigns lead there from the folder of `output`, or, if there is none, from the folder that they were found in.
+    Links to campaigns are relative to the folder of `output`, or without one to the folder that they were found in.
     """
     groups, links = [], []
     for root in folders:
@@ -123,7 +109,7 @@ def run(
 
     Args:
         folders: Folders that hold runs, at any depth.
-        output: Write the table to this file instead.
+        output: Write the table to this file.
     """
     text = page(folders, output)
     if output is None:
@@ -133,4 +119,4 @@ def run(
         with written_whole(output) as file:
             file.write(text.encode())
     except OSError as error:
-        raise UsageError(f"{output} cannot be written ({error.strerror}); type another --output") from None
+        raise UsageError(f"--output {output} cannot be written ({error.strerror}); choose another file") from None

@@ -1,9 +1,9 @@
-"""What a trained model sees in image files: `python -m cifar10 predict RUN IMAGE...`.
+"""`python -m cifar10 predict RUN IMAGE...`: labels and confidences for image files.
 
-A file of any kind becomes what the data set holds: 8 bits, in colour or grey as the model wants it, turned as its EXIF says,
-on a background where it is transparent, and of an image that has another size the middle square, resized with antialiasing.
-From there on it takes the way of the test images, so an image of the data set's own size is answered as `evaluate` does.
-Only plain image formats are opened, none that can carry a program (EPS, PDF), and none that unfolds into more than PIXELS.
+Every file becomes an image like the data set's: 8 bits, RGB or grayscale as the model expects, rotated by its EXIF orientation,
+on a background where it is transparent, its middle square resized with antialiasing if it has another size. Then it is treated
+as the test images are, so an image of the data set's own size gets the answer that `evaluate` gives. Only plain image formats
+are opened, none that can carry a program (EPS, PDF), and none that decompresses to more than MAX_PIXELS.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,239 +24,190 @@ import torch.nn.functional as F
 import tyro
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
-from cifar10 import UsageError
+from cifar10 import UsageError, reason
+from cifar10.commands.common import Run, Threads, WhichModel
 from cifar10.data.loader import EvaluationLoader, at_once
 from cifar10.distributed.world import World
 from cifar10.run import trained
-from cifar10.run.trained import Trained, Which
+from cifar10.run.trained import Trained
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "TGA")
 SUFFIXES = frozenset(".png .jpg .jpeg .jpe .bmp .gif .tif .tiff .webp .ppm .pgm .pnm .tga".split())  # looked for in folders
-PIXELS = 100_000_000  # of one image
+MAX_PIXELS = 100_000_000  # of one image
 BATCH_IMAGES = 500  # of 32x32 pixels
 
 Format = Literal["text", "csv", "json"]
 
 
-# --- one file -> one image of the data set's kind -----------------------------------------------------------------------
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """An image of whole numbers of 16 bits, in 8; what has no known range is a ValueError."""
-    pixels = np.asarray(image)
-    if not np.issubdtype(pixels.dtype, np.integer) or pixels.min() < 0 or pixels.max() > 65_535:
-        raise ValueError(f"its values, {pixels.min():g} to {pixels.max():g}, have no known range; save it with 8 or 16 bits")
-    return Image.fromarray((pixels.astype(np.float64) / 257).round().astype(np.uint8))
-
-
-def _on_background(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    layer = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), layer)
+# --- one file -> one image like the data set's --------------------------------------------------------------------------
 
 
 def _converted(image: Image.Image, channels: int, background: tuple[int, int, int]) -> Image.Image:
-    """Upright, opaque, 8 bits, grey or in colour."""
+    """Upright, opaque, 8 bits, grayscale or RGB. Raises ValueError for values without a known range."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
-        image = _eight_bits(image)
+        pixels = np.asarray(image)
+        if not np.issubdtype(pixels.dtype, np.integer) or pixels.min() < 0 or pixels.max() > 65_535:
+            raise ValueError(
+                f"its values, {pixels.min():g} to {pixels.max():g}, have no known range; save it with 8 or 16 bits"
+            )
+        image = Image.fromarray((pixels.astype(np.float64) / 257).round().astype(np.uint8))
     elif image.has_transparency_data:
-        image = _on_background(image, background)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image.convert("RGBA"))
     return image.convert("L" if channels == 1 else "RGB")
 
 
 def read_image(path: Path, size: int, channels: int, background: tuple[int, int, int]) -> tuple[np.ndarray, tuple[int, int]]:
-    """A file as uint8 [size, size, channels], and the width and height that it had. Raises ValueError with the reason.
+    """A file as uint8 [size, size, channels], and its own width and height. Raises ValueError with the reason.
 
-    Of several frames or pages it is the first. A square of `size` pixels is taken as it is, to the bit; of anything else the
-    middle square is resized (bicubic, antialiased).
+    Only the first of several frames or pages is read. A square of `size` pixels is taken as it is, bit for bit.
     """
     try:
         if not path.is_file():
-            raise ValueError("it is no file" if path.exists() else "there is no such file")
+            raise ValueError("not a regular file" if path.exists() else "no such file")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata; what matters is an error
+            warnings.simplefilter("ignore")  # about odd metadata
             with Image.open(path, formats=FORMATS) as file:
-                if file.width * file.height > PIXELS:
-                    raise ValueError(f"it has {file.width}x{file.height} pixels; {PIXELS:,} are the most that are opened")
+                if file.width * file.height > MAX_PIXELS:
+                    raise ValueError(f"it has {file.width}x{file.height} pixels, more than the limit of {MAX_PIXELS:,}")
                 image = _converted(file, channels, background)
         was = image.size
         if was != (size, size):
             image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
         return np.asarray(image).reshape(size, size, channels), was
     except UnidentifiedImageError:
-        raise ValueError(f"it is not an image of a known kind ({', '.join(FORMATS)})") from None
+        raise ValueError(f"not an image in a supported format ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError:
-        raise ValueError(f"it has too many pixels; {PIXELS:,} are the most that are opened") from None
+        raise ValueError(f"it has too many pixels, more than the limit of {MAX_PIXELS:,}") from None
     except ValueError:
         raise
-    except Exception as error:  # whatever a file makes of a decoder
-        said = str(error).strip().splitlines()
-        raise ValueError(said[0][:200] if said else type(error).__name__) from None
-
-
-# --- which files --------------------------------------------------------------------------------------------------------
+    except Exception as error:  # a corrupt or foreign file
+        raise ValueError(reason(error)) from None
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The image files in a folder and below it, sorted, by their suffixes; hidden ones and linked folders are left out."""
-    found = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        kept = (name for name in names if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES)
-        found += [Path(place) / name for name in kept]
-    return sorted(found)
-
-
-def _files(places: list[Path], complain: Any) -> Iterator[Path]:
-    for place in places:
-        try:
-            is_folder = place.is_dir()
-        except (OSError, ValueError):  # a name that is too long; the file will say so
-            is_folder = False
-        if not is_folder:
-            yield place
-        elif found := files_in(place):
-            yield from found
-        else:
-            complain(place, f"no image in this folder or below; looked for {' '.join(sorted(SUFFIXES))}")
-
-
-# --- answering ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The classes for one file with the model's probabilities, the likeliest first."""
-
-    file: str
-    top: list[tuple[str, float]]
-
-    def as_dict(self) -> dict[str, Any]:
-        label, confidence = self.top[0]
-        ranked = [{"label": name, "confidence": probability} for name, probability in self.top]
-        return {"file": self.file, "label": label, "confidence": confidence, "top": ranked}
+    """The image files in a folder and below it, sorted, by suffix; hidden ones and linked folders are left out."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def shown(path: Path | str) -> str:
-    """A path or a reason as a line can carry it: bytes that are no text, and characters that are not printed, are escaped."""
+    """A path or a reason as printable text on one line: other bytes and characters are escaped."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 @torch.no_grad()
-def probabilities(found: Trained, pixels: np.ndarray, here: World) -> np.ndarray:
-    """uint8 [N, S, S, C] of the data set's size -> float64 [N, classes], by the way that test images take."""
-    loader = EvaluationLoader.of(pixels, np.zeros(len(pixels), np.int64), found.recipe, here)
+def probabilities(found: Trained, pixels: np.ndarray, world: World) -> np.ndarray:
+    """uint8 [N, S, S, C] of the data set's size -> float64 [N, classes], treated as test images are."""
+    loader = EvaluationLoader.of(pixels, np.zeros(len(pixels), np.int64), found.recipe, world)
     logits = torch.cat([found.model(images).cpu() for images, _ in loader])
     return F.softmax(logits.double(), dim=1).numpy()
 
 
 class Predictor:
-    """Goes through files, answers in batches, and counts what could not be read and what had to be fitted."""
+    """Predicts image files in batches, and counts those that could not be read and those that had to be resized."""
 
-    def __init__(self, found: Trained, here: World, top: int, background: tuple[int, int, int]) -> None:
-        self.failed = self.answered = self.fitted = 0
-        self._found, self._here, self._top, self._background = found, here, top, background
-        self.size, self.channels = found.dataset_size, found.channels
+    def __init__(self, found: Trained, world: World, top: int, background: tuple[int, int, int]) -> None:
+        self.failed = self.answered = self.resized = 0
+        self._found, self._world, self._top, self._background = found, world, top, background
 
-    def complain(self, path: Path, reason: object) -> None:
+    def _report(self, path: Path, fault: object) -> None:
         self.failed += 1
-        print(f"{shown(path)}: {shown(str(reason))}", file=sys.stderr)
+        print(f"{shown(path)}: {shown(str(fault))}", file=sys.stderr)
 
-    def _answer(self, files: list[Path], pixels: list[np.ndarray]) -> Iterator[Answer]:
-        for path, row in zip(files, probabilities(self._found, np.stack(pixels), self._here), strict=True):
-            best = np.argsort(-row, kind="stable")[: self._top]
-            self.answered += 1
-            yield Answer(shown(path), [(self._found.classes[i], float(row[i])) for i in best])
-
-    def answers(self, places: list[Path]) -> Iterator[Answer]:
-        """An answer for each file that can be read, in order; the others are named on stderr."""
-        at_a_time = at_once(BATCH_IMAGES, self._found.image_shape[1])
-        files, pixels = [], []
-        for path in _files(places, self.complain):
+    def _files(self, places: list[Path]) -> Iterator[Path]:
+        for place in places:
             try:
-                image, was = read_image(path, self.size, self.channels, self._background)
+                is_folder = place.is_dir()
+            except (OSError, ValueError):  # a name that is too long; read_image reports it
+                is_folder = False
+            found = files_in(place) if is_folder else [place]
+            if not found:
+                self._report(place, f"no image in this folder or below; looked for {' '.join(sorted(SUFFIXES))}")
+            yield from found
+
+    def _images(self, places: list[Path]) -> Iterator[tuple[Path, np.ndarray]]:
+        size = self._found.dataset_size
+        for path in self._files(places):
+            try:
+                image, was = read_image(path, size, self._found.channels, self._background)
             except ValueError as error:
-                self.complain(path, error)
+                self._report(path, error)
                 continue
-            self.fitted += was != (self.size, self.size)
-            files.append(path)
-            pixels.append(image)
-            if len(files) == at_a_time:
-                yield from self._answer(files, pixels)
-                files, pixels = [], []
-        if files:
-            yield from self._answer(files, pixels)
+            self.resized += was != (size, size)
+            yield path, image
+
+    def answers(self, places: list[Path]) -> Iterator[dict[str, Any]]:
+        """For each file that can be read, in order, its likeliest classes; the others are reported on stderr."""
+        images, batch_images = self._images(places), at_once(BATCH_IMAGES, self._found.image_shape[1])
+        while batch := list(islice(images, batch_images)):
+            files, pixels = zip(*batch, strict=True)
+            for path, row in zip(files, probabilities(self._found, np.stack(pixels), self._world), strict=True):
+                best = np.argsort(-row, kind="stable")[: self._top]
+                self.answered += 1
+                top = [{"label": self._found.classes[i], "confidence": float(row[i])} for i in best]
+                yield {"file": shown(path), **top[0], "top": top}
 
 
-# --- saying it ----------------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------------------
 
 
-def _write_text(answers: Iterator[Answer]) -> None:
+def _write_text(answers: Iterator[dict[str, Any]]) -> None:
     for answer in answers:
-        (label, confidence), *others = answer.top
-        also = f"  ({', '.join(f'{name} {probability:.1%}' for name, probability in others)})" if others else ""
-        print(f"{answer.file}: {label} {confidence:.1%}{also}")
+        first, *others = (f"{one['label']} {one['confidence']:.1%}" for one in answer["top"])
+        print(f"{answer['file']}: {first}" + (f"  ({', '.join(others)})" if others else ""))
 
 
-def _write_csv(answers: Iterator[Answer], top: int) -> None:
+def _write_csv(answers: Iterator[dict[str, Any]], top: int) -> None:
     writer = csv.writer(sys.stdout, lineterminator="\n")
     more = [f"{word}_{place}" for place in range(2, top + 1) for word in ("label", "confidence")]
     writer.writerow(["file", "label", "confidence", *more])
     for answer in answers:
-        writer.writerow([answer.file, *(value for name, share in answer.top for value in (name, f"{share:.6f}"))])
-
-
-def _colour(name: str) -> tuple[int, int, int]:
-    try:
-        return ImageColor.getcolor(name, "RGB")
-    except ValueError:
-        raise UsageError(f"--background {name} is no colour; type a name or a number, as in white or '#808080'") from None
+        ranked = ((one["label"], f"{one['confidence']:.6f}") for one in answer["top"])
+        writer.writerow([answer["file"], *chain.from_iterable(ranked)])
 
 
 def run(
-    where: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")],
+    where: Run,
     images: Annotated[tyro.conf.Positional[list[Path]], tyro.conf.arg(metavar="IMAGE [IMAGE ...]")],
     top: int = 3,
     format: Format = "text",
     background: str = "white",
-    which: Which = "best_model",
-    threads: int | None = None,
+    which: WhichModel = "best_model",
+    threads: Threads = None,
 ) -> int:
-    """The label and the confidence for image files of any kind and size; ends with 1 if one of them could not be read.
+    """The label and the confidence for image files of any format and size; the exit code is 1 if one could not be read.
 
-    An image that has not the data set's size is fitted: its middle square, resized with antialiasing. Of an animation or a
-    document of several pages the first is taken. What is unreadable is named on stderr, and the others are answered.
+    If an image does not have the data set's size, its middle square is resized with antialiasing. Only the first frame or page
+    of a file is read. Unreadable files are reported on stderr, and the others are answered.
 
     Args:
-        where: A run's folder, its checkpoints/best_model or checkpoints/final, a file of weights, or an export's folder.
-        images: Image files, and folders, whose image files are taken, also those in folders below.
-        top: How many of the likeliest classes are shown.
+        images: Image files, and folders, which are searched for image files at any depth.
+        top: How many of the likeliest classes to show.
         format: Text, CSV with a header, or a list in JSON.
-        background: The colour behind transparent pixels: a name, or #rrggbb.
-        which: Of a run's folder, the model that validation chose or the last one.
-        threads: CPU threads (default: cores of this machine).
+        background: The color behind transparent pixels: a name, or #rrggbb.
     """
-    here = trained.alone(threads)
-    found = trained.load(where, which, here)
+    world = trained.alone(threads)
+    found = trained.load(where, which, world)
     if not images:
-        raise UsageError("no image is named; type the paths of image files or folders after RUN")
+        raise UsageError("no IMAGE is given, expected image files or folders after RUN, for example photos/cat.png")
     if not 1 <= top <= len(found.classes):
-        raise UsageError(f"--top {top} is impossible; type 1 to {len(found.classes)}, the number of classes")
-    predictor = Predictor(found, here, top, _colour(background))
+        raise UsageError(f"invalid value for --top: {top}, expected 1 to {len(found.classes)}, for example 1")
+    try:
+        color = ImageColor.getcolor(background, "RGB")
+    except ValueError:
+        message = f"invalid value for --background: {background}, expected a color, for example white or '#808080'"
+        raise UsageError(message) from None
+    predictor = Predictor(found, world, top, color)
     answers = predictor.answers(images)
     if format == "json":
-        json.dump([answer.as_dict() for answer in answers], sys.stdout, indent=2)
-        print()
+        print(json.dumps(list(answers), indent=2))
     elif format == "csv":
         _write_csv(answers, top)
     else:
         _write_text(answers)
-    if predictor.fitted:
-        side = f"{predictor.size}x{predictor.size}"
-        print(
-            f"{predictor.fitted} of {predictor.answered} images had not {side} pixels: of each the middle square, resized"
-            f" (bicubic, antialiased) to {side}, was answered",
-            file=sys.stderr,
-        )
+    if predictor.resized:
+        how = f"their middle squares were resized to {found.dataset_size}x{found.dataset_size} (bicubic, antialiased)"
+        print(f"{predictor.resized} of {predictor.answered} images had another size: {how}", file=sys.stderr)
     return 1 if predictor.failed else 0

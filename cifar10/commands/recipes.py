@@ -1,33 +1,29 @@
-"""The recipes in one table, for docs/recipes.md: what each is, and what runs in records/ have measured of it."""
+"""`python -m cifar10 recipes`: the recipes as a table for docs/recipes.md, with what runs in records/ have measured."""
 
 from __future__ import annotations
 
 import importlib
 import json
-from statistics import mean, stdev
 
 from cifar10.config.recipe import PROJECT, load, recipe_names
 from cifar10.data import registry
 
 
 def _measured(name: str) -> str:
-    """`82.30 ± 0.36% of cifar10's test images (n = 3, 50 epochs)`, of the finished runs of a recipe in records/."""
+    """`82.30 ± 0.36% of cifar10's test images (n = 3, 50 epochs)`: the finished runs of a recipe in records/."""
     files = sorted((PROJECT / "records").glob("*_cpu/seed_*/summary.json"))
     summaries = (json.loads(path.read_text(encoding="utf-8")) for path in files)
     runs = [run for run in summaries if run["recipe"] == name and run["status"] == "finished"]
     if not runs:
         return "not measured"
+    from cifar10.report.html import mean_and_sd
+
     recipe = load(name).recipe
     cut = "" if runs[0]["epochs"] == recipe.epochs else f" of its {recipe.epochs:g}"
     how = f"n = {len(runs)}, {runs[0]['epochs']:g}{cut} epochs"
     views = [run["test_accuracy_tta"] for run in runs if run.get("test_accuracy_tta") is not None]
-    also = f"; {_spread(views)} with test-time augmentation" if len(views) == len(runs) else ""
-    return f"{_spread([run['test_accuracy'] for run in runs])} of {recipe.dataset}'s test images ({how}){also}"
-
-
-def _spread(accuracies: list[float]) -> str:
-    percent = [100 * accuracy for accuracy in accuracies]
-    return f"{mean(percent):.2f}{f' ± {stdev(percent):.2f}' if len(percent) > 1 else ''}%"
+    also = f"; {mean_and_sd(views)} with test-time augmentation" if len(views) == len(runs) else ""
+    return f"{mean_and_sd([run['test_accuracy'] for run in runs])} of {recipe.dataset}'s test images ({how}){also}"
 
 
 def table() -> str:

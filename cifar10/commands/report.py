@@ -1,4 +1,4 @@
-"""`python -m cifar10 report`: a run as a page with pictures, or several side by side."""
+"""`python -m cifar10 report`: one run as an HTML page with plots, or several side by side."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def run(
     output: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None,
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None,
 ) -> None:
-    """Write a run's report.html and pictures into its folder; of several runs, one page that compares them.
+    """Write a run's report.html and plots into its folder; for several runs, one page that compares them.
 
     Args:
-        runs: Folders of runs; they need not be finished.
-        output: Where the page that compares several goes (default: compare.html).
-        data_dir: Where the images of the sheets are (default: $CIFAR10_DIR, else data/); nothing is downloaded.
+        runs: Folders of runs, finished or not.
+        output: The file for a comparison (default: compare.html).
+        data_dir: Where the data set is, for sample images (default: $CIFAR10_DIR, else data/); nothing is downloaded.
     """
     if not runs:
-        raise UsageError("no RUN is given; type the folder of a run, as in python -m cifar10 report runs/mine")
+        raise UsageError("no RUN is given, expected folders of runs, for example runs/mine")
     if len(runs) == 1 and output is None:
         made = html.make_report(runs[0], registry.folder(data_dir))
     else:

@@ -1,4 +1,4 @@
-"""python -m cifar10 doctor: each failure is provoked, is seen, and names its cure; whatever is missing, it speaks."""
+"""python -m cifar10 doctor: each failure is provoked, found and comes with a fix, whatever else is missing."""
 
 from __future__ import annotations
 
@@ -11,18 +11,15 @@ import socket
 import subprocess
 import sys
 from collections import namedtuple
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cifar10.commands import doctor
-from cifar10.commands.doctor import ADVICE, CHECKS, FAIL, OK, WARN, Finding, Patient
-from cifar10.config.cli import Options
-from cifar10.config.recipe import Recipe
+from cifar10.commands.doctor import CHECKS, FAIL, OK, WARN, Context
 from cifar10.data import cifar
 from cifar10.data.cifar import CIFAR10
-from cifar10.launch.command import LaunchOptions
 from tests.launching import PROJECT, environment, free_port
 
 Disk = namedtuple("Disk", "total used free")
@@ -41,25 +38,20 @@ def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
-def look(name: str, data_dir: Path = Path("data"), **known: object) -> list[Finding]:
-    """What one check finds."""
-    return list(CHECKS[name](Patient(data_dir, **known)))
-
-
-def one(name: str, level: str, *words: str, **more: object) -> Finding:
-    """The only finding of a check, which has this level, a cure unless it is OK, and these words in it."""
-    (found,) = look(name, **more)
-    assert found.level == level, found
-    assert bool(found.cure) == (level != OK)
+def one(name: str, level: str, *words: str, data_dir: Path = Path("data"), **known: object) -> str:
+    """What a check says; it has this level, a fix unless it is OK, and these words."""
+    found, says, *cure = CHECKS[name](Context(data_dir, **known))
+    assert found == level, says
+    assert bool(cure) == (level != OK)
     for word in words:
-        assert word in f"{found.says} -> {found.cure}"
-    return found
+        assert word in " -> ".join([says, *cure])
+    return says
 
 
-# --- the whole of it --------------------------------------------------------------------------------------------------
+# --- all checks -------------------------------------------------------------------------------------------------------
 
 
-def doctor_here(*flags: str, cwd: Path = PROJECT, **more: str) -> subprocess.CompletedProcess[str]:
+def doctor_process(*flags: str, cwd: Path = PROJECT, **more: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
     words = [sys.executable, "-m", "cifar10", "doctor", *flags]
     variables = environment(PYTHONPATH=os.pathsep.join([more.pop("first_on_path", ""), str(PROJECT)]).strip(os.pathsep), **more)
@@ -75,25 +67,21 @@ def raising(folder: Path, *packages: str) -> str:
 
 
 def test_a_machine_that_can_train(real_data_dir, tmp_path):
-    done = doctor_here("--json", "--data-dir", str(real_data_dir), cwd=tmp_path)
+    done = doctor_process("--json", "--data-dir", str(real_data_dir), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert found["ok"] is True
-    assert {row["name"] for row in found["findings"] if row["level"] == OK} >= {
-        "python",
-        "packages",
-        "torch",
-        "gloo",
-        "DeepSpeed",
-    }
+    assert {row["name"] for row in found["findings"] if row["level"] == OK} >= set(
+        "python packages torch gloo DeepSpeed".split()
+    )
     assert re.fullmatch(r"python main.py will train on 1 rank on the CPU, with \d+ CPU threads?", found["what_will_happen"])
 
 
-def test_what_is_broken_is_a_line_with_its_cure_and_the_rest_is_looked_at_all_the_same(tmp_path):
+def test_what_is_broken_is_a_line_with_its_fix_and_the_rest_is_checked(tmp_path):
     """Neither tyro nor DeepSpeed nor filelock nor hjson nor psutil can be imported, and gloo has no network."""
     broken = raising(tmp_path / "broken", "tyro", "deepspeed", "filelock", "hjson", "psutil")
-    (tmp_path / "here").mkdir()
-    done = doctor_here(cwd=tmp_path / "here", first_on_path=broken, GLOO_SOCKET_IFNAME="nowhere0")
+    (tmp_path / "empty").mkdir()
+    done = doctor_process(cwd=tmp_path / "empty", first_on_path=broken, GLOO_SOCKET_IFNAME="nowhere0")
     assert done.returncode == 1
     assert "Traceback" not in done.stdout + done.stderr
     lines = done.stdout.splitlines()
@@ -101,42 +89,41 @@ def test_what_is_broken_is_a_line_with_its_cure_and_the_rest_is_looked_at_all_th
     assert fails == ["config", "data", "memory", "W&B", "gloo", "DeepSpeed"]
     assert all(lines[number + 1].lstrip().startswith("-> ") for number, line in enumerate(lines) if line.startswith("FAIL"))
     assert "cannot be imported: ImportError: libcudart.so.11" in done.stdout
-    assert "two ranks on this machine do not meet: " in done.stdout
     assert "nowhere0" in done.stdout
-    assert lines[-1] == "mend the 6 FAILs above first; then: python main.py"
-    looked_at = {line[6:19].strip() for line in lines if line.startswith((OK, WARN, FAIL))}
-    assert looked_at >= {"python", "packages", "compiler", "disk", "ports", "W&B", "SLURM", "torch", "CPU", "shared memory"}
+    assert lines[-1].startswith("fix the 6 FAILs above")
+    assert {line[6:19].strip() for line in lines if line.startswith((OK, WARN, FAIL))} >= CHECKS.keys() - {
+        "NCCL",
+        "compiled ops",
+    }
 
 
 def test_flags_without_the_library_that_reads_them(tmp_path):
-    done = doctor_here("--json", first_on_path=raising(tmp_path / "broken", "tyro"))
+    done = doctor_process("--json", first_on_path=raising(tmp_path / "broken", "tyro"))
     assert done.returncode == 2
-    assert "tyro" in done.stderr
-    assert "uv sync" in done.stderr
+    assert re.fullmatch("error: tyro.* uv sync", done.stderr.strip())
 
 
 def test_a_torch_that_cannot_be_imported(tmp_path):
-    done = doctor_here(first_on_path=raising(tmp_path / "broken", "torch"))
+    done = doctor_process(first_on_path=raising(tmp_path / "broken", "torch"))
     assert done.returncode == 1
     fails = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("FAIL")]
     assert [name for name in fails if name not in ("data", "disk", "memory")] == ["torch", "gloo", "DeepSpeed"]
     assert "uv sync --reinstall-package torch" in done.stdout
 
 
-def test_a_check_that_breaks_is_a_finding(monkeypatch):
-    def broken(_: Patient):
+def test_a_check_that_fails_is_a_finding(monkeypatch):
+    def broken(_: Context):
         raise RuntimeError("what\nnow")
-        yield
 
     monkeypatch.setattr(doctor, "CHECKS", {"mine": broken, "python": doctor.check_python})
-    monkeypatch.setattr(doctor, "Probe", lambda *_: type("Idle", (), {"end": lambda self: None})())
-    first, second = doctor.examine(Patient(Path("data")))
-    assert (first.name, first.level) == ("mine", FAIL)
-    assert first.says == "the check itself broke: RuntimeError: what"
-    assert (second.name, second.level) == ("python", OK)
+    monkeypatch.setattr(doctor, "PROBES", {})
+    first, second = doctor.examine(Context(Path("data")))
+    assert (first["name"], first["level"]) == ("mine", FAIL)
+    assert first["says"].endswith("RuntimeError: what")
+    assert (second["name"], second["level"]) == ("python", OK)
 
 
-def test_a_process_that_hangs_is_given_up_and_ended(monkeypatch):
+def test_a_process_that_hangs_is_killed(monkeypatch):
     monkeypatch.setattr(doctor, "PROBE_SECONDS", 0.5)
     probe = doctor.Probe("import time; time.sleep(600)")
     assert probe.result() == ("", "it took more than 0.5 seconds")
@@ -144,10 +131,10 @@ def test_a_process_that_hangs_is_given_up_and_ended(monkeypatch):
     assert probe._process.returncode == -9
 
 
-def test_no_process_can_be_started(monkeypatch):
+def test_a_process_that_cannot_be_started(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     probe = doctor.Probe("pass")
-    assert probe.result() == ("", "no process can be started: No such file or directory")
+    assert probe.result()[1].endswith("No such file or directory")
     probe.end()
 
 
@@ -156,34 +143,17 @@ def test_no_process_can_be_started(monkeypatch):
 
 def test_python(monkeypatch):
     one("python", OK)
-    monkeypatch.setattr(sys, "version_info", (3, 9, 18))
-    one("python", FAIL, "is not 3.10 up to below 3.14", "uv python install 3.13")
+    monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.9.18")
+    one("python", FAIL, "3.9.18 is not >=3.10,<3.14", "uv sync")
 
 
 def test_packages(monkeypatch):
     one("packages", OK)
     assert {"torch", "deepspeed", "tyro"} <= doctor.requirements().keys()
-    monkeypatch.setattr(
-        doctor, "requirements", lambda: {"torch": ">=99", "no-such-package": "", "numpy": ">=1,<1.5", "rich": ">=1"}
-    )
+    wanted = {"torch": ">=99", "no-such-package": "", "numpy": ">=1,<1.5", "rich": ">=1"}
+    monkeypatch.setattr(doctor, "requirements", lambda: wanted)
     found = one("packages", FAIL, "uv sync", "is not >=99", "no-such-package is missing", "is not >=1,<1.5")
-    assert "rich" not in found.says
-
-
-@pytest.mark.parametrize(
-    ("installed", "versions", "fits"),
-    [
-        ("2.15.0+cpu", ">=2.11,<2.16", True),
-        ("2.16.0", ">=2.11,<2.16", False),
-        ("2.9.1", ">=2.11,<2.16", False),
-        ("0.19.8", ">=0.19.8,<0.20", True),
-        ("0.20.0", ">=0.19.8,<0.20", False),
-        ("1.0", "", True),
-        ("3.0.0rc1", ">=2.18", True),
-    ],
-)
-def test_versions(installed, versions, fits):
-    assert doctor._is_within(installed, versions) is fits
+    assert "rich" not in found
 
 
 class Answered:
@@ -194,17 +164,19 @@ class Answered:
 
 
 def with_torch(**facts: object) -> dict[str, object]:
-    return {"probes": {"torch": Answered({"gpus": [], "cuda": "13.0", "nccl": None, "gloo": True, **facts})}}
+    """What the checks know once torch's probe has printed these facts."""
+    facts = {"gpus": [], "cuda": "13.0", "nccl": None, **facts}
+    context = Context(Path("data"), probes={"torch": Answered(facts)})
+    assert CHECKS["torch"](context)[0] == OK
+    return {"torch": context.torch, "gpus": context.gpus}
 
 
 def test_gpus(monkeypatch):
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    levels = {finding.name: finding for finding in look("torch", **with_torch(gpus=["A", "A"], nccl="2.27.5"))}
-    assert [levels[name].level for name in ("torch", "GPU", "NCCL")] == [OK, OK, OK]
-    assert levels["GPU"].says == "2 x A"
-    nccl = look("torch", **with_torch(gpus=["A", "A"]))[-1]
-    assert (nccl.name, nccl.level) == ("NCCL", FAIL)
-    assert look("torch", **with_torch(gpus=["A"]))[-1].level == OK
+    assert one("GPU", OK, **with_torch(gpus=["A", "A"])) == "2 x A"
+    one("NCCL", OK, "2.27.5", **with_torch(gpus=["A", "A"], nccl="2.27.5"))
+    one("NCCL", FAIL, **with_torch(gpus=["A", "A"]))
+    one("NCCL", OK, **with_torch(gpus=["A"]))
 
 
 def test_a_driver_whose_gpu_torch_does_not_see(monkeypatch, tmp_path):
@@ -212,31 +184,18 @@ def test_a_driver_whose_gpu_torch_does_not_see(monkeypatch, tmp_path):
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    for facts, variable, words in (
-        ({"cuda": None}, None, "this torch is a build for CPUs"),
-        ({}, None, "nvidia-smi should list one"),
-        ({}, "", "unset CUDA_VISIBLE_DEVICES"),
-    ):
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        if variable is not None:
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
-        found = look("torch", **with_torch(**facts))[-1]
-        assert (found.name, found.level) == ("GPU", WARN)
-        assert words in found.says + found.cure
-        assert found.cure
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    one("GPU", WARN, "this torch is a CPU build", **with_torch(cuda=None))
+    one("GPU", WARN, "update the driver", **with_torch())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    one("GPU", WARN, "unset CUDA_VISIBLE_DEVICES", **with_torch())
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert look("torch", **with_torch())[-1] == Finding("GPU", OK, "none is used: DS_ACCELERATOR is cpu")
+    one("GPU", OK, "DS_ACCELERATOR is cpu", **with_torch())
 
 
 def test_another_deepspeed_than_ours():
     one("DeepSpeed", OK, probes={"deepspeed": Answered("0.19.9")})
-    one(
-        "DeepSpeed",
-        FAIL,
-        "0.21.0 is imported, and >=0.19.8,<0.20 is needed",
-        "uv sync",
-        probes={"deepspeed": Answered("0.21.0")},
-    )
+    one("DeepSpeed", FAIL, "0.21.0", ">=0.19.8,<0.20", "uv sync", probes={"deepspeed": Answered("0.21.0")})
 
 
 def test_no_compiler(monkeypatch, tmp_path):
@@ -253,10 +212,9 @@ def test_a_build_that_was_killed_left_its_lock(monkeypatch, tmp_path):
     lock = tmp_path / "home" / ".cache" / "torch_extensions" / "py311_cpu" / "fused_adam" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
-    found = look("compiler")[-1]
-    assert (found.level, found.cure) == (WARN, f"if none is running: rm {lock}")
+    one("compiled ops", WARN, f"rm {lock}")
     lock.unlink()
-    assert "lock" not in look("compiler")[-1].says
+    assert CHECKS["compiled ops"](Context(tmp_path)) is None
 
 
 def test_a_damaged_ds_config(monkeypatch, tmp_path):
@@ -269,27 +227,25 @@ def test_a_damaged_ds_config(monkeypatch, tmp_path):
 
 def test_disks(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    one("disk", OK, "free where runs go")
+    one("disk", OK, str(tmp_path))
     for free, level in ((50 << 20, FAIL), (500 << 20, WARN)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: Disk(1 << 40, 0, free))
         one("disk", level, "make room")
 
 
-@pytest.mark.parametrize("make", ["runs is a file", "full", "read-only"])
-def test_where_runs_go_takes_no_file(monkeypatch, tmp_path, make):
-    if make == "runs is a file":
-        (tmp_path / "runs").touch()
-        monkeypatch.chdir(tmp_path)
-    elif make == "read-only":
-        monkeypatch.chdir("/proc/self")  # not even root may make a file there
-    else:
-        monkeypatch.chdir(tmp_path)
+def test_a_full_disk_and_a_folder_that_cannot_be_written_to(monkeypatch, tmp_path):
+    monkeypatch.chdir("/proc/self")  # not even root may make a file there
+    one("disk", FAIL, "cannot be written to", "--output-dir")
+    (tmp_path / "runs").touch()
+    monkeypatch.chdir(tmp_path)
+    one("disk", FAIL, "cannot be written to", "--output-dir")
+    (tmp_path / "runs").unlink()
 
-        def full(_: int) -> None:
-            raise OSError(28, "No space left on device")
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(os, "fsync", full)
-    one("disk", FAIL, "takes no file", "--output-dir elsewhere")
+    monkeypatch.setattr(os, "fsync", full)
+    one("disk", FAIL, "No space left on device", "--output-dir")
 
 
 def test_shared_memory_is_small(monkeypatch, tmp_path):
@@ -297,8 +253,8 @@ def test_shared_memory_is_small(monkeypatch, tmp_path):
     small = os.statvfs_result([1 << 20, 1 << 20, 64, 60, 60, *tuple(real)[5:]])  # docker's 64 MiB
     monkeypatch.setattr(doctor, "SHM", tmp_path)
     monkeypatch.setattr(os, "statvfs", lambda _: small)
-    one("shared memory", WARN, "60 of 64 MiB free", "--shm-size=1g")
-    assert "NCCL" in one("shared memory", WARN, gpus=2).says
+    one("shared memory", WARN, "0.1 GiB free", "--shm-size=1g")
+    assert "NCCL" in one("shared memory", WARN, gpus=2)
     monkeypatch.setattr(doctor, "SHM", tmp_path / "none")
     one("shared memory", OK)
 
@@ -309,14 +265,14 @@ def test_the_limits_of_a_container(monkeypatch, tmp_path):
     one("memory", OK)
     (tmp_path / "cpu.max").write_text("50000 100000\n")
     (tmp_path / "memory.max").write_text(f"{2 << 30}\n")
-    one("CPU", WARN, "may use 0.5 of them", "--threads 1")
-    for used, level in ((0, OK), (1 << 30, WARN), ((2 << 30) - (100 << 20), FAIL)):
+    one("CPU", WARN, "0.5 of them", "--threads 1")
+    for used, level in ((0, OK), (1 << 30, WARN), (1948 << 20, FAIL)):
         (tmp_path / "memory.current").write_text(str(used))
         one("memory", level, "of the container's 2.0 GiB")
     for name in ("cpu.max", "memory.max"):
         (tmp_path / name).write_text("max 100000\n")
     one("CPU", OK)
-    assert "container" not in one("memory", OK).says
+    assert "container" not in one("memory", OK)
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -349,13 +305,10 @@ def test_no_data_and_a_server_that_can_be_reached_or_not(monkeypatch, tmp_path):
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         monkeypatch.setenv("CIFAR10_URL", f"http://127.0.0.1:{listener.getsockname()[1]}/x.tar.gz")
-        one("data", WARN, f"no CIFAR-10 in {tmp_path}", "any run fetches it (170 MB)", data_dir=tmp_path)
+        one("data", WARN, f"no CIFAR-10 in {tmp_path}", "any run downloads it (170 MB)", data_dir=tmp_path)
     one("data", FAIL, f"no CIFAR-10 in {tmp_path}", "Connection refused", "--dataset synthetic", data_dir=tmp_path)
     monkeypatch.setenv("CIFAR10_URL", "http://no-such-host.invalid/x.tar.gz")
     one("data", FAIL, "no-such-host.invalid cannot be reached", data_dir=tmp_path)
-
-
-# --- ports ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -371,7 +324,7 @@ def test_the_launchers_port(monkeypatch, taken):
     monkeypatch.setattr(doctor, "DEFAULT_PORT", free_port())
     one("ports", OK, "each launcher chooses")
     monkeypatch.setattr(doctor, "DEFAULT_PORT", taken)
-    one("ports", WARN, f"another program has {taken}", "--master_port=29501")
+    one("ports", WARN, f"another program uses {taken}", "--master_port=29501")
 
 
 @pytest.mark.parametrize(
@@ -379,13 +332,13 @@ def test_the_launchers_port(monkeypatch, taken):
     [
         ("127.0.0.1", "free", "0", OK, "free for rank 0"),
         ("localhost", "free", None, OK, "free for rank 0"),
-        ("127.0.0.1", "taken", "0", FAIL, "another program has it"),
+        ("127.0.0.1", "taken", "0", FAIL, "another program uses it"),
         ("127.0.0.1", "taken", "1", OK, "can be reached"),
         ("127.0.0.1", "free", "1", FAIL, "start rank 0 first"),
-        (None, "taken", None, FAIL, "another program has it"),
+        (None, "taken", None, FAIL, "another program uses it"),
         ("no-such-host.invalid", "29500", "1", FAIL, "does not resolve"),
-        ("127.0.0.1", "many", "0", FAIL, "MASTER_PORT is 'many', no port"),
-        ("127.0.0.1", "70000", "0", FAIL, "no port"),
+        ("127.0.0.1", "many", "0", FAIL, "MASTER_PORT is 'many', expected a number"),
+        ("127.0.0.1", "70000", "0", FAIL, "MASTER_PORT is '70000', expected a number"),
     ],
 )
 def test_the_port_of_a_run(monkeypatch, taken, address, port, rank, level, words):
@@ -396,38 +349,30 @@ def test_the_port_of_a_run(monkeypatch, taken, address, port, rank, level, words
     one("ports", level, words)
 
 
-# --- W&B and SLURM ----------------------------------------------------------------------------------------------------
-
-
 def test_wandb(monkeypatch, tmp_path):
-    one("W&B", OK, "nobody is logged in")
+    one("W&B", OK, "not logged in")
     monkeypatch.setenv("WANDB_API_KEY", "short")
     one("W&B", WARN, "the key in WANDB_API_KEY has 5 characters", "wandb login --relogin")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    assert "0" * 40 not in one("W&B", OK, "a key is in WANDB_API_KEY").says
+    assert "0" * 40 not in one("W&B", OK, "WANDB_API_KEY")
     monkeypatch.setenv("WANDB_MODE", "offline")
     one("W&B", OK, "WANDB_MODE is offline")
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    one("W&B", OK, "switches it off")
+    one("W&B", OK, "switched off")
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.delenv("WANDB_API_KEY")
     one("W&B", WARN, "WANDB_MODE is online, and there is no key", "WANDB_MODE=offline")
     monkeypatch.delenv("WANDB_MODE")
     (tmp_path / "home" / ".netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {'1' * 40}\n")
     (tmp_path / "home" / ".netrc").chmod(0o600)
-    one("W&B", OK, "a key is in", ".netrc")
-    (tmp_path / "home" / ".netrc").rename(tmp_path / "home" / "_netrc")
-    one("W&B", OK, "a key is in", "_netrc")
-    (tmp_path / "home" / "_netrc").unlink()
-    (tmp_path / "home" / ".netrc").write_text("what is this")
-    one("W&B", OK, "nobody is logged in")
+    one("W&B", OK, ".netrc: runs are logged there")
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda _: None)
     one("W&B", WARN, "wandb is not installed", "uv sync")
 
 
 def test_slurm(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    one("SLURM", OK, "none on this machine")
+    one("SLURM", OK, "not installed")
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     one("SLURM", WARN, "job 17, but srun is not on PATH", "module load slurm")
     (tmp_path / "srun").write_text("")
@@ -435,28 +380,23 @@ def test_slurm(monkeypatch, tmp_path):
     one("SLURM", OK, "in job 17: 1 nodes, 1 tasks")
 
 
-# --- its words --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
-    ("gpus", "threads", "fails", "words"),
+    ("gpus", "threads", "fails", "line"),
     [
         (0, 2, 0, "python main.py will train on 1 rank on the CPU, with 2 CPU threads"),
         (1, 1, 0, "python main.py will train on 1 rank on the GPU, with 1 CPU thread"),
         (4, 8, 0, "python main.py will train on 4 ranks, one on each GPU, with 8 CPU threads each"),
-        (4, 8, 1, "mend the FAIL above first; then: python main.py"),
+        (4, 8, 1, "fix the FAIL above first; then: python main.py"),
     ],
 )
-def test_what_will_happen(gpus, threads, fails, words):
-    patient = Patient(Path("data"), gpus=gpus, threads=threads)
-    assert doctor.what_will_happen(patient, [Finding("x", FAIL, "", "y")] * fails + [Finding("z", WARN, "", "y")]) == words
+def test_what_will_happen(gpus, threads, fails, line):
+    assert doctor.what_will_happen(Context(Path("data"), gpus=gpus, threads=threads), fails) == line
 
 
-def test_advice_names_flags_that_there_are(capsys):
+def test_advice_is_the_table_of_the_troubleshooting_page(capsys):
     assert doctor.run(advice=True) == 0
-    printed = capsys.readouterr().out
-    assert len(printed.splitlines()) == len(ADVICE)
-    named = set(re.findall(r"--[a-z-]+", printed))
-    there = {f"--{field.name.replace('_', '-')}" for kind in (Recipe, Options, LaunchOptions) for field in fields(kind)}
-    assert len(named) > 8
-    assert named <= there
+    printed = capsys.readouterr().out.splitlines()
+    page = (PROJECT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    assert len(printed) == page.count("\n| ") - 1
+    assert printed[0].startswith("out of memory  ")
+    assert "`" not in "".join(printed)

@@ -1,4 +1,4 @@
-"""The leaderboard: which runs are one row, in which order, and that names in it are text."""
+"""The leaderboard: which runs form a row, the order of rows, and the escaping of names."""
 
 from __future__ import annotations
 
@@ -38,17 +38,14 @@ def test_campaigns_apart_stay_apart(tmp_path):
     assert [row[3] for row in rows(tmp_path)] == ["1", "1"]
 
 
-def test_names_start_no_cell_no_line_and_no_tag(tmp_path):
+def test_names_are_escaped(tmp_path):
     make_run(tmp_path / "a (b)" / "seed_0", name="x | y\n<b> \\| ](javascript:1)")
     (row,) = rows(tmp_path)
     assert row[0] == r"[x \| y &lt;b> \\\| \](javascript:1)](a%20%28b%29/)"
 
 
-def test_a_run_itself_is_a_row_as_well(tmp_path):
+def test_links_are_relative_to_the_page(tmp_path):
     assert rows(make_run(tmp_path / "run", test=0.9))[0][0] == "[bn_cnn](../)"
-
-
-def test_links_lead_there_from_where_the_page_is(tmp_path):
     make_run(tmp_path / "runs" / "three" / "seed_0")
     assert "| [bn_cnn](../runs/three/) |" in leaderboard.page([tmp_path / "runs"], tmp_path / "docs" / "page.md")
 

@@ -1,0 +1,41 @@
+"""What commands share: arguments, tables of numbers, and ratios by round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.table import Table
+
+from cifar10.run.trained import Which
+
+_arg, RUNS = tyro.conf.arg, "A run's folder, its checkpoints/best_model or checkpoints/final, a file of weights, or an export."
+Run = Annotated[tyro.conf.Positional[Path], _arg(metavar="RUN", help=RUNS)]
+WhichModel = Annotated[Which, _arg(help="Of a run's folder, the model that validation chose or the last one.")]
+DataDir = Annotated[Path | None, _arg(help="Where the data set is, or is downloaded to (default: $CIFAR10_DIR, else data/).")]
+Threads = Annotated[int | None, _arg(help="CPU threads (default: cores of this machine).")]
+JsonFile = Annotated[Path | None, _arg(name="json", help="Write the numbers of every round to this file.")]
+
+
+def as_flags(settings: dict[str, Any]) -> list[str]:
+    """{"--threads": 1, "--data-dir": None} -> ["--threads", "1"]"""
+    return [str(word) for flag, value in settings.items() if value is not None for word in (flag, value)]
+
+
+def number_table(*heads: str, texts: int = 1, title: str | None = None) -> Table:
+    """A table whose first columns are text, and the others numbers, aligned on the right."""
+    table = Table(*heads[:texts], title=title)
+    for head in heads[texts:]:
+        table.add_column(head, justify="right")
+    return table
+
+
+def span(values: Sequence[float], spec: str = ".2f") -> str:
+    return f"{min(values):{spec}} .. {max(values):{spec}}"
+
+
+def quotients(values: Sequence[float], base: Sequence[float]) -> list[float]:
+    """Of each round: only what was measured in one round can be compared."""
+    return [this / that for this, that in zip(values, base, strict=True)]
