@@ -125,7 +125,7 @@ def test_a_normalization_for_other_channels_is_refused_with_what_to_use():
     assert "--dataset synthetic_mnist" in message
     assert "--mean 0.1307 --std 0.3081" in message
     assert "--mean 0.4914 0.4822 0.4465 --std 0.2023 0.1994 0.201" in refusal(*REAL, "--dataset", "synthetic")
-    assert "--mean 0.5 --std" in refusal("--dataset", "synthetic", "--mean", "0.5")
+    assert "--mean: 0.5, expected 3" in refusal("--dataset", "synthetic", "--mean", "0.5")
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_a_plateau_of_5_epochs_is_logged_and_keeps_the_learning_rate_by_default(
     run.watch(1.0, *[1.0] * 4)
     assert run.logged == []
     run.watch(1.0)
-    assert run.logged == [f"plateau: no better {which} loss than 1.00000 for 5 epochs"]
+    assert run.logged == [f"plateau: {which} loss has not improved on 1.00000 for 5 epochs"]
     assert run.state.lr_factor == 1
     run.watch(*[1.0] * 4)
     assert len(run.logged) == 1
