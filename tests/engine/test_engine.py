@@ -296,7 +296,7 @@ def test_a_run_of_bad_steps_ends_with_the_reason() -> None:
     assert (state.step, state.skipped_steps, state.skipped_in_a_row) == (50, 48, 0)
     before = engine.portable_state()
     train([bad] * 24)
-    with pytest.raises(TooManySkippedSteps, match=r"25 steps in a row, by step 80, .* not finite.*--lr"):
+    with pytest.raises(TooManySkippedSteps, match=r"25 steps in a row, by step 80, .*--lr"):
         train([bad] * 6)
     assert same_bits(engine.portable_state(), before)
 

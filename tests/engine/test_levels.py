@@ -71,7 +71,7 @@ REFUSED: list[tuple[str, int, dict[str, Any], str]] = [
 @pytest.mark.usefixtures("gpus")
 @pytest.mark.parametrize(("level", "world_size", "config", "message"), REFUSED)
 def test_an_unsupported_level_is_refused_with_what_fixes_it(level: str, world_size: int, config: Any, message: str) -> None:
-    with pytest.raises(UsageError, match=f"^--engine-level {level} (.* )?{message}") as refused:
+    with pytest.raises(UsageError, match=f"^--engine-level {level} .*{message}") as refused:
         resolve_level(level, world_size, **config)
     assert "\n" not in str(refused.value)
 
@@ -87,11 +87,11 @@ def test_graphs_are_refused_without_a_gpu(level: str, monkeypatch: pytest.Monkey
     ("gpus", "variables", "there", "missing"),
     [
         (0, {}, ["g++"], None),
-        (0, {}, [], r"a C\+\+ compiler, and there is no g\+\+: install one, or name it in CXX"),
+        (0, {}, [], r"a C\+\+ compiler .g\+\+ .*CXX"),
         (0, {"CXX": "clang++ -O2"}, ["clang++"], None),
-        (0, {"CXX": "mine"}, ["g++"], "there is no mine"),
+        (0, {"CXX": "mine"}, ["g++"], ".mine was not found"),
         (1, {}, ["clang"], None),
-        (1, {}, ["g++"], "a C compiler, and there is no gcc: install one, or name it in CC"),
+        (1, {}, ["g++"], "a C compiler .gcc .*CC"),
     ],
 )
 def test_compiling_needs_a_compiler(gpus, variables, there, missing, monkeypatch, tmp_path) -> None:
@@ -106,7 +106,7 @@ def test_compiling_needs_a_compiler(gpus, variables, there, missing, monkeypatch
         assert resolve_level("compile") == "compile"
         (tmp_path / "Python.h").unlink()
         missing = "Python.h: install Python's headers"
-    with pytest.raises(UsageError, match=f"--engine-level compile needs (.* )?{missing}.*; or use --engine-level eager"):
+    with pytest.raises(UsageError, match=f"--engine-level compile needs .*{missing}.*; or use --engine-level eager"):
         resolve_level("compile")
 
 

@@ -175,7 +175,7 @@ def test_if_all_are_damaged_the_newest_is_named(folder: Path) -> None:
     ("other", "says"),
     [
         (lambda: engine_of("bn_cnn"), "another model's: conv1.weight is (8, 3, 3, 3) there, (16, 3, 3, 3) here"),
-        (lambda: engine_of(optimizer={"type": "AdamW", "params": {"lr": 0.1}}), "optimizer is SGD, and this run's is AdamW"),
+        (lambda: engine_of(optimizer={"type": "AdamW", "params": {"lr": 0.1}}), "optimizer is SGD, but this run's is AdamW"),
     ],
 )
 def test_another_models_or_optimizers_checkpoint_is_refused(folder: Path, other: Callable[[], Engine], says: str) -> None:
@@ -187,7 +187,7 @@ def test_another_schedulers_checkpoint_is_refused(tmp_path: Path) -> None:
         return engine_of(scheduler={"type": name, "params": params})
 
     checkpoint.save(tmp_path, engine("StepLR", step_size=2), RunState(), one_rank(), SETTINGS, keep=1)
-    assert "scheduler is StepLR, and this run's is WarmupLR" in refusal(tmp_path, engine("WarmupLR"))
+    assert "scheduler is StepLR, but this run's is WarmupLR" in refusal(tmp_path, engine("WarmupLR"))
 
 
 @pytest.mark.parametrize(
@@ -283,4 +283,4 @@ def test_a_state_that_lacks_a_part_is_refused(folder: Path, lacking: str) -> Non
     content["run_state"] = content["run_state"].as_dict()
     del (content["engine"] if lacking in ENGINE_PARTS else content)[lacking]
     replace_state(folder / TAGS[2], lambda path: torch.save(content, path))
-    assert ("another program's" if lacking in ENGINE_PARTS else "is not a checkpoint of this program") in refusal(folder)
+    assert ("another program" if lacking in ENGINE_PARTS else "is not a checkpoint of this program") in refusal(folder)
