@@ -87,7 +87,7 @@ def read_image(path: Path, size: int, channels: int, background: tuple[int, int,
 
 def files_in(folder: Path) -> list[Path]:
     """The image files in a folder and below it, sorted, by suffix; hidden ones and linked folders are left out."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.is_dir())
     return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
