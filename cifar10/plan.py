@@ -13,7 +13,7 @@ from typing import Any
 from cifar10 import UsageError
 from cifar10.config import ds_config
 from cifar10.config.cli import Options, parse, take_old_flags
-from cifar10.config.recipe import RECIPE_DEFAULTS, Precisions, Recipe, load
+from cifar10.config.recipe import RECIPE_DEFAULTS, Precisions, Recipe, invalid, load
 from cifar10.data import augment, registry
 from cifar10.data.dataset import Description, Images, Split, about_model
 from cifar10.distributed import device
@@ -161,11 +161,6 @@ def _check_sizes(recipe: Recipe, options: Options, batch: ds_config.Batch, datas
         )
     if options.test_images is not None and options.test_images > dataset.test_images:
         raise invalid("--test-images", options.test_images, f"0 to {dataset.test_images}", dataset.test_images)
-
-
-def invalid(flag: str, value: object, expected: str, example: object) -> UsageError:
-    example = example if str(example).startswith("--") else f"{flag} {example}"
-    return UsageError(f"invalid value for {flag}: {value}, expected {expected}, for example {example}")
 
 
 def _words(numbers: tuple[float, ...]) -> str:

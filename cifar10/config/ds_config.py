@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,8 @@ OPTIMIZER_PARAMS = {
 TORCH_OPTIMIZERS = "ASGD Adadelta Adafactor Adagrad Adam AdamW Adamax Muon NAdam RAdam RMSprop Rprop SGD".split()
 DEEPSPEED_OPTIMIZERS = "adagrad adam adamw lamb lion muadam muadamw muon musgd".split()
 OPTIMIZER_PARAMS["adamw"] = OPTIMIZER_PARAMS["adam"]
+RATES = ("lr", "bias_lr", "head_lr")
+MOMENTA = ("momentum", "weight_decay", "dampening", "sgd_momentum", "decay")
 OUR_OPTIMIZERS = ("MuonWithSGD",)  # cifar10/engine/muon.py
 OPTIMIZER_PARAMS["muonwithsgd"] = frozenset("lr momentum bias_lr head_lr sgd_momentum decay newton_schulz_iterations".split())
 
@@ -106,23 +110,21 @@ def read(source: Path | dict[str, Any]) -> dict[str, Any]:
     path = Path(source)
     try:
         config = hjson.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)
-    except UsageError as error:
-        raise UsageError(f"--deepspeed_config {path}: {error}") from None
-    except OSError as error:
-        raise UsageError(f"--deepspeed_config {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"--deepspeed_config {path} is not a text file in UTF-8") from None
-    except (ValueError, RecursionError, OverflowError) as error:  # the last for 1e999
-        raise UsageError(f"--deepspeed_config {path} is not JSON: {str(error).splitlines()[0]}") from None
-    if not isinstance(config, dict):
-        raise UsageError(f"--deepspeed_config {path} must hold one JSON object: {{...}}")
-    if is_deep(config):
-        raise UsageError(f"--deepspeed_config {path} is nested too deeply for a DeepSpeed config")
-    try:
+        if not isinstance(config, dict):
+            raise UsageError("must hold one JSON object: {...}")
+        if is_deep(config):
+            raise UsageError("nested too deeply for a DeepSpeed config")
         check(config)
+        return config
     except UsageError as error:
-        raise UsageError(f"--deepspeed_config {path}: {error}") from None
-    return config
+        problem = str(error)
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}"
+    except UnicodeDecodeError:
+        problem = "not a text file in UTF-8"
+    except (ValueError, RecursionError, OverflowError) as error:  # the last for 1e999
+        problem = f"not JSON: {str(error).splitlines()[0]}"
+    raise UsageError(f"--deepspeed_config {path}: {problem}")
 
 
 def _check_keys(where: str, given: Any, known: frozenset[str]) -> None:
@@ -135,15 +137,25 @@ def _check_keys(where: str, given: Any, known: frozenset[str]) -> None:
             raise UsageError(f"unknown key {key!r} in {where}{hint}")
 
 
+def _is_integer(value: Any, least: int, most: float = LARGEST) -> bool:
+    return type(value) is int and least <= value <= most
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
+    return type(value) in (int, float) and 0 <= value <= LARGEST
 
 
-def _check_number(where: str, value: Any, least: float, *, whole: bool = False, above: bool = False) -> None:
-    ok = _is_number(value) and (isinstance(value, int) or not whole) and (value > least if above else value >= least)
-    if not ok:
-        kind = "an integer" if whole else "a number"
-        raise UsageError(f"invalid value for {where}: {value!r}, expected {kind} {'>' if above else '>='} {least:g}")
+_LOW_PRECISIONS = ("fp16", "bf16", "torch_autocast")
+_VALUES: list[tuple[list[str], Callable[[Any], bool], str]] = [  # keys, a predicate, and what is expected
+    ([*BATCH_KEYS, "fp16.loss_scale_window"], lambda value: _is_integer(value, 1), "an integer >= 1"),
+    (["fp16.initial_scale_power"], lambda value: _is_integer(value, 0, 127), "an integer from 0 to 127, for example 16"),
+    (["zero_optimization.stage"], lambda value: _is_integer(value, 0, 3), "0, 1, 2 or 3"),
+    (["gradient_clipping", "fp16.loss_scale"], _is_number, "a number >= 0"),
+    ([f"optimizer.params.{key}" for key in MOMENTA], _is_number, "a number >= 0"),
+    ([f"optimizer.params.{key}" for key in RATES], lambda value: _is_number(value) and value > 0, "a number > 0"),
+    ([f"{name}.enabled" for name in _LOW_PRECISIONS], lambda value: isinstance(value, bool), "true or false"),
+    (["timers.throughput"], lambda value: isinstance(value, dict), 'an object: {"enabled": true}'),
+]
 
 
 def check(config: dict[str, Any]) -> None:
@@ -152,36 +164,15 @@ def check(config: dict[str, Any]) -> None:
     for section, known in SECTION_KEYS.items():
         if section in config:
             _check_keys(repr(section), config[section], known)
-    for key in BATCH_KEYS:
-        if key in config:
-            _check_number(key, config[key], 1, whole=True)
-    if "gradient_clipping" in config:
-        _check_number("gradient_clipping", config["gradient_clipping"], 0)
-    for section in ("fp16", "bf16", "torch_autocast"):
-        if not isinstance(config.get(section, {}).get("enabled", False), bool):
-            raise UsageError(f"{section}.enabled must be true or false")
-    if sum(config.get(section, {}).get("enabled", False) for section in ("fp16", "bf16", "torch_autocast")) > 1:
-        raise UsageError("more than one of fp16, bf16 and torch_autocast is enabled; enable one")
-    _check_fp16(config.get("fp16", {}))
-    if not isinstance(config.get("timers", {}).get("throughput", {}), dict):
-        raise UsageError('timers.throughput must be an object: {"enabled": true}')
-    _check_zero(config.get("zero_optimization", {}))
     _check_optimizer(config.get("optimizer"))
-
-
-def _check_fp16(fp16: dict[str, Any]) -> None:
-    for key, least in (("loss_scale", 0), ("initial_scale_power", 0), ("loss_scale_window", 1)):
-        if key in fp16:
-            _check_number(f"fp16.{key}", fp16[key], least, whole=key != "loss_scale")
-    if fp16.get("initial_scale_power", 0) > 127:
-        power = fp16["initial_scale_power"]
-        raise UsageError(f"invalid value for fp16.initial_scale_power: {power}, expected 0 to 127, for example 16")
-
-
-def _check_zero(zero: dict[str, Any]) -> None:
-    stage = zero.get("stage", 0)
-    if type(stage) is not int or stage not in (0, 1, 2, 3):
-        raise UsageError(f"invalid value for zero_optimization.stage: {stage!r}, expected 0, 1, 2 or 3")
+    for paths, is_valid, expected in _VALUES:
+        for path in paths:
+            *sections, key = path.split(".")
+            values = reduce(lambda inner, name: inner.get(name, {}), sections, config)
+            if key in values and not is_valid(values[key]):
+                raise UsageError(f"invalid value for {path}: {values[key]!r}, expected {expected}")
+    if sum(config.get(name, {}).get("enabled", False) for name in _LOW_PRECISIONS) > 1:
+        raise UsageError("more than one of fp16, bf16 and torch_autocast is enabled; enable one")
 
 
 def _check_optimizer(optimizer: Any) -> None:
@@ -201,13 +192,6 @@ def _check_optimizer(optimizer: Any) -> None:
         _check_keys(f"optimizer.params of {name}", params, OPTIMIZER_PARAMS[name.lower()])
     if "lr" not in params:
         raise UsageError("optimizer.params has no 'lr', the base learning rate; add one, for example \"lr\": 0.1")
-    _check_number("optimizer.params.lr", params["lr"], 0, above=True)
-    for key in ("bias_lr", "head_lr"):
-        if key in params:
-            _check_number(f"optimizer.params.{key}", params[key], 0, above=True)
-    for key in ("momentum", "weight_decay", "dampening", "sgd_momentum", "decay"):
-        if key in params:
-            _check_number(f"optimizer.params.{key}", params[key], 0)
 
 
 def override(
@@ -231,7 +215,7 @@ def override(
 def with_precision(config: dict[str, Any], precision: str) -> dict[str, Any]:
     """A copy of `config` with only "fp32", "bf16" or "fp16" enabled; an fp16 block keeps its loss scale."""
     config = copy.deepcopy(config)
-    for section in ("fp16", "bf16", "torch_autocast"):
+    for section in _LOW_PRECISIONS:
         if section in config or section == precision:
             config[section] = {**config.get(section, {}), "enabled": section == precision}
     return config

@@ -14,8 +14,7 @@ import tyro
 
 from cifar10 import UsageError
 from cifar10.config.cli import split_options
-from cifar10.config.recipe import PROJECT, check_value
-from cifar10.plan import invalid
+from cifar10.config.recipe import PROJECT, check_values, invalid
 
 SCRIPT = PROJECT / "cifar10_deepspeed.py"
 
@@ -46,10 +45,12 @@ class LaunchOptions:
 def split_launch_options(argv: list[str]) -> tuple[LaunchOptions, list[str]]:
     """The checked launch options of a command line, and the script's flags. Raises UsageError."""
     options, flags = split_options(argv, LaunchOptions)
-    for name, least in {"num_gpus": 1, "num_nodes": 1, "master_port": 1, "seeds": 1, "max_restarts": 0}.items():
-        value = getattr(options, name)
-        check_value(options, name, value is None or value >= least, f"a whole number from {least} up")
-    check_value(options, "node_rank", 0 <= options.node_rank < options.num_nodes, f"0 to {options.num_nodes - 1}")
+    check_values(
+        options,
+        ("num_gpus num_nodes master_port seeds", lambda n: n >= 1, "an integer >= 1"),
+        ("max_restarts", lambda n: n >= 0, "an integer >= 0"),
+        ("node_rank", lambda n: 0 <= n < options.num_nodes, f"0 to {options.num_nodes - 1}"),
+    )
     if options.num_nodes > 1 and not options.master_addr:
         raise UsageError("--num-nodes needs --master-addr, the first machine's address, for example --master-addr 10.0.0.1")
     if options.num_nodes > 1 and options.seeds:
