@@ -45,8 +45,8 @@ class Recipe:
     model: str = "bn_cnn"
     """Name of the network, one of cifar10/models."""
     weights: str = "none"
-    """Initial weights: none (random), imagenet (torchvision's pretrained weights, which are downloaded), or a file: a plain state
-    dict, or a best_model or final file of an earlier run."""
+    """Initial weights: none (random), imagenet (torchvision's pretrained weights, downloaded), or a file: a plain state dict,
+    or a best_model or final file of an earlier run."""
     dataset: str = "cifar10"
     """Name of the data set, listed above."""
     mean: _Channels = (0.4914, 0.4822, 0.4465)
@@ -108,7 +108,7 @@ RECIPE_DEFAULTS = {f.name: f.default for f in fields(Recipe) if f.default is not
 
 @dataclass(frozen=True)
 class Experiment:
-    """One file in recipes/: a recipe, its DeepSpeed config (a dict, or a JSON file), and its preferred precisions, best first."""
+    """One file in recipes/: a recipe, its DeepSpeed config (a dict or a JSON file), and its preferred precisions in order."""
 
     recipe: Recipe
     deepspeed: dict[str, Any] | Path

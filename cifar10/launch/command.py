@@ -61,41 +61,37 @@ def split_launch_options(argv: list[str]) -> tuple[LaunchOptions, list[str]]:
 
 
 def count_ranks(asked: int | None, gpus: int) -> int:
-    """The number of ranks on this machine, or UsageError if that is more than its GPUs."""
+    """The number of ranks on this machine. Raises UsageError if that is more than its GPUs."""
     if asked and gpus and asked > gpus:
         raise invalid("--num-gpus", asked, f"1 to {gpus}, the GPUs of this machine", gpus)
     return asked or gpus or 1
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def deepspeed_command(
     options: LaunchOptions, ranks: int, gpus: int, flags: list[str], hostfile: Path
 ) -> tuple[list[str], dict[str, str]]:
     """The deepspeed command line for `ranks` ranks on this machine, and its environment; writes `hostfile` if needed."""
-    environment = dict(os.environ)
+    environment, words = dict(os.environ), []
     if not gpus:
         environment.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed's detection prints a warning in every process
     if options.num_nodes > 1:
-        hosts = [f"node{number}" for number in range(options.num_nodes)]
+        hosts, address, port = [f"node{n}" for n in range(options.num_nodes)], options.master_addr, options.master_port
         hostfile.write_text("".join(f"{host} slots={ranks}\n" for host in hosts))
-        master = [f"--master_addr={options.master_addr}", f"--master_port={options.master_port}"]
-        where = [f"--hostfile={hostfile}", "--no_ssh", f"--node_rank={options.node_rank}", *master]
+        words = [f"--hostfile={hostfile}", "--no_ssh", f"--node_rank={options.node_rank}", f"--master_addr={address}"]
     else:
-        hosts, where = ["localhost"], [f"--num_gpus={ranks}", f"--master_port={free_port()}"]
+        hosts = ["localhost"]
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
     visible = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
     if gpus and visible:  # DeepSpeed ignores the variable if --num_gpus is given
-        devices = ",".join(visible[:ranks])
-        where = [word for word in where if not word.startswith("--num_gpus")]
-        where.append("--include=" + "@".join(f"{host}:{devices}" for host in hosts))
+        words.append("--include=" + "@".join(f"{host}:{','.join(visible[:ranks])}" for host in hosts))
         del environment["CUDA_VISIBLE_DEVICES"]
+    elif options.num_nodes == 1:
+        words.append(f"--num_gpus={ranks}")
     beside_python = Path(sys.executable).with_name("deepspeed")
     deepspeed = [str(beside_python)] if beside_python.exists() else [sys.executable, "-m", "deepspeed.launcher.runner"]
-    return [*deepspeed, "-q", *where, str(SCRIPT), *flags], environment
+    return [*deepspeed, "-q", *words, f"--master_port={port}", str(SCRIPT), *flags], environment
 
 
 def start_command(options: LaunchOptions) -> str:
