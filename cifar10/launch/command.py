@@ -6,7 +6,7 @@ import os
 import shlex
 import socket
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +31,7 @@ class LaunchOptions:
     num_nodes: int = 1
     """Machines. Run the same command on each, with its own --node-rank, and with an --output-dir that all of them share."""
     node_rank: int = 0
-    """This machine's number, from 0."""
+    """This machine's rank among the machines, from 0."""
     master_addr: _Address = ""
     """With several machines, the address of the first."""
     master_port: int = 29_500
@@ -96,6 +96,8 @@ def deepspeed_command(
 
 def start_command(options: LaunchOptions) -> str:
     """The command that started main.py, without the script's flags."""
-    given = [(f.name, getattr(options, f.name)) for f in fields(options) if getattr(options, f.name) != f.default]
-    own = [word for name, value in given for word in ("--" + name.replace("_", "-"), str(value))]
-    return shlex.join(["python", sys.argv[0], *own])
+    words = ["python", sys.argv[0]]
+    for name, value in vars(options).items():
+        if value != getattr(LaunchOptions, name):
+            words += ["--" + name.replace("_", "-"), str(value)]
+    return shlex.join(words)
