@@ -1,7 +1,4 @@
-"""A checked command line, before a process group starts and without importing torch: one Plan, or one UsageError.
-
-main.py makes it before it starts any rank; a rank started by another launcher makes it itself.
-"""
+"""The plan of a run: a validated command line, before any process group starts and without importing torch."""
 
 from __future__ import annotations
 
