@@ -1,7 +1,4 @@
-"""A checked command line, before a process group starts and without importing torch: one Plan, or one UsageError.
-
-main.py makes it before it starts any rank; a rank started by another launcher makes it itself.
-"""
+"""The plan of a run: a validated command line, before any process group starts and without importing torch."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from typing import Any
 from cifar10 import UsageError
 from cifar10.config import ds_config
 from cifar10.config.cli import Options, parse, take_old_flags
-from cifar10.config.recipe import RECIPE_DEFAULTS, Precisions, Recipe, load
+from cifar10.config.recipe import RECIPE_DEFAULTS, Precisions, Recipe, invalid, load
 from cifar10.data import augment, registry
 from cifar10.data.dataset import Description, Images, Split, about_model
 from cifar10.distributed import device
@@ -70,16 +67,16 @@ def precision_of(config: dict[str, Any]) -> str:
 
 
 def choose_precision(wanted: Precisions) -> tuple[str | None, list[str]]:
-    """The first of several precisions that is fast on this machine, and a note on the choice; None leaves it to the config."""
+    """The first of several precisions that this machine supports natively, and a note; None leaves it to the config."""
     if len(wanted) < 2:
         return (wanted[0] if wanted else None), []
     native = device.native_precisions()
     taken = next((name for name in wanted if name in native), None)
     if taken is None:
         names = " ".join(wanted)
-        raise invalid("--precision", names, f"one that is fast on this {device.name()}", f"{names} fp32")
+        raise invalid("--precision", names, f"one that this {device.name()} supports natively", f"{names} fp32")
     missed = ", ".join(wanted[: wanted.index(taken)])
-    reason = f"this {device.name()} is not fast in {missed}" if missed else "the first choice"
+    reason = f"this {device.name()} does not support {missed} natively" if missed else "the first choice"
     return taken, [f"precision: {taken} of {', '.join(wanted)} ({reason})"]
 
 
@@ -163,21 +160,13 @@ def _check_sizes(recipe: Recipe, options: Options, batch: ds_config.Batch, datas
         raise invalid("--test-images", options.test_images, f"0 to {dataset.test_images}", dataset.test_images)
 
 
-def invalid(flag: str, value: object, expected: str, example: object) -> UsageError:
-    example = example if str(example).startswith("--") else f"{flag} {example}"
-    return UsageError(f"invalid value for {flag}: {value}, expected {expected}, for example {example}")
-
-
-def _words(numbers: tuple[float, ...]) -> str:
-    return " ".join(f"{number:g}" for number in numbers)
-
-
 def _check_images(recipe: Recipe, dataset: Description) -> None:
     """Refuse a normalization for another number of channels than the data set's, and crops larger than the images."""
     for flag, numbers in (("--mean", recipe.mean), ("--std", recipe.std)):
         if len(numbers) != dataset.channels:
             expected = f"{dataset.channels}, one per channel of --dataset {recipe.dataset}"
-            raise invalid(flag, _words(numbers), expected, f"--mean {_words(dataset.mean)} --std {_words(dataset.std)}")
+            given, mean, std = (" ".join(f"{n:g}" for n in ns) for ns in (numbers, dataset.mean, dataset.std))
+            raise invalid(flag, given, expected, f"--mean {mean} --std {std}")
     whole = recipe.resize or dataset.size
     if recipe.image_size > whole:
         raise invalid(

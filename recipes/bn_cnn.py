@@ -3,7 +3,7 @@
     uv run python main.py
 
 Measured on the real CIFAR-10, 5 seeds (records/2026-11-21_bn_cnn_cpu): 82.14 +- 0.34% of the test images, in 4.9 to 7.8
-minutes of training on two CPU cores, as these were shared. Batch, base learning rate, weight decay, the size of the crops and
+minutes of training on two shared CPU cores. Batch, base learning rate, weight decay, the size of the crops and
 label smoothing differ from the document's; what was tried is in records/LOG.md.
 """
 

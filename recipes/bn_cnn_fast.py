@@ -3,8 +3,8 @@
     uv run python main.py --recipe bn_cnn_fast
 
 Measured on the real CIFAR-10, 5 seeds (records/2026-11-21_bn_cnn_fast_cpu): 82.82 +- 0.17% of the test images in 2.4 to 2.7
-minutes of training on two CPU cores, where the default comes to 82.14 +- 0.34 (n = 5) in 7.6 and 7.8, two of its seeds
-between them. What was tried is in records/LOG.md.
+minutes of training on two CPU cores, compared to 82.14 +- 0.34 (n = 5) for the default, which took 7.6 and 7.8 minutes in
+two interleaved runs. What was tried is in records/LOG.md.
 """
 
 from dataclasses import replace

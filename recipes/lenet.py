@@ -4,7 +4,7 @@
 
 The document expects 60 to 65% of the test images after 2 epochs, and 75 to 80% after 20 with augmentation, which it leaves to
 the reader. Measured on the real CIFAR-10, 3 seeds (records/2026-11-21_lenet_cpu): 56.25 +- 0.94% after 2 epochs. Its JSON is
-here as it was printed; it does not mention clipping, so DeepSpeed's default of 1.0 holds.
+unchanged; it does not mention clipping, so DeepSpeed's default of 1.0 applies.
 """
 
 from cifar10.config.recipe import Experiment, Recipe

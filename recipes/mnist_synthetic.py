@@ -4,8 +4,8 @@
     uv run python main.py --recipe mnist_synthetic --dataset mnist              the real MNIST, which is downloaded
     uv run python main.py --recipe mnist_synthetic --dataset random_mnist       the document's data: noise with random labels
 
-The document expects 15.75% of its training images, which are noise, after 50 epochs, and 98 to 99% on the real MNIST. On noise
-there is nothing to learn: what such a run measures is how fast the network memorises.
+The document expects 15.75% of its training images, which are noise, after 50 epochs, and 98 to 99% on the real MNIST. Noise
+cannot be learned: such a run measures how fast the network memorizes.
 """
 
 from cifar10.config.recipe import Experiment, Recipe

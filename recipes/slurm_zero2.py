@@ -2,10 +2,9 @@
 
     uv run torchrun --standalone --nproc_per_node=2 cifar10_deepspeed.py --recipe slurm_zero2
 
-The document expects about 81% "on the CIFAR-10 test set", best between epochs 80 and 90. Its batch of 128 = 64 x 1 fits two
-ranks only; on any other number the 128 are kept. It does not mention clipping, so DeepSpeed's default of 1.0 holds. Linear
-layers, epochs of warmup and schedule are those of the BatchNorm CNN's document; 5,000 images are held out, so that there is a
-best epoch to speak of.
+The document expects about 81% "on the CIFAR-10 test set", best between epochs 80 and 90. Its batch of 128 = 64 x 1 is for two
+ranks; other numbers of ranks keep the 128. It does not mention clipping, so DeepSpeed's default of 1.0 applies. The linear
+layers, warmup and schedule are those of the BatchNorm CNN's document; 5,000 images are held out to select the best epoch.
 """
 
 from cifar10.config.recipe import Experiment, Recipe

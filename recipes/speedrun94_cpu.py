@@ -4,7 +4,7 @@
 
 Measured on the real CIFAR-10, two seeds (records/2026-11-21_speedrun94_cpu): 93.24 +- 0.31% of the test images as they are,
 and 94.14% and 93.95% with the mean of six views of those that the model is less than 70% sure of, 12.5 to 12.7 minutes after
-the process began, of which 11.7 to 11.9 were training. Chosen on validation images; the rates follow hiverge's for GPUs, and
+the process began, 11.7 to 11.9 of them training. Chosen on validation images; the rates follow hiverge's for GPUs, and
 seven of the ten epochs see smaller images (records/LOG.md).
 """
 

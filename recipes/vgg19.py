@@ -2,7 +2,7 @@
 
     uv run torchrun --standalone --nproc_per_node=4 cifar10_deepspeed.py --recipe vgg19
 
-Images are resized to 256 and cropped to 224, the middle of them in evaluation; ImageNet's normalisation; 5,000 images held out;
+Images are resized to 256 and cropped to 224, at the center in evaluation; ImageNet's normalization; 5,000 images held out;
 global batch 256. The document shows sample rows of its metrics, train 71.32% and val 79.10% in the first epoch, and claims no
 final accuracy. Of the learning rate it gives only the rule, base * global batch / 256; base, momentum, weight decay, clipping
 and schedule are ours.

@@ -8,18 +8,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import math
 import os
 import re
 from dataclasses import dataclass, fields, make_dataclass
-from itertools import zip_longest
+from itertools import dropwhile, takewhile, zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from cifar10 import UsageError, nearest
-from cifar10.config.recipe import Precisions, Recipe, check_recipe, check_value, load
+from cifar10.config.recipe import Precisions, Recipe, check_recipe, check_values, is_positive, load
 
 # Flags whose help text states the default itself.
 _Whole = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
@@ -96,53 +95,41 @@ class Options:
 
 def check_options(options: Options) -> None:
     """Validate ranges. Raises UsageError, which names the flag and an example."""
-    for name in ("max_steps", "global_batch_size", "micro_batch_size", "threads", "log_every_steps", "keep_checkpoints"):
-        value = getattr(options, name)
-        check_value(options, name, value is None or value >= 1, "an integer >= 1")
-    for name in ("test_images", "save_every_epochs", "save_frequency", "num_workers"):
-        value = getattr(options, name)
-        check_value(options, name, value is None or value >= 0, "an integer >= 0")
-    for name in ("max_minutes", "stop_at", "timeout_minutes"):
-        value = getattr(options, name)
-        check_value(options, name, value is None or (math.isfinite(value) and value > 0), "a number above 0")
-    check_value(options, "lr", options.lr is None or (math.isfinite(options.lr) and options.lr > 0), "a number above 0")
+    at_least_1 = "max_steps global_batch_size micro_batch_size threads log_every_steps keep_checkpoints"
+    check_values(
+        options,
+        (at_least_1, lambda n: n >= 1, "an integer >= 1"),
+        ("test_images save_every_epochs save_frequency num_workers", lambda n: n >= 0, "an integer >= 0"),
+        ("lr max_minutes stop_at timeout_minutes", is_positive, "a number above 0"),
+    )
 
 
 def without_launcher_flags(argv: list[str]) -> list[str]:
     """`argv` without the flags that launchers add, --local_rank[=]N and --deepspeed; --no-amp becomes --precision fp32."""
-    kept, skip = [], False
-    words = [part for word in argv for part in (("--precision", "fp32") if word == "--no-amp" else (word,))]
+    kept, words = [], iter(argv)
     for word in words:
-        if skip:
-            skip = False
-        elif re.fullmatch(r"--local[_-]rank", word):
-            skip = True
-        elif word != "--deepspeed" and not re.match(r"--local[_-]rank=", word):
+        if re.fullmatch("--local[_-]rank", word):
+            next(words, None)
+        elif word == "--no-amp":
+            kept += ["--precision", "fp32"]
+        elif not re.match("--deepspeed$|--local[_-]rank=", word):
             kept.append(word)
     return kept
 
 
 def _early_value(argv: list[str], flag: str) -> str | None:
     """The last value of one flag, read before the others because their defaults depend on it."""
-    value = None
-    for word, following in zip_longest(argv, argv[1:]):
-        if word == flag:
-            value = following
-        elif word.startswith(flag + "="):
-            value = word[len(flag) + 1 :]
-    return value
+    words = ((*word.partition("=")[::2], following) for word, following in zip_longest(argv, argv[1:]))
+    values = [value or following for name, value, following in words if name == flag]
+    return values[-1] if values else None
 
 
 def _one_line(printed: str) -> str:
     """The message in the box that tyro prints about a bad value: the lines between its title and its first rule."""
-    lines = [line.strip("│|╭╮╰╯─- ") for line in printed.strip().splitlines()[1:]]
-    while lines and not lines[0]:
-        lines.pop(0)
-    sentence = " ".join(lines[: lines.index("")] if "" in lines else lines).removeprefix("Error parsing ")
-    sentence = re.sub(
-        r"^(--\S+): no type matching .* from \['(.*)'\]\.?$", r"invalid value for \1: \2, expected a number", sentence
-    )
-    return f"{sentence.rstrip('.')}; see --help"
+    lines = (line.strip("│|╭╮╰╯─- ") for line in printed.strip().splitlines()[1:])
+    sentence = " ".join(takewhile(bool, dropwhile(lambda line: not line, lines))).removeprefix("Error parsing ")
+    number = r"^(--\S+): no type matching .* from \['(.*)'\]\.?$"
+    return re.sub(number, r"invalid value for \1: \2, expected a number", sentence).rstrip(".") + "; see --help"
 
 
 def _refuse_empty(argv: list[str]) -> None:
@@ -150,15 +137,6 @@ def _refuse_empty(argv: list[str]) -> None:
     for flag, word in zip(["", *argv], argv, strict=False):
         if not word or re.fullmatch("--.*=", word):
             raise UsageError(f"{flag or 'an argument' if not word else word[:-1]} is empty; give it a value or omit it")
-
-
-def _refuse_unknown(words: list[str], kinds: list[type]) -> None:
-    """Raise UsageError for the first unknown flag, with the closest known one."""
-    if not words:
-        return
-    flags = ["--" + f.name.replace("_", "-") for kind in kinds for f in fields(kind)]
-    flag = words[0].split("=")[0]
-    raise UsageError(f"unknown flag {flag}{nearest(flag.replace('_', '-'), flags)}")
 
 
 def _tyro(kind: type, argv: list[str], **how: Any) -> tuple[Any, list[str]]:
@@ -174,10 +152,7 @@ def _tyro(kind: type, argv: list[str], **how: Any) -> tuple[Any, list[str]]:
 
 
 def split_options(argv: list[str], kind: type) -> tuple[Any, list[str]]:
-    """Parse the flags of the dataclass `kind`; the remaining arguments, --help among them, are returned unchanged.
-
-    Raises UsageError for a value of the wrong type.
-    """
+    """Parse the flags of the dataclass `kind`, and return the other arguments, --help included. Raises UsageError."""
     _refuse_empty(argv)
     return _tyro(kind, argv, add_help=False)
 
@@ -202,7 +177,10 @@ def parse(
     tables = {**({"launch": extra()} if extra else {}), "run": options, "experiment": experiment.recipe}
     kind = make_dataclass("CommandLine", [(table, type(values)) for table, values in tables.items()])
     line, unknown = _tyro(kind, argv, default=kind(**tables), prog=program, description=description)
-    _refuse_unknown(unknown, [type(values) for values in tables.values()])
+    if unknown:
+        flags = ["--" + f.name.replace("_", "-") for values in tables.values() for f in fields(values)]
+        flag = unknown[0].split("=")[0]
+        raise UsageError(f"unknown flag {flag}{nearest(flag.replace('_', '-'), flags)}")
     check_recipe(line.experiment)
     check_options(line.run)
     return line.experiment, line.run
@@ -210,23 +188,17 @@ def parse(
 
 def take_old_flags(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Split off the flags of 0.1 that --augment replaces, and their values; to be removed after 0.2."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for name, kind in (
-        ("crop-padding", int),
-        ("cutout", int),
-        ("brightness", float),
-        ("contrast", float),
-        ("padding-mode", str),
-    ):
-        parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", type=kind)
-    for name in ("flip", "alternate-flip"):
-        parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", action=argparse.BooleanOptionalAction)
-    printed = io.StringIO()
+    switch = {"action": argparse.BooleanOptionalAction}
+    options: dict[str, dict[str, Any]] = {"flip": switch, "alternate-flip": switch, "padding-mode": {}}
+    options |= {"crop-padding": {"type": int}, "cutout": {"type": int}}
+    options |= {"brightness": {"type": float}, "contrast": {"type": float}}
+    parser = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS, exit_on_error=False
+    )
+    for name, how in options.items():
+        parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", **how)
     try:
-        with contextlib.redirect_stderr(printed):
-            old, rest = parser.parse_known_args(argv)
-    except SystemExit:
-        raise UsageError(
-            f"{printed.getvalue().strip().splitlines()[-1].partition('error: ')[2]}; use --augment instead"
-        ) from None
-    return rest, {name.replace("-", "_"): value for name, value in vars(old).items()}
+        old, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UsageError(f"{error}; use --augment instead") from None
+    return rest, vars(old)

@@ -1,14 +1,16 @@
 """DeepSpeed's JSON config: read, validated and resolved for a world size, without importing DeepSpeed.
 
 DeepSpeed 0.19.8 ignores misspelled top-level keys, clips gradients at 1.0 by default, and asserts on batch sizes that do not
-fit the world size; here these are an error, a note, and resolved.
+fit the world size. Here the first is an error, the second gets a note, and batch sizes are resolved.
 """
 
 from __future__ import annotations
 
 import copy
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,13 @@ LARGEST = 1e300  # a larger integer may not fit a float
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 TOP_LEVEL_KEYS = frozenset(
-    """activation_checkpointing aio autotuning bf16 checkpoint comms_logger communication_data_type compile csv_monitor
-    comet data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather
-    disable_python_gc dump_state expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op
-    gradient_clipping gradient_predivide_factor hybrid_engine log_level managed_gradient_accumulation memory_breakdown
-    optimizer pipeline prescale_gradients scheduler seq_parallel_communication_data_type steps_per_print tensor_parallel
-    tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu
-    use_data_before_expert_parallelism wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer
-    zero_force_ds_cpu_optimizer zero_optimization""".split()
+    """activation_checkpointing aio autotuning bf16 checkpoint comms_logger communication_data_type compile csv_monitor comet
+        data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather disable_python_gc dump_state
+        expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping
+        gradient_predivide_factor hybrid_engine log_level managed_gradient_accumulation memory_breakdown optimizer pipeline
+        prescale_gradients scheduler seq_parallel_communication_data_type steps_per_print tensor_parallel tensorboard timers
+        torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism wall_clock_breakdown
+        wandb weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization""".split()
 )  # a test checks each against DeepSpeed's own source
 
 SECTION_KEYS = {
@@ -43,33 +44,35 @@ SECTION_KEYS = {
         "enabled check_grad_overflow immediate_grad_update bf16_master_weights_and_grads bf16_optimizer_states".split()
     ),
     "zero_optimization": frozenset(
-        """allgather_bucket_size allgather_partitions allgather_sequential compute_grad_norm contiguous_gradients
-        cpu_offload cpu_offload_param cpu_offload_use_pin_memory elastic_checkpoint enable_sanity_checks
-        gather_16bit_weights_on_model_save ignore_unused_parameters leaf_module legacy_stage1 load_from_fp32_weights
-        log_trace_cache_warnings max_live_parameters max_reuse_distance memory_efficient_linear
-        model_persistence_threshold module_granularity_threshold offload_optimizer offload_param overlap_comm
-        override_module_apply param_persistence_threshold parameter_alignment pipeline_loading_checkpoint
-        prefetch_bucket_size reduce_bucket_size reduce_scatter round_robin_gradients save_muon_momentum_buffer_in_memory
-        stage stage3_allgather_sequential stage3_gather_16bit_weights_on_model_save
+        """allgather_bucket_size allgather_partitions allgather_sequential compute_grad_norm contiguous_gradients cpu_offload
+        cpu_offload_param cpu_offload_use_pin_memory elastic_checkpoint enable_sanity_checks gather_16bit_weights_on_model_save
+        ignore_unused_parameters leaf_module legacy_stage1 load_from_fp32_weights log_trace_cache_warnings max_live_parameters
+        max_reuse_distance memory_efficient_linear model_persistence_threshold module_granularity_threshold offload_optimizer
+        offload_param overlap_comm override_module_apply param_persistence_threshold parameter_alignment
+        pipeline_loading_checkpoint prefetch_bucket_size reduce_bucket_size reduce_scatter round_robin_gradients
+        save_muon_momentum_buffer_in_memory stage stage3_allgather_sequential stage3_gather_16bit_weights_on_model_save
         stage3_gather_fp16_weights_on_model_save stage3_max_live_parameters stage3_max_reuse_distance
         stage3_model_persistence_threshold stage3_module_granularity_threshold stage3_param_persistence_threshold
-        stage3_prefetch_bucket_size stage3_use_all_reduce_for_fetch_params sub_group_size
-        use_all_reduce_for_fetch_params use_multi_rank_bucket_allreduce zenflow zero_hpz_partition_size
-        zero_quantized_gradients zero_quantized_nontrainable_weights zero_quantized_weights""".split()
+        stage3_prefetch_bucket_size stage3_use_all_reduce_for_fetch_params sub_group_size use_all_reduce_for_fetch_params
+        use_multi_rank_bucket_allreduce zenflow zero_hpz_partition_size zero_quantized_gradients
+        zero_quantized_nontrainable_weights zero_quantized_weights""".split()
     ),
     "timers": frozenset({"throughput"}),
 }
 
+_ADAM = frozenset("lr betas eps weight_decay amsgrad maximize differentiable adam_w_mode torch_adam fused foreach".split())
 OPTIMIZER_PARAMS = {
     "sgd": frozenset("lr momentum dampening weight_decay nesterov maximize foreach differentiable fused".split()),
-    "adam": frozenset("lr betas eps weight_decay amsgrad maximize differentiable adam_w_mode torch_adam fused foreach".split()),
+    "adam": _ADAM,
+    "adamw": _ADAM,
+    "muonwithsgd": frozenset("lr momentum bias_lr head_lr sgd_momentum decay newton_schulz_iterations".split()),
 }
 # torch.optim's classes, and DeepSpeed's own names, which are case-insensitive
 TORCH_OPTIMIZERS = "ASGD Adadelta Adafactor Adagrad Adam AdamW Adamax Muon NAdam RAdam RMSprop Rprop SGD".split()
 DEEPSPEED_OPTIMIZERS = "adagrad adam adamw lamb lion muadam muadamw muon musgd".split()
-OPTIMIZER_PARAMS["adamw"] = OPTIMIZER_PARAMS["adam"]
+RATES = ("lr", "bias_lr", "head_lr")
+MOMENTA = ("momentum", "weight_decay", "dampening", "sgd_momentum", "decay")
 OUR_OPTIMIZERS = ("MuonWithSGD",)  # cifar10/engine/muon.py
-OPTIMIZER_PARAMS["muonwithsgd"] = frozenset("lr momentum bias_lr head_lr sgd_momentum decay newton_schulz_iterations".split())
 
 
 @dataclass(frozen=True)
@@ -96,33 +99,28 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read(source: Path | dict[str, Any]) -> dict[str, Any]:
-    """Load and validate a DeepSpeed JSON file (comments are allowed, as in DeepSpeed) or a recipe's dict.
-
-    Raises UsageError (one line) for a file that cannot be read or parsed, an unknown key, or an invalid value.
-    """
+    """Load and validate a DeepSpeed JSON file (comments are allowed, as in DeepSpeed) or a recipe's dict. Raises UsageError."""
     if isinstance(source, dict):
         check(source)
         return copy.deepcopy(source)
     path = Path(source)
     try:
         config = hjson.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)
-    except UsageError as error:
-        raise UsageError(f"--deepspeed_config {path}: {error}") from None
-    except OSError as error:
-        raise UsageError(f"--deepspeed_config {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"--deepspeed_config {path} is not a text file in UTF-8") from None
-    except (ValueError, RecursionError, OverflowError) as error:  # the last for 1e999
-        raise UsageError(f"--deepspeed_config {path} is not JSON: {str(error).splitlines()[0]}") from None
-    if not isinstance(config, dict):
-        raise UsageError(f"--deepspeed_config {path} must hold one JSON object: {{...}}")
-    if is_deep(config):
-        raise UsageError(f"--deepspeed_config {path} is nested too deeply for a DeepSpeed config")
-    try:
+        if not isinstance(config, dict):
+            raise UsageError("must hold one JSON object: {...}")
+        if is_deep(config):
+            raise UsageError("nested too deeply for a DeepSpeed config")
         check(config)
+        return config
     except UsageError as error:
-        raise UsageError(f"--deepspeed_config {path}: {error}") from None
-    return config
+        problem = str(error)
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}"
+    except UnicodeDecodeError:
+        problem = "not a text file in UTF-8"
+    except (ValueError, RecursionError, OverflowError) as error:  # the last for 1e999
+        problem = f"not JSON: {str(error).splitlines()[0]}"
+    raise UsageError(f"--deepspeed_config {path}: {problem}")
 
 
 def _check_keys(where: str, given: Any, known: frozenset[str]) -> None:
@@ -135,15 +133,25 @@ def _check_keys(where: str, given: Any, known: frozenset[str]) -> None:
             raise UsageError(f"unknown key {key!r} in {where}{hint}")
 
 
+def _is_integer(value: Any, least: int, most: float = LARGEST) -> bool:
+    return type(value) is int and least <= value <= most
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
+    return type(value) in (int, float) and 0 <= value <= LARGEST
 
 
-def _check_number(where: str, value: Any, least: float, *, whole: bool = False, above: bool = False) -> None:
-    ok = _is_number(value) and (isinstance(value, int) or not whole) and (value > least if above else value >= least)
-    if not ok:
-        kind = "an integer" if whole else "a number"
-        raise UsageError(f"invalid value for {where}: {value!r}, expected {kind} {'>' if above else '>='} {least:g}")
+_LOW_PRECISIONS = ("fp16", "bf16", "torch_autocast")
+_VALUES: list[tuple[list[str], Callable[[Any], bool], str]] = [  # keys, a predicate, and what is expected
+    ([*BATCH_KEYS, "fp16.loss_scale_window"], lambda value: _is_integer(value, 1), "an integer >= 1"),
+    (["fp16.initial_scale_power"], lambda value: _is_integer(value, 0, 127), "an integer from 0 to 127, for example 16"),
+    (["zero_optimization.stage"], lambda value: _is_integer(value, 0, 3), "0, 1, 2 or 3"),
+    (["gradient_clipping", "fp16.loss_scale"], _is_number, "a number >= 0"),
+    ([f"optimizer.params.{key}" for key in MOMENTA], _is_number, "a number >= 0"),
+    ([f"optimizer.params.{key}" for key in RATES], lambda value: _is_number(value) and value > 0, "a number > 0"),
+    ([f"{name}.enabled" for name in _LOW_PRECISIONS], lambda value: isinstance(value, bool), "true or false"),
+    (["timers.throughput"], lambda value: isinstance(value, dict), 'an object: {"enabled": true}'),
+]
 
 
 def check(config: dict[str, Any]) -> None:
@@ -152,36 +160,15 @@ def check(config: dict[str, Any]) -> None:
     for section, known in SECTION_KEYS.items():
         if section in config:
             _check_keys(repr(section), config[section], known)
-    for key in BATCH_KEYS:
-        if key in config:
-            _check_number(key, config[key], 1, whole=True)
-    if "gradient_clipping" in config:
-        _check_number("gradient_clipping", config["gradient_clipping"], 0)
-    for section in ("fp16", "bf16", "torch_autocast"):
-        if not isinstance(config.get(section, {}).get("enabled", False), bool):
-            raise UsageError(f"{section}.enabled must be true or false")
-    if sum(config.get(section, {}).get("enabled", False) for section in ("fp16", "bf16", "torch_autocast")) > 1:
-        raise UsageError("more than one of fp16, bf16 and torch_autocast is enabled; enable one")
-    _check_fp16(config.get("fp16", {}))
-    if not isinstance(config.get("timers", {}).get("throughput", {}), dict):
-        raise UsageError('timers.throughput must be an object: {"enabled": true}')
-    _check_zero(config.get("zero_optimization", {}))
     _check_optimizer(config.get("optimizer"))
-
-
-def _check_fp16(fp16: dict[str, Any]) -> None:
-    for key, least in (("loss_scale", 0), ("initial_scale_power", 0), ("loss_scale_window", 1)):
-        if key in fp16:
-            _check_number(f"fp16.{key}", fp16[key], least, whole=key != "loss_scale")
-    if fp16.get("initial_scale_power", 0) > 127:
-        power = fp16["initial_scale_power"]
-        raise UsageError(f"invalid value for fp16.initial_scale_power: {power}, expected 0 to 127, for example 16")
-
-
-def _check_zero(zero: dict[str, Any]) -> None:
-    stage = zero.get("stage", 0)
-    if type(stage) is not int or stage not in (0, 1, 2, 3):
-        raise UsageError(f"invalid value for zero_optimization.stage: {stage!r}, expected 0, 1, 2 or 3")
+    for paths, is_valid, expected in _VALUES:
+        for path in paths:
+            *sections, key = path.split(".")
+            values = reduce(lambda inner, name: inner.get(name, {}), sections, config)
+            if key in values and not is_valid(values[key]):
+                raise UsageError(f"invalid value for {path}: {values[key]!r}, expected {expected}")
+    if sum(config.get(name, {}).get("enabled", False) for name in _LOW_PRECISIONS) > 1:
+        raise UsageError("more than one of fp16, bf16 and torch_autocast is enabled; enable one")
 
 
 def _check_optimizer(optimizer: Any) -> None:
@@ -201,13 +188,6 @@ def _check_optimizer(optimizer: Any) -> None:
         _check_keys(f"optimizer.params of {name}", params, OPTIMIZER_PARAMS[name.lower()])
     if "lr" not in params:
         raise UsageError("optimizer.params has no 'lr', the base learning rate; add one, for example \"lr\": 0.1")
-    _check_number("optimizer.params.lr", params["lr"], 0, above=True)
-    for key in ("bias_lr", "head_lr"):
-        if key in params:
-            _check_number(f"optimizer.params.{key}", params[key], 0, above=True)
-    for key in ("momentum", "weight_decay", "dampening", "sgd_momentum", "decay"):
-        if key in params:
-            _check_number(f"optimizer.params.{key}", params[key], 0)
 
 
 def override(
@@ -231,7 +211,7 @@ def override(
 def with_precision(config: dict[str, Any], precision: str) -> dict[str, Any]:
     """A copy of `config` with only "fp32", "bf16" or "fp16" enabled; an fp16 block keeps its loss scale."""
     config = copy.deepcopy(config)
-    for section in ("fp16", "bf16", "torch_autocast"):
+    for section in _LOW_PRECISIONS:
         if section in config or section == precision:
             config[section] = {**config.get(section, {}), "enabled": section == precision}
     return config
@@ -240,8 +220,7 @@ def with_precision(config: dict[str, Any], precision: str) -> dict[str, Any]:
 def batch(config: dict[str, Any], world_size: int) -> Batch:
     """The batch triple for `world_size` ranks; it keeps the global batch size, and the micro-batch size if that divides.
 
-    Without a global batch size in the JSON, each rank trains on micro * accumulation images. Raises UsageError if the global
-    batch size is not divisible by the number of ranks, and suggests the closest that is.
+    Without a global batch size in the JSON, each rank trains on micro * accumulation images. Raises UsageError.
     """
     total, micro, accumulation = (config.get(key) for key in BATCH_KEYS)
     if total is None and micro is None:
@@ -263,14 +242,8 @@ def batch(config: dict[str, Any], world_size: int) -> Batch:
 def resolve(config: dict[str, Any], world_size: int) -> tuple[dict[str, Any], Batch, list[str]]:
     """The config for `deepspeed.initialize`, its batch sizes, and a note for each change that users should know about.
 
-    None of the changes alters what the JSON means; those that only save time or memory get no note:
-    - the batch triple is filled in for this world size;
-    - a missing gradient_clipping becomes explicit: DeepSpeed's default, 1.0;
-    - the throughput timer, which synchronizes twice per step, is off by default;
-    - ZeRO uses buckets of 20 MB instead of 2 GB, and allows optimizers that DeepSpeed has not tested, such as SGD;
-    - PyTorch's fused optimizers are used: they need no compiler and can skip a step on the device;
-    - bf16 and fp16 become torch_autocast: DeepSpeed's own bf16 fails on BatchNorm's fp32 buffers, and so does its fp16, which
-      many CPUs do not support and which does not train at stage 0: it divides by a loss scale that it never multiplied by.
+    bf16 and fp16 become torch_autocast: DeepSpeed's own bf16 fails on BatchNorm's fp32 buffers, and so does its fp16, which
+    many CPUs do not support and which does not train at stage 0: it divides by a loss scale that it never multiplied by.
     """
     config, notes = copy.deepcopy(config), []
     sizes = batch(config, world_size)
@@ -284,39 +257,32 @@ def resolve(config: dict[str, Any], world_size: int) -> tuple[dict[str, Any], Ba
     if "gradient_clipping" not in config:
         config["gradient_clipping"] = 1.0
         notes.append("gradient_clipping: 1.0 (DeepSpeed's default; not set in the JSON)")
-    config.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
-    _resolve_precision(config, notes)
-    _resolve_zero(config, notes)
-    _resolve_optimizer(config, notes)
-    if config.get("scheduler"):
-        notes.append(
-            f"learning rate: set by the JSON's scheduler {config['scheduler'].get('type')}, not by the recipe's schedule"
-        )
-    return config, sizes, notes
-
-
-def _resolve_precision(config: dict[str, Any], notes: list[str]) -> None:
+    config.setdefault("timers", {}).setdefault("throughput", {"enabled": False})  # it synchronizes twice per step
     for section, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
         if config.get(section, {}).get("enabled"):
             loss_scale = config[section] if section == "fp16" else {}  # cifar10/engine/loss_scale.py reads it
             config[section] = {**loss_scale, "enabled": False}
             config["torch_autocast"] = {"enabled": True, "dtype": dtype}
             notes.append(f"{section} -> torch_autocast {dtype}, which keeps fp32 weights and BatchNorm statistics")
+    _resolve_zero(config, notes)
+    _resolve_optimizer(config, notes)
+    if config.get("scheduler"):
+        kind = config["scheduler"].get("type")
+        notes.append(f"learning rate: set by the JSON's scheduler {kind}, not by the recipe's schedule")
+    return config, sizes, notes
 
 
 def _resolve_zero(config: dict[str, Any], notes: list[str]) -> None:
-    zero = config.get("zero_optimization", {})
+    zero, optimizer = config.get("zero_optimization", {}), config["optimizer"]["type"]
     if not zero.get("stage"):
         return
-    if config["optimizer"]["type"] in OUR_OPTIMIZERS:
-        raise UsageError(
-            f"{config['optimizer']['type']} needs whole matrices, which ZeRO partitions: set zero_optimization.stage to 0"
-        )
+    if optimizer in OUR_OPTIMIZERS:
+        raise UsageError(f"{optimizer} needs whole matrices, which ZeRO partitions: set zero_optimization.stage to 0")
     for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
-        zero.setdefault(bucket, 5_000_000)
+        zero.setdefault(bucket, 5_000_000)  # 20 MB instead of 2 GB
     if not config.get("zero_allow_untested_optimizer"):
         config["zero_allow_untested_optimizer"] = True
-        notes.append(f"zero_allow_untested_optimizer: true (ZeRO refuses {config['optimizer']['type']} without it)")
+        notes.append(f"zero_allow_untested_optimizer: true (ZeRO refuses {optimizer} without it)")
 
 
 def _resolve_optimizer(config: dict[str, Any], notes: list[str]) -> None:

@@ -1,7 +1,6 @@
-"""A recipe is a frozen description of one experiment: everything that changes its result, but for what DeepSpeed's JSON says.
+"""Recipes: the hyperparameters of an experiment. Every field is a flag, which overrides the recipe (see cli.py).
 
-The optimizer, its base learning rate, clipping, precision, ZeRO and the global batch belong to DeepSpeed's JSON. Every field of
-a recipe is a flag, and a flag wins over the recipe (see cli.py).
+The optimizer, its base learning rate, clipping, precision, ZeRO and the global batch size are in DeepSpeed's JSON.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import dataclasses
 import importlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import UnionType
@@ -21,7 +21,7 @@ from cifar10 import UsageError, nearest
 
 PROJECT = Path(__file__).resolve().parents[2]
 
-# Flags whose default the help text explains in words.
+# Shorter metavars in the help text.
 _Channels = Annotated[tuple[float, ...], tyro.conf.arg(metavar="X")]
 _Sizes = Annotated[tuple[int, ...], tyro.conf.arg(metavar="N")]
 Precisions = tuple[Literal["fp32", "bf16", "fp16"], ...]
@@ -29,77 +29,77 @@ Precisions = tuple[Literal["fp32", "bf16", "fp16"], ...]
 
 @dataclass(frozen=True)
 class Recipe:
-    """One experiment. Every field is a flag; its comment is that flag's help text."""
+    """One experiment's hyperparameters; a field's docstring is its flag's help text."""
 
     epochs: float
-    """Passes over the training split; fractions are allowed. Shortening a run shortens its schedule with it."""
+    """Passes over the training split; fractions are allowed. The learning rate schedule spans them."""
     warmup_epochs: float
-    """Epochs until the full learning rate; never more than a tenth of --epochs, so that a short run reaches it too."""
+    """Epochs of linear learning rate warmup; at most a tenth of --epochs."""
     val_images: int
-    """Training images held out for validation, stratified by class. 0 trains on all of them: the best model is then the
-    last one, and early stopping watches the training loss."""
+    """Training images held out for validation, stratified by class. With 0, all are trained on, the last model is the best,
+    and early stopping monitors the training loss."""
     lr_moves: Literal["per-step", "per-epoch"] = "per-step"
-    """Whether the learning rate moves at every step, or once an epoch as in the reference document."""
+    """Whether the learning rate changes at every step, or once per epoch as in the reference document."""
     lr_shape: Literal["cosine", "linear"] = "cosine"
-    """How the learning rate falls to zero after the warmup."""
+    """How the learning rate decays to zero after the warmup."""
     model: str = "bn_cnn"
     """Name of the network, one of cifar10/models."""
     weights: str = "none"
-    """Where training starts: none (the model's own random initialisation), imagenet (torchvision's weights for the model, which
-    are downloaded), or a file: a plain state dict, or a best_model or final file of an earlier run."""
+    """Initial weights: none (random), imagenet (torchvision's pretrained weights, downloaded), or a file: a plain state dict,
+    or a best_model or final file of an earlier run."""
     dataset: str = "cifar10"
-    """Name of the data set, one of those listed above."""
+    """Name of the data set, listed above."""
     mean: _Channels = (0.4914, 0.4822, 0.4465)
-    """Mean of each channel that normalisation subtracts, on the scale 0..1: three numbers, or one for grey images."""
+    """Mean of each channel for normalization, on the scale 0 to 1: three numbers, or one for gray images."""
     std: _Channels = (0.2023, 0.1994, 0.2010)
-    """Deviation of each channel that normalisation divides by. (The document's: the mean of per-image deviations.)"""
+    """Standard deviation of each channel for normalization. (The default, the document's, is the mean over images.)"""
     resize: int = 0
-    """Pixels a side to which images are resized, bilinearly; 0 leaves them as they are."""
+    """Side in pixels to which images are resized, bilinearly; 0 does not resize."""
     image_size: int = 0
-    """Pixels a side that the network sees: of a random crop in training, of the middle in evaluation; 0 is the whole image."""
+    """Side in pixels of the model's input: a random crop in training, the center crop in evaluation; 0 is the whole image."""
     first_sizes: _Sizes = ()
-    """Pixels a side that images are resized to at the start of training, one size after another; then they are whole."""
+    """Progressive resizing: sides in pixels of the images in the first epochs, one after another; full size after that."""
     first_epochs: _Sizes = ()
     """Epochs of each of --first-sizes."""
     augment: str = "RandomCrop(4) RandomHorizontalFlip"
-    """What changes training images at random, in order, named as in torchvision: RandomCrop(padding, constant|reflect) and
-    RandomHorizontalFlip or AlternatingFlip first, then Cutout(size), BrightnessContrast(most, most), ...; or none."""
+    """Augmentations in order, named as in torchvision: RandomCrop(padding, constant|reflect) and RandomHorizontalFlip or
+    AlternatingFlip first, then Cutout(size), BrightnessContrast(most, most), ...; or none."""
     label_smoothing: float = 0.0
-    """Share of each training target spread evenly over all classes."""
+    """Label smoothing of the cross-entropy loss: the share of each target spread evenly over all classes."""
     patience: int = 15
-    """Epochs without improvement of the watched loss before the run stops early; 0 never stops early."""
+    """Epochs without improvement of the monitored loss before early stopping; 0 disables it."""
     min_improvement: float = 1e-5
-    """How much lower the watched loss must be to count as an improvement."""
+    """How much lower the monitored loss must be to count as an improvement."""
     plateau_patience: int = 5
     """Epochs without improvement that count as a plateau, which is reported."""
     plateau_lr_factor: float = 1.0
-    """The learning rate is multiplied by this at each plateau; 1 leaves it alone."""
+    """Factor on the learning rate at each plateau; 1 changes nothing."""
     max_skipped_in_a_row: int = 25
-    """Steps in a row with a non-finite loss or gradient (each is skipped) that end the run."""
+    """The run fails after this many steps in a row with a non-finite loss or gradient; each is skipped."""
     sync_bn: bool = False
-    """BatchNorm over the images of all ranks, not of each rank alone; needs GPUs."""
+    """Synchronize BatchNorm statistics over all ranks; needs GPUs."""
     lr_reference_batch: int = 0
-    """The learning rate is multiplied by global batch / this (the linear scaling rule); 0 leaves it as the JSON has it."""
+    """Linear scaling rule: the learning rate is multiplied by the global batch size / this; 0 does not scale it."""
     seed: int = 0
-    """Seeds the initial weights, the order of the images and their augmentation."""
+    """Seed of the initial weights, the order of the images and their augmentation."""
     tta: Literal["none", "mirror", "mirror+translate"] = "none"
-    """Test-time augmentation: the final test is done once more with the mean of the outputs for several views of an image."""
+    """Test-time augmentation: the final test is repeated with the outputs averaged over several views of each image."""
     tta_below: float = 1.0
-    """Only images whose most probable class has a probability below this get more views."""
+    """Test-time augmentation only for images whose most probable class has a probability below this."""
     split_seed: int = 0
-    """Seeds the choice of validation images, apart from --seed so that seeds can be compared on one split."""
+    """Seed of the validation split, separate from --seed so that seeds can be compared on one split."""
 
     @property
     def is_augmented(self) -> bool:
-        """Whether training sees other images than evaluation does."""
+        """Whether training images differ from those of evaluation."""
         return self.augment != "none" or bool(self.first_sizes)
 
     def network_size(self, size: int) -> int:
-        """Pixels a side that the network sees of the data set's images of `size`."""
+        """Side in pixels of the model's input, for images of `size`."""
         return self.image_size or self.resize or size
 
     def lr_scale(self, global_images: int) -> float:
-        """What the linear scaling rule multiplies the learning rate by."""
+        """The linear scaling rule's factor on the learning rate."""
         return global_images / self.lr_reference_batch if self.lr_reference_batch else 1.0
 
 
@@ -108,65 +108,56 @@ RECIPE_DEFAULTS = {f.name: f.default for f in fields(Recipe) if f.default is not
 
 @dataclass(frozen=True)
 class Experiment:
-    """What one file in recipes/ defines: a recipe, the DeepSpeed config that goes with it (a dict, or the path of a JSON file),
-    and the precisions it prefers, best first; without any, the precision is the config's."""
+    """One file in recipes/: a recipe, its DeepSpeed config (a dict or a JSON file), and its preferred precisions in order."""
 
     recipe: Recipe
     deepspeed: dict[str, Any] | Path
     precision: Precisions = ()
 
 
-def check_value(settings: Any, name: str, ok: bool, wanted: str) -> None:
-    if not ok:
-        flag = "--" + name.replace("_", "-")
-        example = f"for example {flag} {_example(settings, name)}"
-        raise UsageError(f"invalid value for {flag}: {getattr(settings, name)}, expected {wanted}, {example}")
+_EXAMPLES: dict[str, object] = {"epochs": 50, "mean": "0.4914 0.4822 0.4465", "std": "0.2023 0.1994 0.201", "lr": 0.1}
+_EXAMPLES |= {"global_batch_size": 128, "val_images": 5000, "first_sizes": "24 28", "first_epochs": "3 3"}
 
 
-_EXAMPLES: dict[str, object] = {
-    "epochs": 50,
-    "mean": "0.4914 0.4822 0.4465",
-    "std": "0.2023 0.1994 0.201",
-    "lr": 0.1,
-    "global_batch_size": 128,
-    "val_images": 5000,
-    "first_sizes": "24 28",
-    "first_epochs": "3 3",
-}
+def invalid(flag: str, value: object, expected: str, example: object) -> UsageError:
+    example = example if str(example).startswith("--") else f"{flag} {example}"
+    return UsageError(f"invalid value for {flag}: {value}, expected {expected}, for example {example}")
 
 
-def _example(settings: Any, name: str) -> object:
-    default = {f.name: f.default for f in fields(settings)}[name]
-    return _EXAMPLES.get(name, 1 if default in (None, dataclasses.MISSING) else default)
+def check_values(settings: Any, *checks: tuple[str, Callable[[Any], bool], str]) -> None:
+    """Raise UsageError for the first invalid setting. A check is names, a predicate, and what is expected; None is valid."""
+    for names, is_valid, expected in checks:
+        for name in names.split():
+            value, default = getattr(settings, name), getattr(type(settings), name, None)
+            if value is not None and not is_valid(value):
+                example = _EXAMPLES.get(name, 1 if default is None else default)
+                raise invalid("--" + name.replace("_", "-"), value, expected, example)
+
+
+def is_positive(value: float) -> bool:
+    return 0 < value < math.inf  # false for nan
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Refuse values that cannot be meant. Raises UsageError, which says what to type."""
-    positive = "a number above 0"
-    check_value(recipe, "epochs", 0 < recipe.epochs <= 1e6, f"{positive}, and at most a million")
-    for name in ("min_improvement", "plateau_lr_factor"):
-        value = getattr(recipe, name)
-        check_value(recipe, name, math.isfinite(value) and value > 0, positive)
-    for name in ("resize", "image_size"):
-        check_value(recipe, name, 0 <= getattr(recipe, name) <= 1024, "a whole number of pixels from 0 to 1024")
-    for name in ("patience", "val_images", "lr_reference_batch", "seed", "split_seed"):
-        check_value(recipe, name, 0 <= getattr(recipe, name) < 2**31, "a whole number from 0 up")
-    check_value(recipe, "tta_below", 0 < recipe.tta_below <= 1, "a probability above 0")
-    sizes, epochs = recipe.first_sizes, recipe.first_epochs
-    check_value(recipe, "first_sizes", all(8 <= size <= 1024 for size in sizes), "pixels a side from 8 up")
-    fits = len(epochs) == len(sizes) and all(count >= 1 for count in epochs)
-    check_value(recipe, "first_epochs", fits, f"{len(sizes)} whole numbers from 1 up, one for each of --first-sizes")
-    if recipe.lr_shape == "linear" and recipe.lr_moves == "per-epoch":
-        raise UsageError("--lr-shape linear moves at every step; type --lr-moves per-step, or --lr-shape cosine")
-    for name in ("plateau_patience", "max_skipped_in_a_row"):
-        check_value(recipe, name, getattr(recipe, name) >= 1, "a whole number from 1 up")
-    check_value(
-        recipe, "warmup_epochs", math.isfinite(recipe.warmup_epochs) and recipe.warmup_epochs >= 0, "a number from 0 up"
+    """Validate ranges. Raises UsageError, which names the flag and an example."""
+    sizes = len(recipe.first_sizes)
+    check_values(
+        recipe,
+        ("epochs", lambda n: 0 < n <= 1e6, "a number above 0, and at most a million"),
+        ("min_improvement plateau_lr_factor", is_positive, "a number above 0"),
+        ("resize image_size", lambda n: 0 <= n <= 1024, "an integer from 0 to 1024"),
+        ("patience val_images lr_reference_batch seed split_seed", lambda n: 0 <= n < 2**31, "an integer >= 0, below 2**31"),
+        ("plateau_patience max_skipped_in_a_row", lambda n: n >= 1, "an integer >= 1"),
+        ("tta_below", lambda p: 0 < p <= 1, "a probability above 0"),
+        ("first_sizes", lambda ns: all(8 <= n <= 1024 for n in ns), "integers from 8 to 1024"),
+        ("first_epochs", lambda ns: len(ns) == sizes and all(n >= 1 for n in ns), f"{sizes} integers >= 1, as --first-sizes"),
+        ("warmup_epochs", lambda n: 0 <= n < math.inf, "a number >= 0"),
+        ("label_smoothing", lambda n: 0 <= n < 1, "a number from 0 to below 1"),
+        ("mean", lambda ns: len(ns) in (1, 3) and all(map(math.isfinite, ns)), "3 finite numbers, or 1 for gray images"),
+        ("std", lambda ns: len(ns) in (1, 3) and all(map(is_positive, ns)), "3 numbers above 0, or 1 for gray images"),
     )
-    check_value(recipe, "label_smoothing", 0 <= recipe.label_smoothing < 1, "a share from 0 to below 1")
-    finite, above_0 = all(map(math.isfinite, recipe.mean)), all(math.isfinite(s) and s > 0 for s in recipe.std)
-    check_value(recipe, "mean", finite and len(recipe.mean) in (1, 3), "3 finite numbers, or 1 for grey images")
-    check_value(recipe, "std", above_0 and len(recipe.std) in (1, 3), "3 numbers above 0, or 1 for grey images")
+    if recipe.lr_shape == "linear" and recipe.lr_moves == "per-epoch":
+        raise UsageError("--lr-shape linear is not supported with --lr-moves per-epoch; use --lr-moves per-step")
 
 
 def recipe_names() -> list[str]:
@@ -175,10 +166,7 @@ def recipe_names() -> list[str]:
 
 
 def load(name: str) -> Experiment:
-    """The experiment called `name`, or written in the file `name` (a recipe.json; code is never loaded from a path).
-
-    Raises UsageError for an unknown name and for a file that is not a recipe.
-    """
+    """Load the recipe called `name`, or the recipe.json at that path; code is never loaded from a path. Raises UsageError."""
     if name.endswith(".json"):
         return _load_json(Path(name))
     if name not in recipe_names():
@@ -187,7 +175,7 @@ def load(name: str) -> Experiment:
 
 
 def is_a(value: Any, kind: Any) -> bool:
-    """Whether a value read from JSON fits a field of this type."""
+    """Whether a value has this type; an int is a float too, and a bool is neither."""
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return any(is_a(value, one) for one in args)
@@ -201,10 +189,9 @@ def is_a(value: Any, kind: Any) -> bool:
 
 
 def from_settings(values: dict[str, Any]) -> Recipe:
-    """The recipe with these fields, as they come back from JSON; a field that is not named has its default.
+    """A recipe from JSON values; missing fields get their defaults.
 
-    Raises UsageError for values that cannot be meant, and ValueError, TypeError, AttributeError or OverflowError for what is
-    no recipe.
+    Raises UsageError for invalid values, and ValueError, TypeError, AttributeError or OverflowError for anything else.
     """
     recipe = Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     for name, kind in get_type_hints(Recipe).items():
@@ -218,7 +205,7 @@ FORMAT = "cifar10-deepspeed/2"  # of recipe.json, checkpoints and files of weigh
 
 
 def refuse_other_format(content: dict[str, Any], file: Path) -> None:
-    """Raise UsageError unless a file's content says that it has this program's format."""
+    """Raise UsageError unless a file's content has this program's format."""
     if content.get("format") != FORMAT:
         found = f"format {str(content['format'])[:60]!r}" if "format" in content else "no format"
         raise UsageError(f"{file} has {found}, expected {FORMAT!r}; use the version of the program that wrote it")
@@ -238,6 +225,6 @@ def _load_json(path: Path) -> Experiment:
 
 
 def as_json(recipe: Recipe, name: str, dataset: dict[str, Any]) -> str:
-    """The text of recipe.json, which `--recipe` reads again; `dataset` is the data set's description, for reports."""
+    """The text of recipe.json, for --recipe; `dataset` is the data set's description, for reports."""
     content = {"format": FORMAT, "recipe": name, "settings": dataclasses.asdict(recipe), "dataset": dataset}
     return json.dumps(content, indent=2) + "\n"

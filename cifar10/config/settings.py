@@ -6,7 +6,6 @@ from typing import Any
 
 # These may change when a run resumes: micro-batches follow from the number of ranks, and ZeRO does not change the result.
 FREE = ("deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps", "deepspeed.zero_")
-LONGEST_VALUE = 60  # characters
 
 
 def is_deep(value: Any, levels: int = 20) -> bool:
@@ -25,13 +24,13 @@ def flattened(values: dict[str, Any], above: str = "") -> dict[str, Any]:
 
 def differences(saved: dict[str, Any], ours: dict[str, Any]) -> str:
     """Up to four differences, `epochs 5 there, 6 here; ...`, of two {"recipe": ..., "deepspeed": ...}; empty if none."""
-    flat_saved, flat_ours = flattened(saved), flattened(ours)
-    keys = (key for key in flat_saved.keys() | flat_ours.keys() if not key.startswith(FREE))
-    differing = sorted(key for key in keys if flat_saved.get(key) != flat_ours.get(key))
-    shown = ((key.partition(".")[2] or key, _short(flat_saved.get(key)), _short(flat_ours.get(key))) for key in differing[:4])
-    return "; ".join(f"{_short(key)} {there} there, {here} here" for key, there, here in shown)
+    there, here = flattened(saved), flattened(ours)
+    keys = sorted(key for key in there.keys() | here.keys() if not key.startswith(FREE) and there.get(key) != here.get(key))
+    names = (key.partition(".")[2] or key for key in keys[:4])
+    shown = ((_short(name), _short(there.get(key)), _short(here.get(key))) for name, key in zip(names, keys, strict=False))
+    return "; ".join("{} {} there, {} here".format(*words) for words in shown)
 
 
 def _short(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
+    return text if len(text) <= 60 else f"{text[:60]}..."

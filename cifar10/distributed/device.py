@@ -1,7 +1,4 @@
-"""The compute device: GPU count, native precisions, memory allocator, compiler.
-
-torch is imported only where there is a GPU driver.
-"""
+"""The compute device: GPU count, native precisions, memory allocator, compiler. Imports torch only if there is a GPU driver."""
 
 from __future__ import annotations
 
@@ -20,9 +17,8 @@ BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # in /proc/cpuinfo: bf16 matri
 @cache
 def count_gpus() -> int:
     """GPUs that torch can use; 0 where DS_ACCELERATOR=cpu hides them."""
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
-        return 0
-    if not (shutil.which("nvidia-smi") or Path("/proc/driver/nvidia").exists() or Path("/dev/kfd").exists()):
+    driver = shutil.which("nvidia-smi") or Path("/proc/driver/nvidia").exists() or Path("/dev/kfd").exists()
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not driver:
         return 0
     import torch  # takes seconds to import
 
@@ -30,12 +26,10 @@ def count_gpus() -> int:
 
 
 def _cpu_flags() -> set[str]:
-    try:
+    with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return set()
-    found = (line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features")))
-    return set(next(found, []))
+        return set(next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), ()))
+    return set()
 
 
 @cache
@@ -58,10 +52,9 @@ def name() -> str:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc's malloc to reuse freed memory instead of returning it to the kernel, for the rest of this process.
+    """Tell glibc's malloc to reuse freed memory instead of returning it to the kernel; does nothing with other C libraries.
 
-    glibc unmaps large blocks, and the kernel zeroes their pages again at the next allocation: up to a quarter of a step of
-    `speednet` in bf16 (records/LOG.md). Does nothing with other C libraries.
+    The kernel would zero the pages again at the next allocation: up to a quarter of a step of `speednet` in bf16.
     """
     trim_threshold, top_pad, most_mapped = -1, -2, -4  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX in malloc.h
     with suppress(AttributeError, OSError, TypeError):  # no mallopt
@@ -76,9 +69,8 @@ def missing_for_compiling() -> str | None:
     gpu = count_gpus() > 0
     variable, usual = ("CC", ("gcc", "clang")) if gpu else ("CXX", ("clang++",) if sys.platform == "darwin" else ("g++",))
     compilers = (os.environ[variable],) if os.environ.get(variable) else usual
-    if not any(shutil.which(word) for word in (compiler.split()[0] for compiler in compilers)):
-        kind = "C" if gpu else "C++"
-        return f"a {kind} compiler ({compilers[0]} was not found): install one, or set {variable}"
+    if not any(shutil.which(compiler.split()[0]) for compiler in compilers):
+        return f"a {'C' if gpu else 'C++'} compiler ({compilers[0]} was not found): install one, or set {variable}"
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         return "Python.h: install Python's headers (python3-dev), or a Python that has them (uv python install)"
     return None

@@ -1,7 +1,7 @@
 """Launchers, detected from the environment variables they set: torchrun, deepspeed, srun, mpirun, or none.
 
-torch and DeepSpeed read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. torchrun and deepspeed set them; for srun
-and mpirun they are derived here from SLURM's and Open MPI's variables. Every rank derives the same address and port.
+torch and DeepSpeed read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which torchrun and deepspeed set. For srun
+and mpirun they are derived from SLURM's and Open MPI's variables; every rank derives the same address and port.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import subprocess
+from contextlib import suppress
 
 from cifar10 import UsageError
 
@@ -24,14 +25,6 @@ def name(environment: dict[str, str]) -> str:
     return "deepspeed" if "CROSS_SIZE" in environment else environment.get(DERIVED, "python")
 
 
-def _resolves(host: str) -> bool:
-    try:
-        socket.getaddrinfo(host, None)
-    except OSError:
-        return False
-    return True
-
-
 def _slurm(*question: str) -> str:
     """The output of SLURM's scontrol; empty if it fails or is not installed."""
     try:
@@ -44,11 +37,10 @@ def _first_slurm_host(nodes: str) -> str:
     """The address of the first node in SLURM's compressed list, such as `gpu[03-05,09]`."""
     listed = _slurm("show", "hostnames", nodes).split()
     host = listed[0] if listed else "".join(re.match(r"([^,[]*)\[?(\d*)", nodes).groups())
-    if _resolves(host):
-        return host
-    known = re.search(r"NodeAddr=(\S+)", _slurm("show", "node", host))
-    if known and _resolves(known[1]):
-        return known[1]
+    for address in (host, *re.findall(r"NodeAddr=(\S+)", _slurm("show", "node", host))):
+        with suppress(OSError):  # it does not resolve
+            socket.getaddrinfo(address, None)
+            return address
     raise UsageError(f"cannot resolve the first node, {host}; set MASTER_ADDR to an address that every node can reach")
 
 
@@ -64,8 +56,7 @@ def _from_slurm(environment: dict[str, str]) -> dict[str, str]:
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks == "1" or "SLURM_PROCID" not in environment:  # a batch script has SLURM_PROCID too, but no step
         return {}
-    node = int(environment.get("SLURM_NODEID", "0"))
-    job, step = int(environment.get("SLURM_JOB_ID", "0")), int(environment.get("SLURM_STEP_ID", "0"))
+    node, job, step = (int(environment.get(f"SLURM_{word}", "0")) for word in ("NODEID", "JOB_ID", "STEP_ID"))
     nodes = environment.get("SLURM_STEP_NODELIST", "")
     alone = environment.get("SLURM_STEP_NUM_NODES", "1") == "1"
     return {
@@ -101,12 +92,8 @@ def _from_mpi(environment: dict[str, str]) -> dict[str, str]:
 
 
 def world_size() -> int:
-    """The number of ranks that the launcher started; 1 without a launcher.
-
-    Under srun and mpirun this sets RANK, WORLD_SIZE and the other variables that torch and DeepSpeed read.
-    """
-    environment = dict(os.environ)
-    if "RANK" not in environment:
+    """The number of ranks that the launcher started, or 1; under srun and mpirun this sets RANK, WORLD_SIZE and the others."""
+    if "RANK" not in os.environ:
         # Open MPI first: in a multi-node job mpirun starts its daemons with srun, and ranks inherit SLURM's variables
-        os.environ.update(_from_mpi(environment) or _from_slurm(environment))
+        os.environ.update(_from_mpi(dict(os.environ)) or _from_slurm(dict(os.environ)))
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -53,8 +53,8 @@ class World:
     @property
     def facts(self) -> dict[str, Any]:
         """The entries for environment.json."""
-        place = {"launcher": self.launcher, "world_size": self.size, "device": self.device_name}
-        return {**place, "threads": torch.get_num_threads(), "cores": cores()}
+        compute = {"device": self.device_name, "threads": torch.get_num_threads(), "cores": cores()}
+        return {"launcher": self.launcher, "world_size": self.size, **compute}
 
     @property
     def start_command(self) -> str:
@@ -113,10 +113,9 @@ class World:
         if self.is_main:
             try:
                 outcome = [produce()]
-            except UsageError as error:
-                outcome = [error]
             except Exception as error:  # or the other ranks would wait until the timeout
-                outcome = [RuntimeError(f"on rank 0: {type(error).__name__}: {error}")]
+                known = isinstance(error, UsageError)
+                outcome = [error if known else RuntimeError(f"on rank 0: {type(error).__name__}: {error}")]
         dist.broadcast_object_list(outcome, src=0, group=self.control)
         if isinstance(outcome[0], Exception):
             raise outcome[0]
@@ -156,11 +155,9 @@ def _device(local_rank: int, local_size: int, launcher: str) -> torch.device:
 
 
 def join(threads: int | None = None, timeout_minutes: float = 10.0, *, deterministic: bool = False) -> World:
-    """Initialize threads, device and process groups, the same under every launcher.
+    """Initialize threads, device and process groups from RANK, WORLD_SIZE and so on (see launchers.py).
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT (see launchers.py); without RANK the world size is 1.
-    `threads` per rank defaults to the machine's cores divided by its ranks. `deterministic` selects PyTorch's deterministic
-    algorithms on a GPU. Collectives fail after `timeout_minutes`. On a CPU, freed memory stays with the process.
+    `threads` per rank defaults to the machine's cores divided by its ranks. `deterministic` is about GPUs.
     """
     alone = "RANK" not in os.environ
     rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -178,11 +175,10 @@ def join(threads: int | None = None, timeout_minutes: float = 10.0, *, determini
         torch.backends.cudnn.allow_tf32 = False  # torch's default rounds fp32 convolutions to 10 bits of mantissa
     os.environ["LOCAL_RANK"] = str(device.index or 0 if device.type == "cuda" else local_rank)  # DeepSpeed's device index
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if alone:  # a single process needs no port
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    else:
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
-    control = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes)) if size > 1 else None
+    timeout = timedelta(minutes=timeout_minutes)
+    single = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}  # a single process needs no port
+    dist.init_process_group(backend, timeout=timeout, **single)
+    control = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
     return World(rank, local_rank, size, local_size, device, launcher, control)
 
 

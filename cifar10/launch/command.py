@@ -6,7 +6,7 @@ import os
 import shlex
 import socket
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -14,8 +14,7 @@ import tyro
 
 from cifar10 import UsageError
 from cifar10.config.cli import split_options
-from cifar10.config.recipe import PROJECT, check_value
-from cifar10.plan import invalid
+from cifar10.config.recipe import PROJECT, check_values, invalid
 
 SCRIPT = PROJECT / "cifar10_deepspeed.py"
 
@@ -32,7 +31,7 @@ class LaunchOptions:
     num_nodes: int = 1
     """Machines. Run the same command on each, with its own --node-rank, and with an --output-dir that all of them share."""
     node_rank: int = 0
-    """This machine's number, from 0."""
+    """This machine's rank among the machines, from 0."""
     master_addr: _Address = ""
     """With several machines, the address of the first."""
     master_port: int = 29_500
@@ -46,10 +45,12 @@ class LaunchOptions:
 def split_launch_options(argv: list[str]) -> tuple[LaunchOptions, list[str]]:
     """The checked launch options of a command line, and the script's flags. Raises UsageError."""
     options, flags = split_options(argv, LaunchOptions)
-    for name, least in {"num_gpus": 1, "num_nodes": 1, "master_port": 1, "seeds": 1, "max_restarts": 0}.items():
-        value = getattr(options, name)
-        check_value(options, name, value is None or value >= least, f"a whole number from {least} up")
-    check_value(options, "node_rank", 0 <= options.node_rank < options.num_nodes, f"0 to {options.num_nodes - 1}")
+    check_values(
+        options,
+        ("num_gpus num_nodes master_port seeds", lambda n: n >= 1, "an integer >= 1"),
+        ("max_restarts", lambda n: n >= 0, "an integer >= 0"),
+        ("node_rank", lambda n: 0 <= n < options.num_nodes, f"0 to {options.num_nodes - 1}"),
+    )
     if options.num_nodes > 1 and not options.master_addr:
         raise UsageError("--num-nodes needs --master-addr, the first machine's address, for example --master-addr 10.0.0.1")
     if options.num_nodes > 1 and options.seeds:
@@ -60,45 +61,43 @@ def split_launch_options(argv: list[str]) -> tuple[LaunchOptions, list[str]]:
 
 
 def count_ranks(asked: int | None, gpus: int) -> int:
-    """The number of ranks on this machine, or UsageError if that is more than its GPUs."""
+    """The number of ranks on this machine. Raises UsageError if that is more than its GPUs."""
     if asked and gpus and asked > gpus:
         raise invalid("--num-gpus", asked, f"1 to {gpus}, the GPUs of this machine", gpus)
     return asked or gpus or 1
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def deepspeed_command(
     options: LaunchOptions, ranks: int, gpus: int, flags: list[str], hostfile: Path
 ) -> tuple[list[str], dict[str, str]]:
     """The deepspeed command line for `ranks` ranks on this machine, and its environment; writes `hostfile` if needed."""
-    environment = dict(os.environ)
+    environment, words = dict(os.environ), []
     if not gpus:
         environment.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed's detection prints a warning in every process
     if options.num_nodes > 1:
-        hosts = [f"node{number}" for number in range(options.num_nodes)]
+        hosts, address, port = [f"node{n}" for n in range(options.num_nodes)], options.master_addr, options.master_port
         hostfile.write_text("".join(f"{host} slots={ranks}\n" for host in hosts))
-        master = [f"--master_addr={options.master_addr}", f"--master_port={options.master_port}"]
-        where = [f"--hostfile={hostfile}", "--no_ssh", f"--node_rank={options.node_rank}", *master]
+        words = [f"--hostfile={hostfile}", "--no_ssh", f"--node_rank={options.node_rank}", f"--master_addr={address}"]
     else:
-        hosts, where = ["localhost"], [f"--num_gpus={ranks}", f"--master_port={free_port()}"]
+        hosts = ["localhost"]
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
     visible = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
     if gpus and visible:  # DeepSpeed ignores the variable if --num_gpus is given
-        devices = ",".join(visible[:ranks])
-        where = [word for word in where if not word.startswith("--num_gpus")]
-        where.append("--include=" + "@".join(f"{host}:{devices}" for host in hosts))
+        words.append("--include=" + "@".join(f"{host}:{','.join(visible[:ranks])}" for host in hosts))
         del environment["CUDA_VISIBLE_DEVICES"]
+    elif options.num_nodes == 1:
+        words.append(f"--num_gpus={ranks}")
     beside_python = Path(sys.executable).with_name("deepspeed")
     deepspeed = [str(beside_python)] if beside_python.exists() else [sys.executable, "-m", "deepspeed.launcher.runner"]
-    return [*deepspeed, "-q", *where, str(SCRIPT), *flags], environment
+    return [*deepspeed, "-q", *words, f"--master_port={port}", str(SCRIPT), *flags], environment
 
 
 def start_command(options: LaunchOptions) -> str:
     """The command that started main.py, without the script's flags."""
-    given = [(f.name, getattr(options, f.name)) for f in fields(options) if getattr(options, f.name) != f.default]
-    own = [word for name, value in given for word in ("--" + name.replace("_", "-"), str(value))]
-    return shlex.join(["python", sys.argv[0], *own])
+    words = ["python", sys.argv[0]]
+    for name, value in vars(options).items():
+        if value != getattr(LaunchOptions, name):
+            words += ["--" + name.replace("_", "-"), str(value)]
+    return shlex.join(words)

@@ -23,41 +23,37 @@ from cifar10.run.record import Record, open_record
 
 
 def train_seeds(options: LaunchOptions, ranks: int, flags: list[str], plan: Plan, output: Path) -> int:
-    """Train all seeds and summarize them; returns 0, or the exit code of the first that failed or stopped.
-
-    Raises UsageError, before any run starts, if one of them is refused.
-    """
-    seeds = range(plan.recipe.seed, plan.recipe.seed + (options.seeds or 1))
-    folders = {seed: output / f"seed_{seed}" for seed in seeds}
+    """Train all seeds and summarize them; returns 0, or the exit code of the first that failed or stopped."""
+    first, number_of_seeds = plan.recipe.seed, options.seeds or 1
+    folders = {seed: output / f"seed_{seed}" for seed in range(first, first + number_of_seeds)}
     flags_of = {seed: [*flags, f"--seed={seed}", f"--output-dir={folder}"] for seed, folder in folders.items()}
-    for seed in seeds:
-        make_plan(flags_of[seed], ranks, "main.py")
-    if len(seeds) > 1:  # each is a W&B run of its own, but a W&B sweep's agent sets a single id
+    for words in flags_of.values():  # raises UsageError before any run starts
+        make_plan(words, ranks, "main.py")
+    if number_of_seeds > 1:  # each is a W&B run of its own, but a W&B sweep's agent sets a single id
         os.environ.pop("WANDB_RUN_ID", None)
     for number in SIGNALS:  # between runs; a Launch has its own handlers
         signal.signal(number, lambda *_: sys.exit(RESUMABLE))
     code = FINISHED
-    for seed in seeds:
-        of_seed = train(replace(options, seeds=None), ranks, flags_of[seed], plan.options.max_steps, folders[seed])
+    for seed, folder in folders.items():
+        of_seed = train(replace(options, seeds=None), ranks, flags_of[seed], plan.options.max_steps, folder)
         if of_seed == RESUMABLE:
             code = of_seed
             break
         code = code or of_seed
     print_summary(output, list(folders.values()), with_page=plan.options.report)
     if code != FINISHED:
-        command = run_folder.command_to_continue(start_command(options), flags, output)
-        print(f"to continue all seeds: {command}", flush=True)
+        print("to continue all seeds:", run_folder.command_to_continue(start_command(options), flags, output), flush=True)
     return code
 
 
 def summary_lines(records: Sequence[Record]) -> list[str]:
     """A line per seed, and one per accuracy over the finished seeds: mean, sample standard deviation, interval, n."""
-    done, splits = [record for record in records if record.is_finished], ("train", "val", "test")
+    done = [record for record in records if record.is_finished]
     lines = [f"{len(done)} of {len(records)} seeds finished:"]
+    measured = {f"{split} accuracy": f"{split}_accuracy" for split in ("train", "val", "test")}
     for record in records:
-        accuracies = (f"{split} accuracy {percent(record.number(f'{split}_accuracy'))}" for split in splits)
+        accuracies = (f"{name} {percent(record.number(key))}" for name, key in measured.items())
         lines.append(f"{record.folder.name}: {record.status}; {', '.join(accuracies)}")
-    measured = {f"{split} accuracy": f"{split}_accuracy" for split in splits}
     for name, key in {**measured, "test accuracy with test-time augmentation": "test_accuracy_tta"}.items():
         values = [value for record in done if (value := record.number(key)) is not None]
         if values:
@@ -67,7 +63,7 @@ def summary_lines(records: Sequence[Record]) -> list[str]:
 
 
 def print_summary(output: Path, folders: Sequence[Path], with_page: bool) -> None:
-    """Print the seeds' results and render compare.html. A corrupt run is reported and is no failure."""
+    """Print the seeds' results and render compare.html. A corrupt run is reported, and is no failure."""
     folders = [folder for folder in folders if (folder / "recipe.json").exists()]
     try:
         for line in summary_lines([open_record(folder) for folder in folders]):

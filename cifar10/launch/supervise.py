@@ -35,10 +35,7 @@ def live_processes(group: int) -> list[psutil.Process]:
 
 
 class Launch:
-    """A launcher in a process group of its own, to which our signals are forwarded.
-
-    The launcher dies of a signal before its ranks do, so the run has ended only when the whole group has.
-    """
+    """A launcher in a process group of its own, to which signals are forwarded; it may exit before its ranks do."""
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         self.signalled = False
@@ -84,8 +81,7 @@ def exit_code(launcher_code: int, signalled: bool, before: Summary | None, after
 
 def describe(code: int) -> str:
     """How a run ended; DeepSpeed's launcher exits with 256 minus the number of the signal that killed a rank."""
-    killed = ": a rank was killed by SIGKILL, as the system does when memory runs out"
-    return killed if code in (247, 137, -9) else f" with code {code}"
+    return ": a rank was killed by SIGKILL; out of memory?" if code in (247, 137, -9) else f" with code {code}"
 
 
 def train_once(options: LaunchOptions, ranks: int, flags: list[str], folder: Path) -> int:
@@ -93,8 +89,7 @@ def train_once(options: LaunchOptions, ranks: int, flags: list[str], folder: Pat
     before = read_summary(folder)
     with tempfile.TemporaryDirectory() as scratch:
         command, environment = deepspeed_command(options, ranks, device.count_gpus(), flags, Path(scratch) / "hostfile")
-        environment.setdefault("CIFAR10_STARTED_BY", start_command(options))
-        launch = Launch(command, environment)
+        launch = Launch(command, {"CIFAR10_STARTED_BY": start_command(options), **environment})
         code = launch.wait()
     after = read_summary(folder)
     crashed = after and after != before and after.status == "running" and not launch.signalled
