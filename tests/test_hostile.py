@@ -532,7 +532,7 @@ def test_an_address_that_answers_with_junk(program: Program, batches: dict[str, 
     (tmp_path / "junk").write_bytes(answer)
     flags = ["--data-dir", "data", "--output-dir", "run"]
     where = {"CIFAR10_URL": (tmp_path / "junk").as_uri()}
-    made_here = ("data", ".cifar10.lock")
-    line = refusal(program, tmp_path, *flags, but=made_here, environment=where, cifar10=known(batches, b"no archive"))
+    written = ("data", ".cifar10.lock")
+    line = refusal(program, tmp_path, *flags, but=written, environment=where, cifar10=known(batches, b"no archive"))
     assert "cannot be fetched" in line
     assert [path.name for path in (tmp_path / "data").iterdir()] == [".cifar10.lock"]

@@ -82,7 +82,7 @@ def test_what_launchers_add_is_passed_over(added):
 def test_the_data_folder_comes_from_the_environment_unless_a_flag_names_it(monkeypatch):
     monkeypatch.setenv("CIFAR10_DIR", "/elsewhere")
     assert parse([])[1].data_dir == Path("/elsewhere")
-    assert parse(["--data-dir", "here"])[1].data_dir == Path("here")
+    assert parse(["--data-dir", "mine"])[1].data_dir == Path("mine")
 
 
 def test_an_empty_cifar10_dir_is_none(monkeypatch):

@@ -409,7 +409,7 @@ def test_an_archive_with_a_wrong_member_is_refused(tiny, server, tmp_path, monke
 
 
 def test_fresh_download(tiny, server, tmp_path, capfd):
-    data_dir = tmp_path / "made" / "here"
+    data_dir = tmp_path / "made" / "new"
     ensure(data_dir, need_test=True)
     tiny.assert_whole(data_dir)
     assert (data_dir / CIFAR10.archive).read_bytes() == tiny.archive

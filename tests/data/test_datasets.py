@@ -72,11 +72,7 @@ def test_generated_images_have_the_sizes_and_shapes_that_are_stated(name, split,
 
 @pytest.mark.parametrize(
     ("generate", "digest"),
-    [
-        (synthetic.synthetic, "824cbf15d87e"),
-        (synthetic.synthetic_grey, "fef122470a38"),
-        (synthetic.noise, "c55902a46f2a"),
-    ],
+    [(synthetic.synthetic, "824cbf15d87e"), (synthetic.synthetic_grey, "fef122470a38"), (synthetic.noise, "c55902a46f2a")],
 )
 def test_a_generated_image_is_a_function_of_seed_split_and_index_on_every_platform(generate, digest):
     """The digests are fixed: otherwise results of two machines could not be compared."""

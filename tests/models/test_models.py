@@ -73,7 +73,7 @@ class DocumentsNet(nn.Module):
         return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))
 
 
-def test_lenet_is_the_documents_network_in_pytorchs_own_initialisation():
+def test_lenet_is_the_documents_network_with_pytorchs_initialization():
     ours = build_model("lenet", 5, 10)
     torch.manual_seed(5)
     documents = DocumentsNet()
