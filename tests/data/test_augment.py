@@ -62,14 +62,6 @@ def test_every_cell_equals_torchvision_bit_for_bit(images: Tensor) -> None:
         assert torch.equal(ours, theirs)
 
 
-def test_images_as_they_are_equal_torchvision(images: Tensor) -> None:
-    for padding in (0, 4):
-        pixels = pixels_.center(pixels_.pack(images, padding), torch.tensor([3, 0, 1, 2, 0]))
-        ours = pixels_.Normalize(MEAN, STD, CPU)(pixels)
-        as_they_are = [tv.to_tensor(image.numpy()) for image in images[[3, 0, 1, 2, 0]]]
-        assert torch.equal(ours, torch.stack([tv.normalize(image, MEAN, STD) for image in as_they_are]))
-
-
 @pytest.mark.parametrize(
     ("resize", "image_size", "padding", "flip", "kinds"),
     [(0, 0, 4, FLIP, 162), (0, 0, 4, "", 81), (0, 0, 0, FLIP, 2), (0, 30, 1, "", 25), (10, 8, 0, FLIP, 18)],

@@ -59,13 +59,6 @@ def test_the_quantiles_are_those_of_the_tables():
         assert stats.t_95(df) == pytest.approx(value, abs=5e-5)
 
 
-def test_mean_sd_and_interval_of_three_seeds():
-    found = stats.spread([0.8191, 0.8239, 0.8260])
-    assert (found.n, found.mean) == (3, pytest.approx(0.8230))
-    assert found.sd == pytest.approx(0.0035369, abs=1e-6)
-    assert found.half_width == pytest.approx(4.30265 * 0.0035369 / 3**0.5, abs=1e-6)
-
-
 def test_one_run_has_no_interval_and_none_has_nothing():
     assert stats.spread([0.5]) == stats.Spread(1, 0.5, None, None)
     assert stats.spread([]) is None
