@@ -131,7 +131,6 @@ def test_a_normalization_for_other_channels_is_refused_with_what_to_use():
         ("--test-images 2001", "expected 0 to 2000"),
         ("--global-batch-size 9001 --val-images 1000", "larger than the 9000 training images"),
         ("--image-size 29", "for example --image-size 28"),
-        ("--resize 24 --image-size 28", "for example --image-size 24"),
         ("--augment=RandomCrop(28,reflect)", "RandomCrop(28, reflect): padding must be from 0 to 27"),
         ("--augment=RandomCrop(20,reflect) --first-sizes 16 --first-epochs 1", "from 0 to 15"),
     ],

@@ -176,13 +176,8 @@ def make_run(
     folder.mkdir(parents=True)
     (folder / "recipe.json").write_text(as_json(recipe, name, facts))
     (folder / "ds_config.json").write_text(json.dumps({"train_batch_size": 64, "gradient_clipping": 1.0}))
-    start = {
-        "command": f"cifar10_deepspeed.py --seed {seed}",
-        "threads": 1,
-        "world_size": 1,
-        "device": "cpu",
-        "commit": "c0ffee",
-    }
+    start = {"command": f"cifar10_deepspeed.py --seed {seed}", "threads": 1, "world_size": 1, "device": "cpu"}
+    start["commit"] = "c0ffee"
     (folder / "environment.json").write_text(json.dumps({"starts": [start]}))
     content = {"status": status, "recipe": name, "seed": seed, "world_size": 1, "epochs": 2.0, "steps": 4, "best_step": 4}
     content |= {"train_accuracy": 0.41, "val_accuracy": 0.62, "test_accuracy": test, "test_images": 200, "train_seconds": 90.0}
@@ -389,9 +384,8 @@ def test_runs_of_one_seed_are_not_taken_for_independent_ones(tmp_path):
 
 def test_a_run_cut_short_or_tested_on_fewer_images_is_another_experiment(tmp_path):
     runs = [make_run(tmp_path / str(number), seed=number) for number in range(4)]
-    for run_folder, other in zip(
-        runs[1:], ({"ended_by": "max_steps"}, {"test_images": 100}, {"test_images": 10_000}), strict=True
-    ):
+    others = ({"ended_by": "max_steps"}, {"test_images": 100}, {"test_images": 10_000})
+    for run_folder, other in zip(runs[1:], others, strict=True):
         content = json.loads((run_folder / "summary.json").read_text())
         (run_folder / "summary.json").write_text(json.dumps(content | other))
     groups = record.by_experiment([record.open_record(folder) for folder in runs])

@@ -234,14 +234,7 @@ OTHERS = ["--recipe", "bn_cnn_document", "--epochs=2.5", "--augment=none", "--da
 
 
 @pytest.mark.parametrize(
-    "given",
-    [
-        [],
-        ["--output-dir", "old"],
-        ["--output_dir", "old"],
-        ["--output-dir=an old 'run'"],
-        ["--output-dir", "older", "--output_dir=old"],
-    ],
+    "given", [[], ["--output_dir", "old"], ["--output-dir=an old 'run'"], ["--output-dir", "older", "--output_dir=old"]]
 )
 @pytest.mark.parametrize("folder", ["an old 'run'", '$HOME; echo "x"'])
 def test_the_command_to_continue_is_the_command_with_the_runs_folder(given, folder):
