@@ -1,4 +1,4 @@
-"""Tests train hundreds of tiny runs, in processes that inherit this: none draws its report unless it is told to."""
+"""Tests train hundreds of tiny runs, in processes that inherit this: none renders a report unless asked to."""
 
 import os
 

@@ -25,7 +25,7 @@ def real_data_dir() -> Path:
 @pytest.fixture(scope="session")
 def two_ranks_here(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The sha256 of the weights that the short run ends with on two ranks of this machine."""
-    folder = tmp_path_factory.mktemp("here") / "run"
+    folder = tmp_path_factory.mktemp("shared") / "run"
     process = run([*COMMANDS["torchrun, 2 ranks"], *SHORT, "--output-dir", str(folder)], OMP_NUM_THREADS="1")
     assert process.returncode == 0, process.stderr
     return summary(folder)["weights_sha256"]

@@ -12,8 +12,8 @@ from tests.helpers import WORKERS, launch
 
 SMALL = "--val-images 100 --threads 1 --save-every-epochs 0"
 RUNS = {
-    "colour": f"--recipe bn_cnn {SMALL} --dataset synthetic --global-batch-size 20 --epochs 10",
-    "grey": f"--recipe mnist_synthetic {SMALL} --epochs 12 --precision fp32",
+    "color": f"--recipe bn_cnn {SMALL} --dataset synthetic --global-batch-size 20 --epochs 10",
+    "gray": f"--recipe mnist_synthetic {SMALL} --epochs 12 --precision fp32",
     "resized": f"--recipe bn_cnn {SMALL} --dataset synthetic --epochs 1 --resize 40 --image-size 32 --augment none",
     "all trained on": "--recipe lenet --threads 1 --dataset synthetic --max-steps 10 --test-images 50",
 }

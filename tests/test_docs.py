@@ -1,6 +1,6 @@
-"""The documentation matches the program: its code is run here or tied to the test that runs it; links, files and flags exist.
+"""The documentation matches the program: its code is run or tied to the test that runs it; links, files and flags exist.
 
-A new line of shell or a new block fails until it is in RUN (run here on a small run), PRINTED (copied from a log) or TIED.
+A new line of shell or a new block fails until it is in RUN (run on a small run), PRINTED (copied from a log) or TIED.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def test_one_version():
 def documented_runs(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A working folder with the runs that the pages name, small and real."""
     for folder in ("runs/mine", "runs/three/seed_0"):
-        shutil.copytree(trained / "colour", tmp_path / folder)
+        shutil.copytree(trained / "color", tmp_path / folder)
     monkeypatch.chdir(tmp_path)
 
 

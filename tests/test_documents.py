@@ -92,7 +92,7 @@ def test_a_run_ends_well(runs, name):
 
 
 def test_grayscale_images_are_learned(runs):
-    results, file = summary(runs[0]["grey"]), portable(runs[0]["grey"], "best_model")
+    results, file = summary(runs[0]["gray"]), portable(runs[0]["gray"], "best_model")
     assert results["train_accuracy"] > 0.3  # 0.1 by chance; 500 images are too few for more than that
     assert results["quality"] in ("Excellent", "Good", "Fair", "Poor")
     assert file["classes"] == list("0123456789")

@@ -68,7 +68,7 @@ def normalized(run: Path) -> torch.Tensor:
     return (images / 255 - mean) / std
 
 
-@pytest.mark.parametrize(("snippet", "name"), [(BASIC, "all trained on"), (ENHANCED, "colour")])
+@pytest.mark.parametrize(("snippet", "name"), [(BASIC, "all trained on"), (ENHANCED, "color")])
 def test_a_loaded_model_predicts_what_the_run_did(trained, monkeypatch, capsys, snippet, name):
     monkeypatch.chdir(trained / name)
     names = {"test_images": normalized(trained / name)}
@@ -79,7 +79,7 @@ def test_a_loaded_model_predicts_what_the_run_did(trained, monkeypatch, capsys, 
 
 
 def test_a_grayscale_model_is_loaded(trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained / "grey")
+    monkeypatch.chdir(trained / "gray")
     names = {}
     exec(GRAY, names)
     best = names["probabilities"].max().item()

@@ -157,25 +157,14 @@ def not_a_file(tag: Path, make: Callable[[Path], Any]) -> None:
 
 DEEP = "[" * 200_000
 DAMAGE: dict[str, Callable[[Path], Any]] = {
-    "state empty": lambda tag: cut(tag / "state.pt", 0),
-    "half a state": lambda tag: cut(tag / "state.pt", 0.5),
     "state without its last byte": lambda tag: cut(tag / "state.pt", 1, less=1),
-    "a bit of the state's first byte": lambda tag: flipped(tag / "state.pt", 0),
-    "a bit of the state's last byte": lambda tag: flipped(tag / "state.pt", 1),
     "state too long": lambda tag: (tag / "state.pt").open("ab").write(bytes(1 << 20)),
-    "no state": lambda tag: (tag / "state.pt").unlink(),
     "state a folder": lambda tag: folder_for(tag / "state.pt"),
     "state a link to nothing": lambda tag: link_for(tag / "state.pt", "nowhere"),
     "state an endless device": lambda tag: not_a_file(tag, lambda path: path.symlink_to("/dev/zero")),
     "state a silent pipe": lambda tag: not_a_file(tag, os.mkfifo),
-    "no manifest": lambda tag: (tag / "manifest.json").unlink(),
-    "half a manifest": lambda tag: cut(tag / "manifest.json", 0.5),
     "a bit of the manifest": lambda tag: flipped(tag / "manifest.json", 0.7),
     "manifest a folder": lambda tag: folder_for(tag / "manifest.json"),
-    "manifest not UTF-8": lambda tag: (tag / "manifest.json").write_bytes(b"\xff\xfe\x00"),
-    "manifest null": lambda tag: (tag / "manifest.json").write_text("null"),
-    "manifest of strange facts": lambda tag: (tag / "manifest.json").write_text('{"state.pt": [1, 2]}'),
-    "manifest nested without end": lambda tag: (tag / "manifest.json").write_text(DEEP),
     "manifest of digits": lambda tag: (tag / "manifest.json").write_text('{"state.pt": {"bytes": 1' + "0" * 9_999 + "}}"),
     "manifest that names another folder": lambda tag: (tag / "manifest.json").write_text('{"../../recipe.json": {"bytes": 1}}'),
     "tag a file": file_for,
@@ -214,19 +203,16 @@ CONTENT: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a negative step": changed("run_state", "step", to=-10),
     "a huge step": changed("run_state", "epoch_step", to=10**30),
     "sums of words": changed("run_state", "epoch_sums", "loss", to="much"),
-    "no sums": changed("run_state", "epoch_sums", to=DELETED),
     "a field too many": lambda content: {**content, "run_state": {**content["run_state"], "extra": 1}},
     "a list that is none": changed("run_state", "resumed_at_steps", to="ten"),
     "an lr that is not finite": changed("run_state", "lr_factor", to=float("nan")),
     "weights of another shape": changed("engine", "parameters", "fc2.bias", to=torch.zeros(11)),
-    "weights that are words": changed("engine", "parameters", "fc2.bias", to="zeros"),
     "a weight missing": changed("engine", "parameters", "fc2.bias", to=DELETED),
     "momentum of another shape": changed("engine", "optimizer", "momentum_buffer", "fc2.bias", to=torch.zeros(1)),
     "momentum of nothing": changed("engine", "optimizer", to={"momentum_buffer": {"nothing": torch.zeros(1)}}),
     "momentum that is words": changed("engine", "optimizer", "momentum_buffer", "fc2.bias", to="zeros"),
     "another optimizer": changed("engine", "optimizer_name", to="Adam"),
     "no buffers": changed("engine", "buffers", to=[]),
-    "buffers of another shape": changed("engine", "buffers", 0, "bn1.running_mean", to=torch.zeros(3)),
     "no counters": changed("engine", "counters", to={}),
     "counters in words": changed("engine", "counters", to={"global_steps": "many"}),
     "pointers that are a number": changed("pointers", to=5),
@@ -243,20 +229,6 @@ def test_a_checkpoint_with_a_valid_manifest_and_foreign_content_is_refused(
     assert "checkpoint" in refusal(program, tmp_path, *SMALL, "--output-dir", str(run))
 
 
-@pytest.mark.parametrize("kind", ["of torch.save", "plain"])
-def test_a_hostile_checkpoint_with_a_valid_manifest_is_not_executed(
-    program: Program, run: Path, tmp_path: Path, kind: str
-) -> None:
-    state, bomb = run / "checkpoints" / TAG / "state.pt", {"run_state": Bomb(tmp_path / "exploded")}
-    if kind == "plain":
-        state.write_bytes(pickle.dumps(bomb))
-    else:
-        torch.save(bomb, state)
-    sealed(state.parent)
-    assert "is not a checkpoint of this program" in refusal(program, tmp_path, *SMALL, "--output-dir", str(run))
-    assert not (tmp_path / "exploded").exists()
-
-
 @pytest.mark.parametrize("how", ["copied", "linked"])
 def test_a_checkpoint_of_another_run_is_refused_by_its_settings(
     program: Program, run: Path, other: Path, tmp_path: Path, how: str
@@ -267,36 +239,6 @@ def test_a_checkpoint_of_another_run_is_refused_by_its_settings(
     shutil.copytree(theirs, tag) if how == "copied" else tag.symlink_to(theirs)
     line = refusal(program, tmp_path, *SMALL, "--output-dir", str(run))
     assert "is a checkpoint of another experiment (seed 7 there, 0 here)" in line
-
-
-POINTERS = {
-    "not UTF-8": b"\xff\xfe\xfd",
-    "of another folder": b"../../../elsewhere/step_00000010",
-    "of many lines": b"step_1\nerror: no\n",
-    "of an escape sequence": b"\x1b[2Jstep_00000010",
-    "with a null byte": b"step\0_00000010",
-    "too long for a name": b"s" * 100_000,
-    "a bit off": b"step_00000014",
-}
-
-
-@pytest.mark.parametrize("name", POINTERS)
-def test_a_damaged_pointer_is_named_and_the_newest_intact_checkpoint_is_taken(
-    program: Program, run: Path, tmp_path: Path, name: str
-) -> None:
-    (run / "checkpoints" / "latest").write_bytes(POINTERS[name])
-    answer = program.start(tmp_path, *SMALL, "--max-steps", "11", "--output-dir", str(run))
-    assert answer["code"] == 0, answer
-    damaged, resumed = answer["stderr"].splitlines()
-    assert "is damaged: " in damaged
-    assert len(damaged) < 1_000
-    assert damaged.isprintable()
-    assert resumed == f"resuming from {TAG}"
-    assert json.loads((run / "summary.json").read_text())["resumed_at_steps"] == [10]
-    cut(run / "checkpoints" / TAG / "state.pt", 0.5)
-    (run / "checkpoints" / "latest").write_bytes(POINTERS[name])
-    shutil.rmtree(run / "checkpoints" / "step_00000011")
-    assert "no intact one is left" in refusal(program, tmp_path, *SMALL, "--output-dir", str(run))
 
 
 def test_pointers_that_a_checkpoint_asks_for_stay_in_its_folder(program: Program, run: Path, tmp_path: Path) -> None:
@@ -373,13 +315,11 @@ JSONS = {
     "recipe.json of a huge number": ("recipe.json", SETTINGS + '{"seed": 1' + "0" * 4_000 + "}}"),
     "ds_config.json nested without end": ("ds_config.json", DEEP),
     "ds_config.json of NaN": ("ds_config.json", '{"train_batch_size": NaN}'),
-    "summary.json nested without end": ("summary.json", DEEP),
     "summary.json of no steps": ("summary.json", '{"status": "finished", "ended_by": "max_steps"}'),
     "summary.json of words": ("summary.json", '{"status": "finished", "ended_by": "max_steps", "steps": "ten"}'),
     "environment.json nested without end": ("environment.json", DEEP),
     "environment.json of a number": ("environment.json", '{"starts": 5}'),
     "environment.json not an object": ("environment.json", "[]"),
-    "environment.json not UTF-8": ("environment.json", "\udcff\udcfe"),
 }
 
 
@@ -401,8 +341,6 @@ def test_a_lock_that_is_a_folder(program: Program, run: Path, tmp_path: Path) ->
 
 
 RECIPES = {
-    "code.py": "import os; os.mkdir('exploded')",
-    "deep.json": DEEP,
     "nested.json": SETTINGS + NESTED + "}",
     "huge.json": SETTINGS + '{"epochs": 1' + "0" * 400 + ', "warmup_epochs": 5, "val_images": 5}}',
     "lines.json": SETTINGS + '{"a\\nerror: b": 1}}',
@@ -419,14 +357,11 @@ def test_a_damaged_recipe_json_is_refused(program: Program, tmp_path: Path, name
 
 
 CONFIGS = {
-    "not UTF-8": b'{"train_batch_size": "\xff"}',
-    "nested without end": DEEP.encode(),
     "nested deep": ('{"optimizer": {"type": "SGD", "params": ' + NESTED + "}}").encode(),
     "huge": b'{"train_batch_size": 1' + b"0" * 400 + b', "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}',
     "a section nested deep": ('{"comms_logger": ' + NESTED + ', "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}').encode(),
     "huge lr": b'{"train_batch_size": 50, "optimizer": {"type": "SGD", "params": {"lr": 1' + b"0" * 400 + b"}}}",
     "digits": b'{"train_batch_size": 1' + b"0" * 9_999 + b"}",
-    "twice": b'{"train_batch_size": 50, "train_batch_size": 100}',
     "lines": b'{"a\\nerror: b": 1}',
 }
 
@@ -532,7 +467,7 @@ def test_an_address_that_answers_with_junk(program: Program, batches: dict[str, 
     (tmp_path / "junk").write_bytes(answer)
     flags = ["--data-dir", "data", "--output-dir", "run"]
     where = {"CIFAR10_URL": (tmp_path / "junk").as_uri()}
-    made_here = ("data", ".cifar10.lock")
-    line = refusal(program, tmp_path, *flags, but=made_here, environment=where, cifar10=known(batches, b"no archive"))
+    written = ("data", ".cifar10.lock")
+    line = refusal(program, tmp_path, *flags, but=written, environment=where, cifar10=known(batches, b"no archive"))
     assert "cannot be fetched" in line
     assert [path.name for path in (tmp_path / "data").iterdir()] == [".cifar10.lock"]

@@ -109,9 +109,7 @@ def test_fp16_on_a_cpu_is_taken_if_asked_for_by_name_with_a_note_on_its_cost(int
     ("argv", "due"),
     [
         ("", "fp32"),
-        ("--precision bf16", "bf16"),
         ("--precision fp16", "fp16"),
-        ("--precision fp32", "fp32"),
         ("--precision fp16 bf16 fp32", "bf16"),
         ("--no-amp", "fp32"),
         ("--precision bf16 --no-amp", "fp32"),
@@ -160,7 +158,6 @@ def test_an_unknown_precision_is_refused(argv):
 CPUS = {
     "x86, plain": ("processor\t: 0\nflags\t\t: fpu sse2 avx2 avx512f avx512_vnni\n", ("fp32",)),
     "x86, bf16": ("processor\t: 0\nflags\t\t: fpu avx512f avx512_bf16\nflags\t\t: fpu\n", ("fp32", "bf16")),
-    "x86, both": ("flags : fpu amx_bf16 avx512_fp16\n", ("fp32", "bf16")),
     "arm": ("processor\t: 0\nFeatures\t: fp asimd fphp asimdhp bf16\n", ("fp32", "bf16")),
     "no flags": ("processor\t: 0\nmodel name\t: bf16 asimdhp\n", ("fp32",)),
     "absent": (None, ("fp32",)),

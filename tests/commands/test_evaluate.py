@@ -34,7 +34,7 @@ def result(capsys: pytest.CaptureFixture[str], *words: object) -> dict:
 # --- the run's own numbers --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["colour", "grey", "resized"])
+@pytest.mark.parametrize("name", ["color", "gray", "resized"])
 def test_the_test_split_gives_what_the_run_has_written(copied, capsys, name):
     run = copied(name)
     summary = json.loads((run / "summary.json").read_text())
@@ -49,11 +49,11 @@ def test_the_test_split_gives_what_the_run_has_written(copied, capsys, name):
 
 def test_it_needs_no_deepspeed(copied, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)  # importing it fails
-    assert result(capsys, copied("colour"))["images"] == 200
+    assert result(capsys, copied("color"))["images"] == 200
 
 
 def test_val_is_what_validation_saw_and_train_is_the_rest(copied, capsys):
-    run = copied("colour")
+    run = copied("color")
     assert result(capsys, run, "--split", "val")["accuracy"] == json.loads((run / "summary.json").read_text())["val_accuracy"]
     assert result(capsys, run, "--split", "train")["images"] == 500
     labels = [read(run / f"{split}_predictions.npz").labels for split in ("train", "val")]
@@ -66,7 +66,7 @@ def test_a_run_that_held_nothing_out_has_no_val_split(trained, capsys):
 
 
 def test_the_table_says_what_the_json_says(copied, capsys):
-    run = copied("colour")
+    run = copied("color")
     found = result(capsys, run)
     assert command("evaluate", run, "--threads", 1) == 0
     printed = capsys.readouterr().out
@@ -79,7 +79,7 @@ def test_the_table_says_what_the_json_says(copied, capsys):
 
 
 def test_a_part_of_a_split_and_other_models_leave_the_runs_file_alone(copied, capsys):
-    run = copied("colour")
+    run = copied("color")
     own = (run / TEST_FILE).read_bytes()
     assert result(capsys, run, "--images", 50)["written"] is None
     assert result(capsys, run, "--which", "final")["written"].endswith("test_predictions_final.npz")
@@ -90,7 +90,7 @@ def test_a_part_of_a_split_and_other_models_leave_the_runs_file_alone(copied, ca
 
 
 def test_another_accuracy_than_the_summarys_is_reported(copied, capsys):
-    run = copied("colour")
+    run = copied("color")
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps({**summary, "test_accuracy": 0.99}))
     assert command("evaluate", run, "--threads", 1) == 0
@@ -99,14 +99,14 @@ def test_another_accuracy_than_the_summarys_is_reported(copied, capsys):
 
 @pytest.mark.parametrize(("flag", "value"), [("--images", "0"), ("--images", "201"), ("--threads", "0")])
 def test_invalid_values_are_refused(trained, capsys, flag, value):
-    assert command("evaluate", trained / "colour", flag, value) == 2
+    assert command("evaluate", trained / "color", flag, value) == 2
     message = capsys.readouterr().err
     assert flag in message
     assert value in message
 
 
 def test_a_folder_that_cannot_be_written_to_is_reported_beside_the_numbers(copied, capsys, monkeypatch):
-    run = copied("colour")
+    run = copied("color")
     monkeypatch.setattr(evaluate, "predictions_file", lambda *_: "no such folder/x.npz")
     assert command("evaluate", run, "--threads", 1, "--json") == 0
     printed = capsys.readouterr()
@@ -119,7 +119,7 @@ def test_a_folder_that_cannot_be_written_to_is_reported_beside_the_numbers(copie
 
 def test_views_are_airbenchs(trained):
     """Beside its own code: infer_mirror and infer_mirror_translate of airbench94.py."""
-    model = load(trained / "colour").model
+    model = load(trained / "color").model
 
     def infer_mirror(inputs, net):
         return 0.5 * net(inputs) + 0.5 * net(inputs.flip(-1))
@@ -140,7 +140,7 @@ def test_views_are_airbenchs(trained):
 
 
 def test_with_tta_both_results_are_given_and_the_logits_are_those_with_tta(copied, capsys):
-    run = copied("colour")
+    run = copied("color")
     plain, own = result(capsys, run), (run / TEST_FILE).read_bytes()
     found = result(capsys, run, "--tta", "mirror")
     assert (found["accuracy"], found["loss"]) == (plain["accuracy"], plain["loss"])
@@ -150,7 +150,7 @@ def test_with_tta_both_results_are_given_and_the_logits_are_those_with_tta(copie
 
 
 def test_the_recipes_own_tta_is_that_of_the_runs_own_test(copied, capsys):
-    run = copied("colour")
+    run = copied("color")
     file = run / "checkpoints" / "best_model" / "mp_rank_00_model_states.pt"
     content = torch.load(file)
     content["recipe"] |= {"tta": "mirror", "tta_below": 0.7}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,12 +44,12 @@ def exports(trained_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         patch.setattr(export, "CALIBRATION_IMAGES", 100)
         patch.setattr(export, "BATCHES", 1)
         cut_down(patch)
-        for name in ("colour", "grey", "resized"):
+        for name in ("color", "gray", "resized"):
             assert command("export", trained_once / name, "--output", base / name, "--threads", 1) == 0
     return base
 
 
-NAMES = ["colour", "grey", "resized"]
+NAMES = ["color", "gray", "resized"]
 
 
 # --- network.py -------------------------------------------------------------------------------------------------------
@@ -108,13 +107,13 @@ def test_no_file_contains_paths_of_this_machine(exports):
 
 
 def test_onnx_takes_any_batch_and_describes_itself(trained, exports):
-    model = onnx.load(exports / "grey" / "model.onnx")
+    model = onnx.load(exports / "gray" / "model.onnx")
     (images,), (logits,) = model.graph.input, model.graph.output
     sizes = [[d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim] for value in (images, logits)]
     assert sizes == [["batch", 1, 28, 28], ["batch", 10]]
     facts = {one.key: one.value for one in model.metadata_props}
     assert json.loads(facts["classes"]) == list("0123456789")
-    assert json.loads(facts["about"]) == load(trained / "grey").about
+    assert json.loads(facts["about"]) == load(trained / "gray").about
     assert "0..1" in facts["images"]
     assert "normalization is inside" in facts["model.pt2, model.onnx, model_int8.onnx"]
 
@@ -129,9 +128,9 @@ def test_int8_is_calibrated_on_the_training_split_alone(trained, tmp_path, monke
         return in_zero_to_one(images, found, world)
 
     monkeypatch.setattr(export, "in_zero_to_one", watched)
-    assert command("export", trained / "colour", "--output", tmp_path / "e", "--formats", "onnx_int8", "--threads", 1) == 0
+    assert command("export", trained / "color", "--output", tmp_path / "e", "--formats", "onnx_int8", "--threads", 1) == 0
     calibration, test = fed
-    recipe, images = load(trained / "colour").recipe, synthetic.synthetic("train", 600, 0)
+    recipe, images = load(trained / "color").recipe, synthetic.synthetic("train", 600, 0)
     train, _ = stratified_split(images.labels, recipe.val_images, recipe.split_seed)
     assert np.array_equal(calibration, images.pixels[train[:50]])
     assert np.array_equal(test, synthetic.synthetic("test", 200, 0).pixels)
@@ -156,7 +155,7 @@ def as_the_network_sees_them(run: Path, file: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("name", ["colour", "grey"])
+@pytest.mark.parametrize("name", ["color", "gray"])
 def test_all_files_work_without_deepspeed_and_this_program(trained, exports, tmp_path, name):
     images = as_the_network_sees_them(trained / name, tmp_path / "images.npz")
     done = plainly(exports / name, images, trained / name / TEST_FILE)
@@ -169,17 +168,6 @@ def test_all_files_work_without_deepspeed_and_this_program(trained, exports, tmp
         assert "int8" in file or (row["same answers"] == 200 and row["largest difference"] <= 1e-4)
 
 
-def test_the_worker_detects_other_weights(trained, exports, tmp_path):
-    images = as_the_network_sees_them(trained / "colour", tmp_path / "images.npz")
-    folder = shutil.copytree(exports / "colour", tmp_path / "altered")
-    weights = torch.load(folder / "state_dict.pt")
-    weights["fc2.bias"] += torch.arange(10) / 10
-    torch.save(weights, folder / "state_dict.pt")
-    done = plainly(folder, images, trained / "colour" / TEST_FILE)
-    assert done.returncode == 1
-    assert json.loads(done.stdout)["files"]["state_dict.pt"]["largest difference"] > 0.1
-
-
 # --- checks that fail, and refusals -----------------------------------------------------------------------------------
 
 
@@ -189,7 +177,7 @@ def test_a_file_with_other_answers_fails_the_command_and_is_named(trained, tmp_p
 
     monkeypatch.setitem(export.WRITERS, "state_dict", altered)
     words = ("--output", tmp_path / "e", "--formats", "safetensors", "state_dict", "--test-images", 50, "--threads", 1)
-    assert command("export", trained / "colour", *words) == 1
+    assert command("export", trained / "color", *words) == 1
     assert "state_dict.pt does not agree with the model" in capsys.readouterr().out
     checks = json.loads((tmp_path / "e" / "export.json").read_text())["checks"]
     assert [(row["agrees"], row["images"]) for row in checks] == [(True, 50), (False, 50)]
@@ -197,19 +185,19 @@ def test_a_file_with_other_answers_fails_the_command_and_is_named(trained, tmp_p
 
 def test_an_earlier_export_is_replaced_as_a_whole_and_other_folders_are_left_alone(trained, tmp_path, capsys):
     folder, words = tmp_path / "e", ("--test-images", 10, "--threads", 1)
-    assert command("export", trained / "colour", "--output", folder, "--formats", "safetensors", "state_dict", *words) == 0
-    assert command("export", trained / "grey", "--output", folder, "--formats", "state_dict", *words) == 0
+    assert command("export", trained / "color", "--output", folder, "--formats", "safetensors", "state_dict", *words) == 0
+    assert command("export", trained / "gray", "--output", folder, "--formats", "state_dict", *words) == 0
     assert {path.name for path in folder.iterdir()} == {"state_dict.pt", "network.py", "export.json"}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "model.onnx").write_text("precious")
-    assert command("export", trained / "colour", "--output", tmp_path / "mine", *words) == 2
+    assert command("export", trained / "color", "--output", tmp_path / "mine", *words) == 2
     assert f"--output {tmp_path / 'mine'} is not empty" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["model.onnx"]
 
 
 def test_a_full_disk_leaves_the_earlier_export_as_it_was(trained, tmp_path, monkeypatch, capsys):
     words = ("--output", tmp_path / "e", "--formats", "state_dict", "--test-images", 10, "--threads", 1)
-    assert command("export", trained / "colour", *words) == 0
+    assert command("export", trained / "color", *words) == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "e").iterdir()}
 
     def full(job: export.Job) -> None:
@@ -217,28 +205,27 @@ def test_a_full_disk_leaves_the_earlier_export_as_it_was(trained, tmp_path, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setitem(export.WRITERS, "state_dict", full)
-    assert command("export", trained / "colour", *words) == 2
+    assert command("export", trained / "color", *words) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (tmp_path / "e").iterdir()} == before
 
 
 def test_a_missing_library_is_named(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    assert command("export", trained / "colour", "--output", tmp_path / "e", "--formats", "safetensors", "--threads", 1) == 2
+    assert command("export", trained / "color", "--output", tmp_path / "e", "--formats", "safetensors", "--threads", 1) == 2
     assert "safetensors.torch is not installed, and --formats safetensors needs it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "words",
-    ["--test-images 0", "--test-images 201", "--formats", f"--output {__file__}", f"--output {__file__}/below"],
+    "words", ["--test-images 0", "--test-images 201", "--formats", f"--output {__file__}", f"--output {__file__}/below"]
 )
 def test_invalid_values_are_refused(trained, capsys, words):
-    assert command("export", trained / "colour", *words.split(), "--threads", 1) == 2
+    assert command("export", trained / "color", *words.split(), "--threads", 1) == 2
     message = capsys.readouterr().err
     assert all(word in message for word in words.split())
-    assert not (trained / "colour" / "export").exists()
+    assert not (trained / "color" / "export").exists()
 
 
 def test_a_file_outside_a_run_needs_an_output_folder(exports, capsys):
-    assert command("export", exports / "colour" / "model.safetensors") == 2
+    assert command("export", exports / "color" / "model.safetensors") == 2
     assert "--output" in capsys.readouterr().err

@@ -26,7 +26,7 @@ from tests.small_trained import command
 WHITE = (255, 255, 255)
 
 
-def picture(width: int = 32, height: int = 32) -> np.ndarray:
+def image(width: int = 32, height: int = 32) -> np.ndarray:
     """A smooth color image, uint8 [height, width, 3]: red grows to the right, green downwards."""
     x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     return np.stack([x, y, np.full_like(x, 90)], axis=2).round().astype(np.uint8)
@@ -44,7 +44,7 @@ def answers(capsys: pytest.CaptureFixture[str], *words: object, code: int = 0) -
 # --- the same answers as evaluate's -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["colour", "grey", "resized"])
+@pytest.mark.parametrize("name", ["color", "gray", "resized"])
 def test_test_images_in_files_are_answered_as_evaluate_answers_them(trained, tmp_path, capsys, name):
     run, world = trained / name, alone(1)
     found = load(run)
@@ -68,31 +68,31 @@ def test_test_images_in_files_are_answered_as_evaluate_answers_them(trained, tmp
     ("suffix", "off_by"), [("png", 0), ("bmp", 0), ("tiff", 0), ("ppm", 0), ("tga", 0), ("jpg", 12), ("webp", 12)]
 )
 def test_formats(tmp_path, suffix, off_by):
-    Image.fromarray(picture()).save(tmp_path / f"a.{suffix}", quality=95)
-    assert np.abs(pixels(tmp_path / f"a.{suffix}") - picture()).max() <= off_by
+    Image.fromarray(image()).save(tmp_path / f"a.{suffix}", quality=95)
+    assert np.abs(pixels(tmp_path / f"a.{suffix}") - image()).max() <= off_by
 
 
 def test_gray_and_rgb_are_converted_as_the_model_expects(tmp_path):
-    Image.fromarray(picture()[..., 0]).save(tmp_path / "gray.png")
-    assert np.array_equal(pixels(tmp_path / "gray.png"), np.repeat(picture()[..., :1], 3, axis=2))
+    Image.fromarray(image()[..., 0]).save(tmp_path / "gray.png")
+    assert np.array_equal(pixels(tmp_path / "gray.png"), np.repeat(image()[..., :1], 3, axis=2))
     Image.fromarray(np.full((28, 28, 3), (200, 0, 0), np.uint8)).save(tmp_path / "red.png")
     assert set(pixels(tmp_path / "red.png", 28, 1).ravel()) == {60}  # 0.299 x 200
 
 
 def test_a_palette_and_one_bit(tmp_path):
-    two = np.where(picture()[..., :1] > 100, (10, 200, 30), (250, 0, 90)).astype(np.uint8)
+    two = np.where(image()[..., :1] > 100, (10, 200, 30), (250, 0, 90)).astype(np.uint8)
     Image.fromarray(two).quantize(2).save(tmp_path / "p.gif")
     assert np.abs(pixels(tmp_path / "p.gif") - two).max() <= 1
-    Image.fromarray(picture()[..., 0] > 100).save(tmp_path / "1.png")
-    assert np.array_equal(pixels(tmp_path / "1.png")[..., 0], np.where(picture()[..., 0] > 100, 255, 0))
+    Image.fromarray(image()[..., 0] > 100).save(tmp_path / "1.png")
+    assert np.array_equal(pixels(tmp_path / "1.png")[..., 0], np.where(image()[..., 0] > 100, 255, 0))
 
 
 @pytest.mark.parametrize("background", [WHITE, (10, 20, 30)])
 def test_transparent_pixels_show_the_background(tmp_path, background):
-    layers = np.dstack([picture(), np.where(np.arange(32) < 16, 0, 255)[None].repeat(32, 0)]).astype(np.uint8)
+    layers = np.dstack([image(), np.where(np.arange(32) < 16, 0, 255)[None].repeat(32, 0)]).astype(np.uint8)
     Image.fromarray(layers).save(tmp_path / "a.png")
     seen = pixels(tmp_path / "a.png", background=background)
-    assert np.array_equal(seen[:, 16:], picture()[:, 16:])
+    assert np.array_equal(seen[:, 16:], image()[:, 16:])
     assert (seen[:, :16] == background).all()
     Image.fromarray(np.full((32, 32, 4), (0, 0, 0, 128), np.uint8)).save(tmp_path / "half.png")
     assert set(pixels(tmp_path / "half.png").ravel()) == {127}
@@ -108,12 +108,12 @@ def test_transparency_in_a_palette_and_in_gray(tmp_path):
 
 
 def test_cmyk_and_sixteen_bits(tmp_path):
-    Image.fromarray(picture()).convert("CMYK").save(tmp_path / "a.jpg", quality=95)
-    assert np.abs(pixels(tmp_path / "a.jpg") - picture()).mean() < 4
-    deep = picture()[..., 0].astype(np.uint16) * 257
+    Image.fromarray(image()).convert("CMYK").save(tmp_path / "a.jpg", quality=95)
+    assert np.abs(pixels(tmp_path / "a.jpg") - image()).mean() < 4
+    deep = image()[..., 0].astype(np.uint16) * 257
     for name in ("a.png", "a.tiff"):
         Image.fromarray(deep).save(tmp_path / name)
-        assert np.array_equal(pixels(tmp_path / name)[..., 0], picture()[..., 0])
+        assert np.array_equal(pixels(tmp_path / name)[..., 0], image()[..., 0])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -122,9 +122,9 @@ def test_the_exif_orientation_is_applied(tmp_path, orientation):
     stored |= {6: lambda a: np.rot90(a, 1), 7: lambda a: np.rot90(a.swapaxes(0, 1), 2), 8: lambda a: np.rot90(a, -1)}
     exif = Image.Exif()
     exif[0x0112] = orientation
-    turned = stored.get(orientation, lambda a: a)(picture())
+    turned = stored.get(orientation, lambda a: a)(image())
     Image.fromarray(np.ascontiguousarray(turned)).save(tmp_path / "a.png", exif=exif)
-    assert np.array_equal(pixels(tmp_path / "a.png"), picture())
+    assert np.array_equal(pixels(tmp_path / "a.png"), image())
 
 
 def test_the_first_frame_of_an_animation_is_read(tmp_path):
@@ -162,8 +162,8 @@ def test_any_size_can_be_fitted(tmp_path, size):
 
 def test_resizing_is_reported_once(trained, tmp_path, capsys):
     for number, side in enumerate((32, 40, 300)):
-        Image.fromarray(picture(side, side)).save(tmp_path / f"{number}.png")
-    assert command("predict", trained / "colour", tmp_path, "--threads", 1) == 0
+        Image.fromarray(image(side, side)).save(tmp_path / f"{number}.png")
+    assert command("predict", trained / "color", tmp_path, "--threads", 1) == 0
     assert capsys.readouterr().err.startswith("2 of 3 images had another size")
 
 
@@ -179,7 +179,7 @@ def png(width: int, height: int, body: bytes) -> bytes:
 
 
 def test_unreadable_files_are_named_and_the_others_answered(trained, tmp_path, capsys):
-    Image.fromarray(picture()).save(tmp_path / "good.png")
+    Image.fromarray(image()).save(tmp_path / "good.png")
     whole = (tmp_path / "good.png").read_bytes()
     bad = {
         "empty.png": (b"", "not an image"),
@@ -193,11 +193,11 @@ def test_unreadable_files_are_named_and_the_others_answered(trained, tmp_path, c
     for name, (content, _) in bad.items():
         if content is not None:
             (tmp_path / name).write_bytes(content)
-    Image.fromarray(picture()[..., 0].astype(np.float32)).save(tmp_path / "float.tiff")
+    Image.fromarray(image()[..., 0].astype(np.float32)).save(tmp_path / "float.tiff")
     os.mkfifo(tmp_path / "pipe.png")
     bad |= {"pipe.png": (None, "not a regular file"), "none.png": (None, "no such file")}
     files = [tmp_path / name for name in (*bad, "good.png")]
-    assert command("predict", trained / "colour", *files, "--threads", 1) == 1
+    assert command("predict", trained / "color", *files, "--threads", 1) == 1
     printed = capsys.readouterr()
     complaints = printed.err.splitlines()
     assert len(complaints) == len(bad)
@@ -214,11 +214,11 @@ def test_folders_are_searched_for_images_at_any_depth(trained, tmp_path, capsys)
         if name.endswith("txt"):
             (tmp_path / name).touch()
         else:
-            Image.fromarray(picture()).save(tmp_path / name)
+            Image.fromarray(image()).save(tmp_path / name)
     (tmp_path / "sub" / "up").symlink_to(tmp_path)
     assert files_in(tmp_path) == [tmp_path / name for name in ("a.JPG", "b.png", "sub/c.png")]
-    assert [answer["file"] for answer in answers(capsys, trained / "colour", tmp_path)] == [str(f) for f in files_in(tmp_path)]
-    assert command("predict", trained / "colour", tmp_path / "empty", "--threads", 1) == 1
+    assert [answer["file"] for answer in answers(capsys, trained / "color", tmp_path)] == [str(f) for f in files_in(tmp_path)]
+    assert command("predict", trained / "color", tmp_path / "empty", "--threads", 1) == 1
     printed = capsys.readouterr()
     assert printed.err.startswith(f"{tmp_path / 'empty'}: no image in this folder")
     assert (printed.out, len(printed.err.splitlines())) == ("", 1)
@@ -227,8 +227,8 @@ def test_folders_are_searched_for_images_at_any_depth(trained, tmp_path, capsys)
 def test_strange_names_stay_one_line(trained, tmp_path, capsys):
     names = [b"a\nb.png", b"\xff.png", "ü.png".encode(), b"-x.png"]
     for name in names:
-        Image.fromarray(picture()).save(io.FileIO(os.path.join(os.fsencode(tmp_path), name), "w"), "PNG")
-    assert command("predict", trained / "colour", tmp_path, "--threads", 1) == 0
+        Image.fromarray(image()).save(io.FileIO(os.path.join(os.fsencode(tmp_path), name), "w"), "PNG")
+    assert command("predict", trained / "color", tmp_path, "--threads", 1) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(": ")[0].rpartition("/")[2] for line in lines] == ["-x.png", r"a\nb.png", "ü.png", r"\xff.png"]
     assert shown("plain") == "plain"
@@ -246,14 +246,14 @@ def two(tmp_path: Path) -> list[Path]:
 
 
 def test_text_csv_and_json_say_the_same(trained, two, capsys):
-    found = answers(capsys, trained / "colour", *two, "--top", 2)
-    assert command("predict", trained / "colour", *two, "--threads", 1, "--top", 2) == 0
+    found = answers(capsys, trained / "color", *two, "--top", 2)
+    assert command("predict", trained / "color", *two, "--threads", 1, "--top", 2) == 0
     for answer, line in zip(found, capsys.readouterr().out.splitlines(), strict=True):
         (first, share), (second, less) = ((one["label"], one["confidence"]) for one in answer["top"])
         assert line == f"{answer['file']}: {first} {share:.1%}  ({second} {less:.1%})"
-    assert command("predict", trained / "colour", *two, "--threads", 1, "--top", 1) == 0
+    assert command("predict", trained / "color", *two, "--threads", 1, "--top", 1) == 0
     assert all(line.endswith("%") for line in capsys.readouterr().out.splitlines())
-    assert command("predict", trained / "colour", *two, "--threads", 1, "--top", 2, "--format", "csv") == 0
+    assert command("predict", trained / "color", *two, "--threads", 1, "--top", 2, "--format", "csv") == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [row["file"] for row in rows] == [str(file) for file in two]
     for answer, row in zip(found, rows, strict=True):
@@ -263,19 +263,19 @@ def test_text_csv_and_json_say_the_same(trained, two, capsys):
 
 @pytest.mark.parametrize(("flag", "value"), [("--top", "0"), ("--top", "11"), ("--background", "sky")])
 def test_invalid_values_are_refused(trained, two, capsys, flag, value):
-    assert command("predict", trained / "colour", *two, flag, value) == 2
+    assert command("predict", trained / "color", *two, flag, value) == 2
     assert f"{flag}: {value}, expected" in capsys.readouterr().err
 
 
 def test_no_image_at_all_is_refused(trained, capsys):
-    assert command("predict", trained / "colour") == 2
+    assert command("predict", trained / "color") == 2
     assert "no IMAGE" in capsys.readouterr().err
 
 
 def test_a_closed_pipe_gives_no_traceback(trained, tmp_path):
     for number in range(40):
-        Image.fromarray(picture()).save(tmp_path / f"{'long' * 40}{number}.png")
-    words = [sys.executable, "-m", "cifar10", "predict", str(trained / "colour"), *[str(tmp_path)] * 40, "--threads", "1"]
+        Image.fromarray(image()).save(tmp_path / f"{'long' * 40}{number}.png")
+    words = [sys.executable, "-m", "cifar10", "predict", str(trained / "color"), *[str(tmp_path)] * 40, "--threads", "1"]
     process = subprocess.Popen(words, cwd=PROJECT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.readline()
     process.stdout.close()

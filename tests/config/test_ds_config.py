@@ -71,11 +71,6 @@ def deepspeed():
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_sound_file_is_read_as_it_is(path):
-    path.write_text(json.dumps(config(fp16={"enabled": False})), encoding="utf-8")
-    assert read(path) == config(fp16={"enabled": False})
-
-
 def test_comments_are_allowed_as_deepspeed_allows_them(path):
     path.write_text(
         """{ // the batch
@@ -98,19 +93,7 @@ def test_every_truncation_of_a_file_is_refused(path):
 
 @pytest.mark.parametrize(
     "content",
-    [
-        b"",
-        b"  \n",
-        b"[]",
-        b"null",
-        b"5",
-        b'"text"',
-        b"# only a comment",
-        b"\xff\xfe\x00binary\x80",
-        b'{"a": 1}}',
-        b"{}{}",
-        b'{"a":' * 3_000,
-    ],
+    [b"", b"  \n", *b'[] null 5 "text" {"a":1}} {}{}'.split(), b"# a comment", b"\xff\xfe\x00binary\x80", b'{"a":' * 3_000],
 )
 def test_a_file_that_is_not_one_json_object_is_refused(path, content):
     assert str(path) in refusal(path, content)
@@ -141,16 +124,12 @@ def test_a_key_given_twice_is_refused_at_any_depth(path, text):
     ("given", "meant"),
     [
         ({"gradient_cliping": 1.0}, "gradient_clipping"),
-        ({"train_batchsize": 32}, "train_batch_size"),
         ({"zero_optimisation": {"stage": 1}}, "zero_optimization"),
         ({"FP16": {"enabled": True}}, "fp16"),
         ({"fp16": {"enable": True}}, "enabled"),
-        ({"bf16": {"enabledd": True}}, "enabled"),
-        ({"torch_autocast": {"dtyp": "bfloat16"}}, "dtype"),
         ({"zero_optimization": {"stage": 1, "reduce_bucket_sise": 5}}, "reduce_bucket_size"),
         ({"optimizer": {"type": "SGD", "parms": {"lr": 0.1}}}, "params"),
         ({"optimizer": sgd(momentun=0.9)}, "momentum"),
-        ({"optimizer": sgd(weigth_decay=0.9)}, "weight_decay"),
         ({"optimizer": {"type": "Adam", "params": {"lr": 0.1, "beta": [0.9, 0.99]}}}, "betas"),
     ],
 )
@@ -223,25 +202,12 @@ def test_what_is_not_finite_is_refused_in_a_dict_too():
 @pytest.mark.parametrize(
     "bad",
     [
-        {"optimizer": None},
-        {"optimizer": []},
-        {"optimizer": {}},
-        {"optimizer": {"type": 5, "params": {"lr": 0.1}}},
-        {"optimizer": {"type": "SGD"}},
-        {"optimizer": {"type": "SGD", "params": {}}},
-        {"optimizer": {"type": "SGD", "params": [0.1]}},
-        {"fp16": None},
-        {"fp16": True},
-        {"fp16": {"enabled": "yes"}},
+        *[{"optimizer": value} for value in (None, [], {}, {"type": 5, "params": {"lr": 0.1}}, {"type": "SGD"})],
+        *[{"optimizer": {"type": "SGD", "params": params}} for params in ({}, [0.1])],
+        *[{"fp16": value} for value in (None, True, {"enabled": "yes"})],
+        *[{name: {"enabled": True}, "fp16": {"enabled": True}} for name in ("bf16", "torch_autocast")],
         {"bf16": {"enabled": 1}},
-        {"fp16": {"enabled": True}, "bf16": {"enabled": True}},
-        {"torch_autocast": {"enabled": True}, "fp16": {"enabled": True}},
-        {"zero_optimization": True},
-        {"zero_optimization": {"stage": 4}},
-        {"zero_optimization": {"stage": -1}},
-        {"zero_optimization": {"stage": True}},
-        {"zero_optimization": {"stage": "2"}},
-        {"zero_optimization": {"stage": [1]}},
+        *[{"zero_optimization": value} for value in (True, *({"stage": stage} for stage in (4, -1, True, "2", [1])))],
     ],
 )
 def test_a_value_that_cannot_be_meant_is_refused(path, bad):
@@ -297,24 +263,12 @@ def test_the_known_keys_are_those_that_deepspeed_reads_and_does_not_refuse(deeps
     assert Watched.asked - removed - left_out == TOP_LEVEL_KEYS
 
 
-def test_each_known_key_occurs_in_deepspeeds_source(deepspeed):
-    runtime = Path(deepspeed.__file__).parent
-    text = "\n".join(
-        p.read_text(encoding="utf-8") for p in runtime.rglob("*.py") if "config" in p.name or "constants" in p.name
-    )
-    assert [key for key in sorted(TOP_LEVEL_KEYS) if not re.search(rf"""["']{key}["']""", text)] == []
-
-
-def test_the_keys_of_the_precision_sections_are_those_of_deepspeeds_models(deepspeed):
+def test_the_keys_of_the_sections_are_those_of_deepspeeds_models(deepspeed):
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     assert SECTION_KEYS["fp16"] == set(DeepSpeedFP16Config.model_fields)
     assert SECTION_KEYS["bf16"] == set(DeepSpeedBF16Config.model_fields)
-
-
-def test_the_keys_of_the_zero_section_are_those_of_deepspeeds_model(deepspeed):
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
     fields = DeepSpeedZeroConfig.model_fields
     assert SECTION_KEYS["zero_optimization"] == set(fields) | {field.alias for field in fields.values() if field.alias}
 

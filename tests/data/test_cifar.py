@@ -408,9 +408,10 @@ def test_an_archive_with_a_wrong_member_is_refused(tiny, server, tmp_path, monke
 # --- download ---------------------------------------------------------------------------------------------------------
 
 
-def test_fresh_download(tiny, server, tmp_path, capfd):
-    data_dir = tmp_path / "made" / "here"
-    ensure(data_dir, need_test=True)
+@pytest.mark.parametrize("need_test", [True, False])
+def test_a_fresh_download_is_complete(tiny, server, tmp_path, capfd, need_test):
+    data_dir = tmp_path / "made" / "new"
+    ensure(data_dir, need_test=need_test)
     tiny.assert_whole(data_dir)
     assert (data_dir / CIFAR10.archive).read_bytes() == tiny.archive
     assert server.ranges == [None]
@@ -419,11 +420,6 @@ def test_fresh_download(tiny, server, tmp_path, capfd):
     ensure(data_dir, need_test=True)  # the second time nothing happens
     assert server.ranges == [None]
     assert capfd.readouterr().err == ""
-
-
-def test_a_fresh_download_without_need_test_is_complete_too(tiny, server, tmp_path):
-    ensure(tmp_path, need_test=False)
-    tiny.assert_whole(tmp_path)
 
 
 def test_a_terminal_sees_a_progress_bar(tiny, server, tmp_path, monkeypatch):
@@ -441,7 +437,10 @@ def test_a_terminal_sees_a_progress_bar(tiny, server, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("kept", "honours_range", "ranges", "sent"),
-    [(1000, True, ["bytes=1000-"], 1000), (1000, False, ["bytes=1000-"], 0), (-1000, True, ["bytes=1000-", None], None)],
+    [
+        *[(1000, True, ["bytes=1000-"], 1000), (1000, False, ["bytes=1000-"], 0), (-1000, True, ["bytes=1000-", None], None)],
+        (10**9, True, None, None),  # complete
+    ],
 )
 def test_a_partial_download_is_resumed_if_server_and_content_allow(tiny, server, tmp_path, kept, honours_range, ranges, sent):
     server.honours_range = honours_range
@@ -449,16 +448,9 @@ def test_a_partial_download_is_resumed_if_server_and_content_allow(tiny, server,
     part.write_bytes(tiny.archive[:kept] if kept > 0 else b"x" * -kept)
     ensure(tmp_path, need_test=True)
     tiny.assert_whole(tmp_path)
-    assert server.ranges == ranges
+    assert server.sent == [] if ranges is None else server.ranges == ranges
     assert sent is None or server.sent == [len(tiny.archive) - sent]
     assert leftovers(tmp_path) == {CIFAR10.archive, *tiny.files}
-
-
-def test_a_complete_part_is_used(tiny, server, tmp_path):
-    (tmp_path / f"{CIFAR10.archive}.part").write_bytes(tiny.archive)
-    ensure(tmp_path, need_test=True)
-    tiny.assert_whole(tmp_path)
-    assert server.sent == []
 
 
 def test_a_corrupt_response_is_downloaded_once_more(tiny, server, tmp_path):

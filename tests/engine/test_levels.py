@@ -49,9 +49,7 @@ DAMPENED = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9, "dampening": 0
 IN_PASSES = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 16}
 REFUSED: list[tuple[str, int, dict[str, Any], str]] = [
     ("compile", 1, {"zero_optimization": {"stage": 3}}, "ZeRO stage 3, .* stage 2"),
-    ("graph", 2, {"zero_optimization": {"stage": 3}}, "ZeRO stage 3, .* stage 2"),
     ("graph", 2, {"sync_bn": True}, "--sync-bn"),
-    ("compile", 2, {"sync_bn": True}, "--sync-bn"),
     ("graph", 2, IN_PASSES, "2 passes a step; use --micro-batch-size 32"),
     ("captured", 1, IN_PASSES, "4 passes a step; use --micro-batch-size 64"),
     ("captured", 2, {}, "2 ranks, .* --engine-level graph"),
@@ -64,7 +62,6 @@ REFUSED: list[tuple[str, int, dict[str, Any], str]] = [
     ("captured", 1, {"timers": {"throughput": {"enabled": True}}}, "timers.throughput"),
     ("captured", 1, {"wall_clock_breakdown": True}, "wall_clock_breakdown"),
     ("compile", 1, {"flops_profiler": {"enabled": True}}, "flops_profiler"),
-    ("captured", 1, {"csv_monitor": {"enabled": True}}, "csv_monitor"),
 ]
 
 

@@ -155,10 +155,7 @@ def test_a_sink_that_fails_is_reported_and_dropped_and_the_others_continue(capsy
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (
-            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-            "out of memory at step 7; use --micro-batch-size 32",
-        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), "out of memory at step 7; use --micro-batch-size 32"),
         (RuntimeError("CPUAllocator: can't allocate memory: you"), "out of memory at step 7; use --micro-batch-size 32"),
         (RuntimeError("[/a/b.cc:5] Timed out waiting 10ms for recv"), "timed out at step 7 "),
         (RuntimeError("[/a/b.cc:5] Connection closed by peer [::1]:5"), "another rank at step 7, which died: Connection"),

@@ -47,16 +47,10 @@ def test_launch_options_are_split_from_the_flags_of_the_script(argv, options, re
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--num-gpus 0", "--num-gpus"),
-        ("--num-gpus two", "--num-gpus"),
-        ("--num-gpus", "--num-gpus"),
-        ("--num-gpus=", "--num-gpus"),
-        ("--num-gpus=1.5", "--num-gpus"),
-        ("--num-nodes 0", "--num-nodes"),
+        *[(f"--num-gpus{value}", "--num-gpus") for value in (" 0", " two", "", "=", "=1.5")],
+        *[(f"--{name} 0", f"--{name}") for name in ("num-nodes", "master-port", "seeds")],
         ("--node-rank x", "--node-rank"),
-        ("--master-port 0", "--master-port"),
         ("--max-restarts -1", "--max-restarts"),
-        ("--seeds 0", "--seeds"),
         ("--num-nodes 2 --node-rank 2 --master-addr a", "--node-rank"),
         ("--node-rank 1", "--node-rank"),
         ("--num-nodes 2", "--master-addr 10.0.0.1"),

@@ -117,10 +117,7 @@ def cut_the_wire(hosts: Hosts) -> None:
 
 @pytest.mark.parametrize(
     ("fault", "words"),
-    [
-        (lose_host_b, "error: rank 0 lost another rank at step "),
-        (cut_the_wire, "error: rank 0 timed out at step "),
-    ],
+    [(lose_host_b, "error: rank 0 lost another rank at step "), (cut_the_wire, "error: rank 0 timed out at step ")],
 )
 def test_the_loss_of_one_host_ends_the_run_on_the_other(tmp_path, fault, words) -> None:
     """After --timeout-minutes, not after the half hour or more of sockets and torch."""

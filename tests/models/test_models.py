@@ -73,7 +73,7 @@ class DocumentsNet(nn.Module):
         return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))
 
 
-def test_lenet_is_the_documents_network_in_pytorchs_own_initialisation():
+def test_lenet_is_the_documents_network_with_pytorchs_initialization():
     ours = build_model("lenet", 5, 10)
     torch.manual_seed(5)
     documents = DocumentsNet()
@@ -83,7 +83,7 @@ def test_lenet_is_the_documents_network_in_pytorchs_own_initialisation():
     assert torch.equal(ours(images), documents(images))
 
 
-def test_the_grey_networks_initial_weights_are_kaiming_over_the_outputs():
+def test_the_gray_networks_initial_weights_are_kaiming_over_the_outputs():
     models = [build_model("mnist_cnn", seed, 10) for seed in range(30)]
     for name, fan_out in (("conv1", 16 * 25), ("conv2", 32 * 25), ("fc1", 128), ("fc2", 10)):
         weights = torch.cat([getattr(model, name).weight.flatten() for model in models])

@@ -1,4 +1,4 @@
-"""Reports: their numbers are those of the run's files, their pictures can be looked at, and no name in them is code."""
+"""Reports: their numbers are those of the run's files, their plots can be opened, and no name in them is code."""
 
 from __future__ import annotations
 
@@ -57,13 +57,6 @@ def test_the_quantiles_are_those_of_the_tables():
     assert doctest.testmod(stats).failed == 0
     for df, value in {5: 2.5706, 7: 2.3646, 29: 2.0452, 120: 1.9799}.items():
         assert stats.t_95(df) == pytest.approx(value, abs=5e-5)
-
-
-def test_mean_sd_and_interval_of_three_seeds():
-    found = stats.spread([0.8191, 0.8239, 0.8260])
-    assert (found.n, found.mean) == (3, pytest.approx(0.8230))
-    assert found.sd == pytest.approx(0.0035369, abs=1e-6)
-    assert found.half_width == pytest.approx(4.30265 * 0.0035369 / 3**0.5, abs=1e-6)
 
 
 def test_one_run_has_no_interval_and_none_has_nothing():
@@ -183,17 +176,12 @@ def make_run(
     folder.mkdir(parents=True)
     (folder / "recipe.json").write_text(as_json(recipe, name, facts))
     (folder / "ds_config.json").write_text(json.dumps({"train_batch_size": 64, "gradient_clipping": 1.0}))
-    start = {
-        "command": f"cifar10_deepspeed.py --seed {seed}",
-        "threads": 1,
-        "world_size": 1,
-        "device": "cpu",
-        "commit": "c0ffee",
-    }
+    start = {"command": f"cifar10_deepspeed.py --seed {seed}", "threads": 1, "world_size": 1, "device": "cpu"}
+    start["commit"] = "c0ffee"
     (folder / "environment.json").write_text(json.dumps({"starts": [start]}))
-    told = {"status": status, "recipe": name, "seed": seed, "world_size": 1, "epochs": 2.0, "steps": 4, "best_step": 4}
-    told |= {"train_accuracy": 0.41, "val_accuracy": 0.62, "test_accuracy": test, "test_images": 200, "train_seconds": 90.0}
-    (folder / "summary.json").write_text(json.dumps(told | {"images_per_second": 1234.0, "ended_by": "epochs"}))
+    content = {"status": status, "recipe": name, "seed": seed, "world_size": 1, "epochs": 2.0, "steps": 4, "best_step": 4}
+    content |= {"train_accuracy": 0.41, "val_accuracy": 0.62, "test_accuracy": test, "test_images": 200, "train_seconds": 90.0}
+    (folder / "summary.json").write_text(json.dumps(content | {"images_per_second": 1234.0, "ended_by": "epochs"}))
     rows = ["epoch,phase,loss,accuracy,throughput", "1,train,2.1,0.3,9", "1,val,2.0,0.4,9", "2,train,1.9,0.41,9"]
     rows += ["2,val,1.8,0.62,9"] if test is None else ["2,val,1.8,0.62,9", f"2,test,1.7,{test},9"]
     (folder / "metrics.csv").write_text("\n".join(rows) + "\n")
@@ -209,7 +197,7 @@ def with_answers(folder: Path) -> Predictions:
 
 
 def words(page: Path) -> str:
-    """What a page says, without its tags and pictures."""
+    """What a page says, without its tags and images."""
     text = re.sub(r"<style.*?</style>", "", page.read_text(encoding="utf-8"), flags=re.S)
     return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", text)).split())
 
@@ -245,7 +233,7 @@ def test_the_pages_numbers_are_those_of_the_files(whole):
     assert "Left out" not in said
 
 
-def test_a_page_is_whole_in_itself_and_every_picture_of_it_can_be_seen(whole):
+def test_a_page_is_self_contained_and_all_its_images_can_be_opened(whole):
     folder, _ = whole
     text = (folder / "report.html").read_text(encoding="utf-8")
     sources = re.findall(r'(?:src|href)="([^"]*)"', text)
@@ -396,11 +384,10 @@ def test_runs_of_one_seed_are_not_taken_for_independent_ones(tmp_path):
 
 def test_a_run_cut_short_or_tested_on_fewer_images_is_another_experiment(tmp_path):
     runs = [make_run(tmp_path / str(number), seed=number) for number in range(4)]
-    for run_folder, other in zip(
-        runs[1:], ({"ended_by": "max_steps"}, {"test_images": 100}, {"test_images": 10_000}), strict=True
-    ):
-        told = json.loads((run_folder / "summary.json").read_text())
-        (run_folder / "summary.json").write_text(json.dumps(told | other))
+    others = ({"ended_by": "max_steps"}, {"test_images": 100}, {"test_images": 10_000})
+    for run_folder, other in zip(runs[1:], others, strict=True):
+        content = json.loads((run_folder / "summary.json").read_text())
+        (run_folder / "summary.json").write_text(json.dumps(content | other))
     groups = record.by_experiment([record.open_record(folder) for folder in runs])
     assert sorted(len(group) for group in groups) == [1, 1, 1, 1]
 

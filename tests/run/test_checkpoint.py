@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from cifar10 import UsageError
 from cifar10.data import cifar
 from cifar10.engine.engine import Engine
 from cifar10.engine.full_state import weights_sha256
@@ -319,18 +318,3 @@ def test_a_tag_that_a_pointer_names_is_never_pruned(tmp_path: Path) -> None:
     assert tags(tmp_path) == ["step_00000002", "step_00000004", "step_00000005"], "the former best is pruned"
     found = {name: checkpoint.find(tmp_path, name)[0] for name in ("latest", "best", "epoch_001", "epoch_002")}
     assert found == {"latest": tags(tmp_path)[2], "best": tags(tmp_path)[1], "epoch_001": tags(tmp_path)[0], "epoch_002": None}
-
-
-def test_a_pointer_to_a_deleted_tag_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "best").write_text("step_00000001")
-    with pytest.raises(UsageError, match=r"step_00000001 is damaged: manifest\.json is missing"):
-        checkpoint.find(tmp_path, "best")
-
-
-@pytest.mark.parametrize("keep", [1, 3])
-def test_keep_checkpoints_tags_are_kept(tmp_path: Path, keep: int) -> None:
-    engine = bn_engine()
-    for step in range(8, 13):
-        checkpoint.save(tmp_path, engine, RunState(step=step), one_rank(), {}, keep=keep)
-        assert checkpoint.find(tmp_path)[0] == f"step_{step:08d}"
-    assert tags(tmp_path) == [f"step_{step:08d}" for step in range(13 - keep, 13)]

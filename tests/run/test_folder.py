@@ -14,7 +14,7 @@ import pytest
 
 from cifar10 import UsageError
 from cifar10.config.cli import parse
-from cifar10.config.recipe import FORMAT, as_json, load
+from cifar10.config.recipe import as_json, load
 from cifar10.plan import Plan, make_plan
 from cifar10.run import folder as run_folder
 from cifar10.run.summary import Summary
@@ -120,13 +120,6 @@ def test_a_damaged_file_in_the_folder_is_refused_by_name(tmp_path, name, content
     else:
         (tmp_path / "run" / name).write_bytes(content)
     assert name in refusal("--output-dir", str(tmp_path / "run"))
-
-
-@pytest.mark.parametrize("content", [{}, {"format": FORMAT}, {"format": FORMAT, "settings": 5}, {"settings": {}}])
-def test_a_recipe_json_without_settings_is_refused_by_name(tmp_path, content):
-    begin(tmp_path / "run")
-    (tmp_path / "run" / "recipe.json").write_text(json.dumps(content), encoding="utf-8")
-    assert "recipe.json" in refusal("--output-dir", str(tmp_path / "run"))
 
 
 def test_resume_never_refuses_a_folder_with_anything_in_it_and_no_other(tmp_path):
@@ -241,14 +234,7 @@ OTHERS = ["--recipe", "bn_cnn_document", "--epochs=2.5", "--augment=none", "--da
 
 
 @pytest.mark.parametrize(
-    "given",
-    [
-        [],
-        ["--output-dir", "old"],
-        ["--output_dir", "old"],
-        ["--output-dir=an old 'run'"],
-        ["--output-dir", "older", "--output_dir=old"],
-    ],
+    "given", [[], ["--output_dir", "old"], ["--output-dir=an old 'run'"], ["--output-dir", "older", "--output_dir=old"]]
 )
 @pytest.mark.parametrize("folder", ["an old 'run'", '$HOME; echo "x"'])
 def test_the_command_to_continue_is_the_command_with_the_runs_folder(given, folder):

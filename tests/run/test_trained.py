@@ -31,22 +31,22 @@ def written(folder: Path, content: object) -> Path:
 
 @pytest.mark.parametrize("place", ["", "checkpoints", "checkpoints/best_model", str(BEST)])
 def test_a_run_its_best_model_and_the_file_are_the_same_model(trained, place):
-    found = load(trained / "colour" / place)
-    assert same_bits(found.model.state_dict(), content_of(trained / "colour")["module"])
+    found = load(trained / "color" / place)
+    assert same_bits(found.model.state_dict(), content_of(trained / "color")["module"])
     assert not found.model.training
     assert {value.dtype for value in found.model.parameters()} == {torch.float32}
-    summary = json.loads((trained / "colour.json").read_text())
+    summary = json.loads((trained / "color.json").read_text())
     assert (found.step, found.val_accuracy) == (summary["best_step"], summary["val_accuracy"])
-    assert (found.run, found.which) == (trained / "colour", "best_model")
+    assert (found.run, found.which) == (trained / "color", "best_model")
 
 
 def test_a_copy_of_the_file_elsewhere_belongs_to_no_run(trained, tmp_path):
-    shutil.copy(trained / "colour" / BEST, tmp_path / "mine.pt")
+    shutil.copy(trained / "color" / BEST, tmp_path / "mine.pt")
     assert load(tmp_path / "mine.pt").run is None
 
 
 def test_the_final_model_can_be_loaded(trained):
-    run = trained / "colour"
+    run = trained / "color"
     final = torch.load(run / "checkpoints" / "final" / PORTABLE_FILE)
     for found in (load(run, "final"), load(run / "checkpoints" / "final")):
         assert same_bits(found.model.state_dict(), final["module"])
@@ -56,8 +56,8 @@ def test_the_final_model_can_be_loaded(trained):
 @pytest.mark.parametrize(
     ("name", "shape", "image"),
     [
-        ("colour", (3, 32, 32), {"channels": 3, "size": 32, "resize": 0, "dataset_size": 32}),
-        ("grey", (1, 28, 28), {"channels": 1, "size": 28, "resize": 0, "dataset_size": 28}),
+        ("color", (3, 32, 32), {"channels": 3, "size": 32, "resize": 0, "dataset_size": 32}),
+        ("gray", (1, 28, 28), {"channels": 1, "size": 28, "resize": 0, "dataset_size": 28}),
         ("resized", (3, 32, 32), {"channels": 3, "size": 32, "resize": 40, "dataset_size": 32}),
     ],
 )
@@ -101,10 +101,7 @@ REFUSED = {
     "too few classes": (lambda run: changed(run, classes=["cat"]), r"fc2.weight is \[10, 128\] there, \[1, 128\] here"),
     "classes that are no names": (lambda run: changed(run, classes=list(range(10))), "classes are not names"),
     "a weight that is none": (lambda run: with_weight(run, "fc2.bias", [0.0] * 10), "holds no state dict"),
-    "NaN": (
-        lambda run: with_weight(run, "fc2.bias", torch.full((10,), torch.nan)),
-        "values that are not finite",
-    ),
+    "NaN": (lambda run: with_weight(run, "fc2.bias", torch.full((10,), torch.nan)), "values that are not finite"),
     "an accuracy in words": (lambda run: changed(run, val_accuracy="good"), "val_accuracy is not a number"),
 }
 
@@ -114,13 +111,13 @@ def test_a_file_of_something_else_is_refused_in_a_line_and_executes_nothing(trai
     make, reason = REFUSED[name]
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=reason) as refusal:
-        load(written(tmp_path / "file", make(trained / "colour")))
+        load(written(tmp_path / "file", make(trained / "color")))
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "executed").exists()
 
 
 def test_damaged_bytes_are_refused(trained, tmp_path):
-    whole = (trained / "colour" / BEST).read_bytes()
+    whole = (trained / "color" / BEST).read_bytes()
     for number, content in enumerate((b"", b"PK\x03\x04", whole[: len(whole) // 2], b"\x80\x04" + whole)):
         for suffix in (".pt", ".safetensors"):
             file = tmp_path / f"{number}{suffix}"
@@ -139,7 +136,7 @@ def test_places_without_a_model_are_refused_with_what_to_choose(trained, tmp_pat
     (started / "recipe.json").touch()
     with pytest.raises(UsageError, match="without a trained model yet"):
         load(started)
-    shutil.copytree(trained / "colour" / "checkpoints" / "best_model", started / "checkpoints" / "best_model")
+    shutil.copytree(trained / "color" / "checkpoints" / "best_model", started / "checkpoints" / "best_model")
     assert load(started).run == started
     with pytest.raises(UsageError, match="has no final yet; use --which best_model"):
         load(started, "final")
