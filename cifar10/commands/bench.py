@@ -137,9 +137,8 @@ def measure(plan: Plan, fast: Plan, world: World, console: Console, *, rounds: i
     for number in range(1, rounds + 1):
         for loop in loops.values():
             loop.take_round()
-        console.print(
-            f"round {number}/{rounds}: " + ", ".join(f"{name} {loop.speeds[-1]:,.0f}" for name, loop in loops.items())
-        )
+        speeds = ", ".join(f"{name} {loop.speeds[-1]:,.0f}" for name, loop in loops.items())
+        console.print(f"round {number}/{rounds}: {speeds}")
     rows = {}
     for name, loop in loops.items():
         learned = {"steps": len(loop.losses), "final_loss": fmean(loop.losses[-LAST_STEPS:])}
@@ -149,12 +148,11 @@ def measure(plan: Plan, fast: Plan, world: World, console: Console, *, rounds: i
 
 def compare(rows: dict[str, Any]) -> list[dict[str, Any]]:
     """Each of RATIOS: the quotient of the medians, and those of the rounds."""
-    ratios = []
-    for name, base in RATIOS:
-        per_round = quotients(rows[name]["images_per_second"], rows[base]["images_per_second"])
-        ratio = rows[name]["median"] / rows[base]["median"]
-        ratios.append({"of": name, "to": base, "ratio": ratio, "per_round": per_round})
-    return ratios
+    of = {name: (row["median"], row["images_per_second"]) for name, row in rows.items()}
+    return [
+        {"of": name, "to": base, "ratio": of[name][0] / of[base][0], "per_round": quotients(of[name][1], of[base][1])}
+        for name, base in RATIOS
+    ]
 
 
 def show(rows: dict[str, Any], ratios: list[dict[str, Any]], console: Console) -> None:

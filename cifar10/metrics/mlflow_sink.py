@@ -40,8 +40,7 @@ class MlflowSink(ScalarSink):
             experiment_id = known.experiment_id if known else self._client.create_experiment(experiment)
             self._id = self._client.create_run(experiment_id, run_name=title(self._folder)).info.run_id
             write_json(self._folder / "mlflow_run.json", {"id": self._id})
-            params = [entities.Param(name, str(value)) for name, value in context.settings.items()]
-            self._client.log_batch(self._id, params=params)
+            self._client.log_batch(self._id, params=[entities.Param(k, str(v)) for k, v in context.settings.items()])
         self.note = f"MLflow: run {self._id}"
 
     def log(self, prefix: str, step: int, **values: float) -> None:
@@ -51,8 +50,7 @@ class MlflowSink(ScalarSink):
             history = self._client.get_metric_history(self._id, name)
             self._logged[name] = max((metric.step for metric in history), default=-1)
         new = {name: value for name, value in named.items() if step > self._logged[name]}
-        now = int(time.time() * 1000)
-        metrics = [self._entities.Metric(name, value, now, step) for name, value in new.items()]
+        metrics = [self._entities.Metric(name, value, int(time.time() * 1000), step) for name, value in new.items()]
         self._client.log_batch(self._id, metrics=metrics)
         self._logged |= dict.fromkeys(new, step)
 

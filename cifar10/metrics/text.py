@@ -134,8 +134,7 @@ def training_section(plan: Plan) -> Section:
     """Batch, optimizer, learning rate, precision and early stopping, in the terms of DeepSpeed's config and the recipe."""
     recipe, config, batch = plan.recipe, plan.ds_config, plan.batch
     optimizer = config.get("optimizer", {})
-    settings = {"lr": None, **optimizer.get("params", {})}
-    scale = recipe.lr_scale(batch.global_images)
+    settings, scale = {"lr": None, **optimizer.get("params", {})}, recipe.lr_scale(batch.global_images)
     if settings["lr"] is not None and scale != 1:
         settings["lr"] = f"{settings['lr'] * scale:g}"
     shown = [f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if value not in (None, True, False)]

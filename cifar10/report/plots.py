@@ -10,7 +10,6 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -33,24 +32,15 @@ WIDTH, DPI = 6.4, 150  # inches, pixels per inch
 MANY = 20  # classes; more are placed closer together, without their counts
 FEWEST = 10  # images in a bin; the accuracy of fewer is not shown
 STYLE = {
-    "font.size": 11.5,
-    "font.family": "DejaVu Sans",  # ships with matplotlib
-    "text.color": INK,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    **{"font.size": 11.5, "font.family": "DejaVu Sans"},  # the font ships with matplotlib
+    **{"axes.titlesize": 12.5, "axes.titleweight": "bold", "axes.titlelocation": "left"},
+    **{"axes.edgecolor": PALE, "grid.color": GRID},
     "text.parse_math": False,  # a class may be called $x$
-    "axes.edgecolor": PALE,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 12.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
 }
+DASHED = {"linestyle": "--", "linewidth": 1.3}
 
 
 def png(plot: Callable[..., Figure], *data: Any) -> bytes:
@@ -63,10 +53,10 @@ def png(plot: Callable[..., Figure], *data: Any) -> bytes:
     return file.getvalue()
 
 
-def _panels(count: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels below each other, `height` inches each."""
-    figure = Figure(figsize=(WIDTH, height * count), layout="constrained")
-    return figure, list(np.atleast_1d(figure.subplots(count, 1, **options)))
+def _figure(height: float, panels: int = 1, width: float = WIDTH, **options: Any) -> tuple[Figure, Any]:
+    """A figure and its Axes, or an array of them for several panels below each other."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(panels, 1, **options)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -83,7 +73,7 @@ def _line(axes: Axes, x: np.ndarray, y: np.ndarray, **options: Any) -> None:
 
 def curves(record: Record) -> Figure:
     """Accuracy and loss of each split over the epochs; the test is one point, at the epoch of the tested model."""
-    figure, (above, below) = _panels(2, 2.9, sharex=True)
+    figure, (above, below) = _figure(5.8, 2, sharex=True)
     best, per_epoch = record.number("best_step"), record.steps_per_epoch
     for axes, measure in ((above, "accuracy"), (below, "loss")):
         for split in ("train", "val"):
@@ -91,21 +81,14 @@ def curves(record: Record) -> Figure:
                 _line(axes, _column(rows, "epoch"), _column(rows, measure), color=COLORS[split], label=split)
         if rows := record.epochs.get("test"):
             where = best / per_epoch if best and per_epoch else rows[-1]["epoch"]
-            options = {
-                "color": COLORS["test"],
-                "marker": "*",
-                "markersize": 14,
-                "linestyle": "none",
-                "markeredgecolor": "white",
-            }
             which = "last" if record.settings.get("val_images") == 0 else "best"
-            axes.plot([where], [rows[-1][measure]], label=f"test ({which} model)", zorder=5, **options)
+            star = {"markersize": 14, "markeredgecolor": "white", "zorder": 5, "label": f"test ({which} model)"}
+            axes.plot([where], [rows[-1][measure]], "*", color=COLORS["test"], **star)
     above.set_title("Accuracy")
     above.yaxis.set_major_formatter(PercentFormatter(1.0))
-    below.set_title("Loss (cross-entropy)")
-    below.set_xlabel("epoch")
+    above.legend()
+    below.set(title="Loss (cross-entropy)", xlabel="epoch")
     below.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
-    above.legend(loc="best")
     return figure
 
 
@@ -113,10 +96,9 @@ def optimization(record: Record) -> Figure:
     """Learning rate and gradient norm, from steps.csv."""
     per_epoch = record.steps_per_epoch
     x = _column(record.steps, "step") / (per_epoch or 1)
-    figure, (above, below) = _panels(2, 2.9, sharex=True)
+    figure, (above, below) = _figure(5.8, 2, sharex=True)
     _line(above, x, _column(record.steps, "lr"), color=SERIES[0])
-    above.set_title("Learning rate")
-    above.set_ylim(bottom=0)
+    above.set(title="Learning rate", ylim=(0, None))
     norms = _column(record.steps, "grad_norm")
     _line(below, x, norms, color=SERIES[0])
     positive = norms[np.isfinite(norms) & (norms > 0)]
@@ -126,15 +108,14 @@ def optimization(record: Record) -> Figure:
         below.set_ylim(bottom=0)
     limit = record.ds_config.get("gradient_clipping")
     if isinstance(limit, (int, float)) and limit > 0:
-        below.axhline(limit, color=COLORS["val"], linestyle="--", linewidth=1.3, label=f"clipped at {limit:g}")
+        below.axhline(limit, color=COLORS["val"], **DASHED, label=f"clipped at {limit:g}")
     skipped = _column(record.steps, "skipped") > 0
     if skipped.any():
         low = below.get_ylim()[0]
         below.plot(x[skipped], np.full(skipped.sum(), low), "^", color="black", clip_on=False, label="skipped steps")
-    below.set_title("Gradient norm before clipping")
-    below.set_xlabel("epoch" if per_epoch else "step")
+    below.set(title="Gradient norm before clipping", xlabel="epoch" if per_epoch else "step")
     if below.get_legend_handles_labels()[0]:
-        below.legend(loc="best")
+        below.legend()
     return figure
 
 
@@ -149,9 +130,9 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     """Rows are true classes, columns predicted ones. Blue: correct; darker orange: more frequent confusion."""
     size = len(classes)
     width = max(WIDTH, 0.18 * size)  # room for a line of text per class
-    figure = Figure(figsize=(width, width * 0.95), layout="constrained")
-    axes = figure.subplots()
-    right, wrong = np.eye(size, dtype=bool), np.where(np.eye(size, dtype=bool), 0, counts)
+    figure, axes = _figure(width * 0.95, width=width)
+    right = np.eye(size, dtype=bool)
+    wrong = np.where(right, 0, counts)
     axes.imshow(np.ma.masked_where(~right, counts), cmap="Blues", vmin=0, vmax=2 * max(1, counts.max()))
     axes.imshow(np.ma.masked_where(right, counts), cmap="Oranges", vmin=0, vmax=2 * max(1, wrong.max()))
     if size <= MANY:
@@ -167,8 +148,7 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     axes.grid(False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
+    axes.set(xlabel="predicted class", ylabel="true class")
     return figure
 
 
@@ -177,22 +157,21 @@ def class_accuracy(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     right, total = np.diag(counts), counts.sum(axis=1)
     order = np.argsort(right / np.maximum(total, 1), kind="stable")
     share, (low, high) = right / np.maximum(total, 1), wilson(right, total)
-    figure = Figure(figsize=(WIDTH, 1.2 + (0.44 if len(classes) <= MANY else 0.26) * len(classes)), layout="constrained")
-    axes, places = figure.subplots(), np.arange(len(classes))
+    figure, axes = _figure(1.2 + (0.44 if len(classes) <= MANY else 0.26) * len(classes))
+    places = np.arange(len(classes))
     bars = np.abs(np.stack([share - low, high - share])[:, order])
     axes.errorbar(share[order], places, xerr=bars, fmt="o", color=SERIES[0], markersize=7, elinewidth=2, capsize=4)
     for place, index in enumerate(order):
         beside = {"textcoords": "offset points", "va": "center", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}}
         axes.annotate(f"{share[index]:.1%}", (high[index], place), (8, 0), fontsize=10.5, **beside)
     mean = right.sum() / max(1, total.sum())
-    axes.axvline(mean, color=PALE, linestyle="--", linewidth=1.3)
+    axes.axvline(mean, color=PALE, **DASHED)
     above = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "center"}
     axes.annotate(f"all classes {mean:.1%}", (mean, 1.0), (0, 4), color=PALE, fontsize=10.5, **above)
     axes.set_yticks(places, [_short(classes[index]) for index in order])
-    axes.set_ylim(-0.7, len(classes) - 0.3)
-    axes.set_xlim(max(0, low.min() - 0.03), min(1.08, high.max() + 0.08))
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set(xlim=(max(0, low.min() - 0.03), min(1.08, high.max() + 0.08)), ylim=(-0.7, len(classes) - 0.3))
     axes.set_xlabel("test accuracy with 95% interval")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
     return figure
@@ -200,22 +179,18 @@ def class_accuracy(counts: np.ndarray, classes: Sequence[str]) -> Figure:
 
 def reliability(found: Calibration) -> Figure:
     """Reliability diagram: accuracy by confidence, and the number of images in each bin."""
-    figure, (above, below) = _panels(2, 2.9, sharex=True, height_ratios=(2.3, 1))
+    figure, (above, below) = _figure(5.8, 2, sharex=True, height_ratios=(2.3, 1))
     shown = found.counts >= FEWEST
     x, y, n = found.confidence[shown], found.accuracy[shown], found.counts[shown]
     low, high = wilson(np.round(y * n), n)
-    above.plot([0, 1], [0, 1], color=PALE, linestyle="--", linewidth=1.3, label="perfectly calibrated")
+    above.plot([0, 1], [0, 1], color=PALE, **DASHED, label="perfectly calibrated")
     bars = np.abs(np.stack([y - low, high - y]))
     above.errorbar(x, y, yerr=bars, fmt="o-", color=SERIES[0], elinewidth=1.6, capsize=3, label="this model, 95% intervals")
-    above.set_ylim(0, 1.02)
+    above.set(title=f"Expected calibration error {found.error:.1%}", ylabel="test accuracy", ylim=(0, 1.02))
     above.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    above.set_ylabel("test accuracy")
-    above.set_title(f"Expected calibration error {found.error:.1%}")
     above.legend(loc="lower right")
     below.bar((np.arange(BINS) + 0.5) / BINS, found.counts, width=0.9 / BINS, color=SERIES[5])
-    below.set_ylabel("images")
-    below.set_xlabel("confidence: probability of the predicted class")
-    below.set_xlim(0, 1.01)
+    below.set(xlabel="confidence: probability of the predicted class", ylabel="images", xlim=(0, 1.01))
     below.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     below.grid(axis="x", visible=False)
     return figure
@@ -260,25 +235,16 @@ def augmented_sheet(images: np.ndarray, names: Sequence[str]) -> Figure:
 # --- several runs -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ only in their seed."""
-
-    label: str
-    records: list[Record]
-
-
-def overlaid(groups: Sequence[Group], measure: str) -> Figure:
-    """Accuracy or loss of all runs over the epochs: one color per group, or per run if there is only one group.
+def overlaid(groups: Sequence[tuple[str, list[Record]]], measure: str) -> Figure:
+    """Accuracy or loss over the epochs of labeled groups of runs: one color per group, or per run if there is only one.
 
     On the validation split if all runs have one, else on the training split.
     """
-    split = "val" if all(record.epochs.get("val") for group in groups for record in group.records) else "train"
-    lines = [(group.label, group.records) for group in groups]
+    split = "val" if all(record.epochs.get("val") for _, records in groups for record in records) else "train"
+    lines = [(f"{label} ({len(records)} run{'s' * (len(records) > 1)})", records) for label, records in groups]
     if len(groups) == 1:
-        lines = [(f"seed {record.settings.get('seed', '?')}", [record]) for record in groups[0].records]
-    figure = Figure(figsize=(WIDTH, 3.6 + 0.25 * len(lines)), layout="constrained")
-    axes = figure.subplots()
+        lines = [(f"seed {record.settings.get('seed', '?')}", [record]) for record in groups[0][1]]
+    figure, axes = _figure(3.6 + 0.25 * len(lines))
     for number, (label, records) in enumerate(lines):
         style = {"color": SERIES[number % len(SERIES)], "linestyle": ("-", "--", ":")[number // len(SERIES) % 3], "alpha": 0.85}
         for index, record in enumerate(records):
@@ -287,8 +253,7 @@ def overlaid(groups: Sequence[Group], measure: str) -> Figure:
             _line(axes, _column(rows, "epoch"), _column(rows, measure), **style, **named)
     if measure == "accuracy":
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_title(f"{split} {measure}")
-    axes.set_xlabel("epoch")
+    axes.set(title=f"{split} {measure}", xlabel="epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     figure.legend(loc="outside lower left")  # there may be many
     return figure

@@ -70,8 +70,7 @@ def worst_mistakes(predictions: Predictions, count: int) -> np.ndarray:
 
 def _within(t: float, df: int) -> float:
     """P(|T| <= t) of Student's distribution with `df` degrees of freedom: Abramowitz & Stegun, 26.7.3 and 26.7.4."""
-    theta = math.atan2(t, math.sqrt(df))
-    odd, total = df % 2, 0.0
+    theta, odd, total = math.atan2(t, math.sqrt(df)), df % 2, 0.0
     term = math.cos(theta) if odd else 1.0
     for power in range(odd, df - 1, 2):  # cos + 2/3 cos^3 + 2/3 4/5 cos^5 + ..., or 1 + 1/2 cos^2 + 1/2 3/4 cos^4 + ...
         total += term
