@@ -65,8 +65,6 @@ class Options:
     """Number of test images in the final test (default: all); 0 never reads the test split, for hyperparameter tuning."""
     threads: _Whole = None
     """CPU threads per rank (default: this machine's cores divided by its ranks)."""
-    num_workers: _Whole = None
-    """Ignored; accepted for compatibility with other scripts. Images stay on the device, so there are no worker processes."""
     engine_level: Literal["auto", "eager", "compile", "graph", "captured"] = "auto"
     """How a step runs: eager; compile, with torch.compile; graph, forward and backward as CUDA graphs; captured, the whole step
     as one CUDA graph (one GPU, no ZeRO). auto is eager, on GPUs too: the others have not been measured there yet."""
@@ -99,20 +97,21 @@ def check_options(options: Options) -> None:
     check_values(
         options,
         (at_least_1, lambda n: n >= 1, "an integer >= 1"),
-        ("test_images save_every_epochs save_frequency num_workers", lambda n: n >= 0, "an integer >= 0"),
+        ("test_images save_every_epochs save_frequency", lambda n: n >= 0, "an integer >= 0"),
         ("lr max_minutes stop_at timeout_minutes", is_positive, "a number above 0"),
     )
 
 
 def without_launcher_flags(argv: list[str]) -> list[str]:
-    """`argv` without the flags that launchers add, --local_rank[=]N and --deepspeed; --no-amp becomes --precision fp32."""
+    """`argv` without flags that launchers and other scripts add: --local_rank[=]N, --deepspeed, and --num-workers[=]N, which
+    has no meaning here (images are on the device). --no-amp becomes --precision fp32."""
     kept, words = [], iter(argv)
     for word in words:
-        if re.fullmatch("--local[_-]rank", word):
+        if re.fullmatch("--(local[_-]rank|num[_-]workers)", word):
             next(words, None)
         elif word == "--no-amp":
             kept += ["--precision", "fp32"]
-        elif not re.match("--deepspeed$|--local[_-]rank=", word):
+        elif not re.match("--deepspeed$|--(local[_-]rank|num[_-]workers)=", word):
             kept.append(word)
     return kept
 

@@ -142,8 +142,15 @@ class Cifar(DataSet):
 
     def load(self, split: Split, data_dir: Path, seed: int = 0) -> Images:
         """The whole split in the order of its files. Raises UsageError for a damaged file."""
-        files = [self._unpickled(data_dir / self.folder / name) for name in self.split_files[split]]
-        return Images(np.concatenate([pixels for pixels, _ in files]), np.concatenate([labels for _, labels in files]))
+        names, all_pixels, all_labels = self.split_files[split], np.empty(0), np.empty(0)
+        for number, name in enumerate(names):  # one in memory at a time; all hold equally many images
+            pixels, labels = self._unpickled(data_dir / self.folder / name)
+            if number == 0:
+                all_pixels = np.empty((len(names) * len(pixels), *pixels.shape[1:]), pixels.dtype)
+                all_labels = np.empty(len(names) * len(labels), labels.dtype)
+            part = slice(number * len(pixels), (number + 1) * len(pixels))
+            all_pixels[part], all_labels[part] = pixels, labels
+        return Images(all_pixels, all_labels)
 
 
 CIFAR10 = Cifar(

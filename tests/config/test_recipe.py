@@ -116,7 +116,7 @@ def test_first_sizes_without_their_epochs_or_out_of_range_are_refused(argv):
 
 # --- invalid values --------------------------------------------------------------------------------------------------
 
-WHOLE = "val_images patience lr_reference_batch split_seed test_images save_every_epochs save_frequency num_workers".split()
+WHOLE = "val_images patience lr_reference_batch split_seed test_images save_every_epochs save_frequency".split()
 POSITIVE = "max_skipped_in_a_row max_steps threads log_every_steps keep_checkpoints micro_batch_size global_batch_size".split()
 INVALID = {  # flag -> values of the right type that are out of range
     **dict.fromkeys(WHOLE, "-1"),
