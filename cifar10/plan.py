@@ -97,7 +97,8 @@ def make_plan(
 ) -> Plan:
     """Parse and check a command line for `world_size` ranks; writes nothing except a missing data set. Raises UsageError."""
     argv, old_flags = take_old_flags(argv)
-    names = f"models: {', '.join(model_names())}\n\ndata sets: {', '.join(registry.DATASETS)}"
+    known = {"models": model_names(), "data sets": registry.DATASETS, "augmentations": augment.classes()}
+    names = "\n\n".join(f"{kind}: {', '.join(listed)}" for kind, listed in known.items())
     recipe, options = parse(argv, program, f"{description}\n\n{names}" if description else names, extra)
     refuse_unknown_model(recipe.model)
     dataset = registry.find(recipe.dataset)

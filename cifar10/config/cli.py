@@ -87,7 +87,7 @@ class Options:
     """The W&B project to log to (default: $WANDB_PROJECT, else deepspeed-cifar10)."""
     wandb_name: _Name = None
     """The run's name in W&B (default: $WANDB_NAME, else the name of the run's folder)."""
-    report: bool = True
+    report: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = True
     """Write report.html and its plots when the run has finished (default: yes, unless $CIFAR10_REPORT is 0)."""
 
 

@@ -52,7 +52,7 @@ class Recipe:
     mean: _Channels = (0.4914, 0.4822, 0.4465)
     """Mean of each channel for normalization, on the scale 0 to 1: three numbers, or one for gray images."""
     std: _Channels = (0.2023, 0.1994, 0.2010)
-    """Standard deviation of each channel for normalization. (The default, the document's, is the mean over images.)"""
+    """Standard deviation of each channel for normalization. (The default is the reference document's, a mean over images.)"""
     resize: int = 0
     """Side in pixels to which images are resized, bilinearly; 0 does not resize."""
     image_size: int = 0
@@ -62,8 +62,8 @@ class Recipe:
     first_epochs: _Sizes = ()
     """Epochs of each of --first-sizes."""
     augment: str = "RandomCrop(4) RandomHorizontalFlip"
-    """Augmentations in order, named as in torchvision: RandomCrop(padding, constant|reflect) and RandomHorizontalFlip or
-    AlternatingFlip first, then Cutout(size), BrightnessContrast(most, most), ...; or none."""
+    """Augmentations in order, instead of the recipe's, named as in torchvision where it has them: RandomCrop(padding) or
+    RandomCrop(padding, reflect) and a flip first, then any others listed above; or none."""
     label_smoothing: float = 0.0
     """Label smoothing of the cross-entropy loss: the share of each target spread evenly over all classes."""
     patience: int = 15

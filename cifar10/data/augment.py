@@ -1,9 +1,9 @@
 """Augmentations as values: `--augment "RandomCrop(4) RandomHorizontalFlip Cutout(12)"`, or a recipe's `augment`.
 
-Each is a frozen operation, named as in torchvision, that is called with a batch of normalized images. Its random numbers come
-from `Draws`, a pure function of seed, epoch and image: the same on any number of ranks and after a resume. To add one, write a
-class here; everything else finds it by its name. Importing this file does not import torch, which checks of a command line
-do not need.
+Each is a frozen operation, named as in torchvision if it is there, and is called with a batch of normalized images. Its random
+numbers come from `Draws`, a pure function of seed, epoch and image: the same on any number of ranks and after a resume. To add
+one, write a class here; everything else finds it by its name. Importing this file does not import torch, which checks of a
+command line need not wait for: operations use tensor methods, or import torch when they are called.
 """
 
 from __future__ import annotations
@@ -192,10 +192,11 @@ class RandomRotation(Operation):
 # --- reading and checking -----------------------------------------------------------------------------------------------------
 
 
-def _classes(base: type[Operation] = Operation) -> dict[str, type[Operation]]:
+def classes(base: type[Operation] = Operation) -> dict[str, type[Operation]]:
+    """All operations by name."""
     found = {}
     for kind in base.__subclasses__():
-        found |= {kind.__name__: kind} | _classes(kind)
+        found |= {kind.__name__: kind} | classes(kind)
     return found
 
 
@@ -209,11 +210,11 @@ def _operation(text: str) -> Operation:
         node = ast.parse(text, mode="eval").body
         call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
         args, keywords = [_value(arg) for arg in call.args], {word.arg: _value(word.value) for word in call.keywords}
-        kind = _classes().get(call.func.id)
+        kind = classes().get(call.func.id)
     except (SyntaxError, AttributeError, ValueError, TypeError):
         raise ValueError("expected a name with arguments in parentheses") from None
     if kind is None:
-        raise ValueError(f"unknown augmentation{nearest(call.func.id, sorted(_classes()))}")
+        raise ValueError(f"unknown augmentation{nearest(call.func.id, sorted(classes()))}")
     try:
         given = signature(kind).bind(*args, **keywords).arguments
     except TypeError:

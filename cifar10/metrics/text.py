@@ -201,7 +201,7 @@ def closing_lines(summary: Summary, val_images: int, plan: Plan) -> list[str]:
     since = ""
     if summary.train_accuracy is not None:
         images, since = "augmented images, " if plan.recipe.is_augmented else "", _since_first(summary, "train")
-        lines.append(f"train accuracy {summary.train_accuracy:.2%}  (last epoch: {images}weights still moving{since})")
+        lines.append(f"train accuracy {summary.train_accuracy:.2%}  (last epoch: {images}measured during training{since})")
     if summary.train_loss is not None:
         first = f"; first epoch {summary.first_train_loss:.4f}" if since else ""
         lines.append(f"training loss  {summary.train_loss:.4f}  (last epoch{first})")

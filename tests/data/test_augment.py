@@ -334,7 +334,7 @@ def every_operation() -> list[augment.Operation]:
     """One of each class, with valid arguments."""
     arguments = {int: 4, float: 0.25, "degrees": 15.0}
     made = []
-    for kind in augment._classes().values():
+    for kind in augment.classes().values():
         types = get_type_hints(kind)
         made.append(kind(*(arguments.get(f.name, arguments.get(types[f.name], "reflect")) for f in dataclasses.fields(kind))))
     return made
