@@ -102,7 +102,7 @@ def test_two_machines_train_one_run(runs, tmp_path) -> None:
     assert codes == [0, 0], errors
     results, others = summary(folder), summary(runs["torchrun, 2 ranks"][0])
     assert all(results[key] == others[key] for key in ("status", "world_size", "weights_sha256"))
-    assert "2 ranks on cpu of 2 machines" in printed[0]
+    assert "2 ranks on cpu, 2 machines" in printed[0]
     assert printed[1] == "", "only the first machine prints"
 
 
