@@ -84,6 +84,7 @@ def check(rows: dict[str, dict[str, Any]], names: list[str], rounds: int) -> Non
         assert row["waits_per_step"] is None
 
 
+@pytest.mark.slow
 def test_the_levels_that_a_cpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
     """The code behind `bench --gpu`, with the levels of a CPU; compiled models are traced, but no machine code is made."""
     monkeypatch.setattr("deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED", False)  # and put back afterwards
@@ -102,6 +103,7 @@ def test_the_levels_that_a_cpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(word in line for word in (f"{row['median']:,.0f}", f"{row['ratio']:.2f}", f"{row['final_loss']:.4f}"))
 
 
+@pytest.mark.slow
 def test_what_the_engine_costs_at_each_zero_stage() -> None:
     flags = {"--recipe": "bn_cnn", "--dataset": "synthetic", "--model": "smooth_cnn"}
     cells = scaling.measure_engine(flags, one_rank(), 8, ("fp32",), rounds=1, steps=3, warmup_steps=0)
@@ -145,6 +147,7 @@ def test_a_run_that_fails_ends_the_measurement(monkeypatch: pytest.MonkeyPatch) 
         scaling.summary_of_run(["--threads", "1"], 2)
 
 
+@pytest.mark.slow
 def test_peak_memory_includes_what_was_freed_again() -> None:
     """In a process of its own, whose memory is known."""
     code = """

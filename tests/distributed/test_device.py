@@ -28,6 +28,7 @@ print(faults(20))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc has the setting")
 @pytest.mark.parametrize("how", ["world.join(1)", "trained.alone(1)", ""])
 def test_a_step_takes_no_new_pages_for_what_the_last_one_freed(how: str, monkeypatch: pytest.MonkeyPatch) -> None:

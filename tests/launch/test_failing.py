@@ -54,6 +54,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, process.stdout + process.stderr
 
 
+@pytest.mark.slow
 def test_the_umask_decides_who_may_read_a_run_folder(whole_run: tuple[Path, str]) -> None:
     modes = {str(path): path.stat().st_mode & 0o077 for path in (whole_run[0], *whole_run[0].rglob("*"))}
     assert len(modes) > 10
