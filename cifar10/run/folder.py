@@ -208,7 +208,7 @@ def open_run(folder: Path, recipe_json: str, ds_config: dict[str, Any], resume: 
 def command_to_continue(start: str, argv: list[str], folder: Path) -> str:
     """The command line that resumes the run in `folder`; `start` is the start command without flags."""
     start = os.environ.get("CIFAR10_STARTED_BY", start)  # set by main.py
-    if "UV_RUN_RECURSION_DEPTH" in os.environ and not start.startswith("uv run"):
+    if "UV_RUN_RECURSION_DEPTH" in os.environ and not start.startswith(("uv run", "sbatch")):  # a job finds its Python itself
         start = f"uv run {start}"
     words, rest = [], iter(argv)
     for word in rest:

@@ -112,9 +112,16 @@ def test_preemption(signal, weights, tmp_path) -> None:
 
 
 def test_a_time_limit(cluster, weights, tmp_path) -> None:
-    folder = tmp_path / "run"
-    number = submit(cluster, folder, (*ONE_RANK, "--time=2", "--signal=B:USR1@60"), *MINUTE_LONG)
-    check_finished(follow(cluster, number), folder, 1, weights(1, *MINUTE_LONG))
+    """Half a minute to a minute and a half from now, so that it comes while the run trains, on a machine of any speed."""
+    folder, flags = tmp_path / "run", (*COMMON, "--max-steps", "900", "--global-batch-size", "256")
+    number = submit(cluster, folder, (*ONE_RANK, "--time=60", "--signal=B:USR1@60"), *flags)
+    wait_until(lambda: has_trained(folder), "the first steps")
+    hours, minutes, seconds = map(int, cluster.job(number)["RunTime"].split(":"))
+    limit = 60 * hours + minutes + (1 if seconds < 30 else 2)
+    assert cluster.run("scontrol", "update", f"jobid={number}", f"timelimit={limit}").returncode == 0
+    wait_until(lambda: cluster.job(number)["Restarts"] != "0", "the job to be requeued")
+    assert cluster.run("scontrol", "update", f"jobid={number}", "timelimit=60").returncode == 0
+    check_finished(follow(cluster, number), folder, 1, weights(1, *flags))
 
 
 def test_a_node_fails(cluster, weights, tmp_path) -> None:

@@ -262,8 +262,9 @@ def test_the_command_to_continue_starts_as_the_program_was_started(monkeypatch):
     assert run_folder.command_to_continue("python x.py", [], Path("r")) == "python main.py --num-gpus 2 --output-dir r"
     monkeypatch.setenv("UV_RUN_RECURSION_DEPTH", "1")
     assert run_folder.command_to_continue("python x.py", [], Path("r")).startswith("uv run python main.py ")
-    monkeypatch.setenv("CIFAR10_STARTED_BY", "uv run python main.py")
-    assert run_folder.command_to_continue("python x.py", [], Path("r")) == "uv run python main.py --output-dir r"
+    for start in ("uv run python main.py", "sbatch run_deepspeed.sh"):
+        monkeypatch.setenv("CIFAR10_STARTED_BY", start)
+        assert run_folder.command_to_continue("python x.py", [], Path("r")) == f"{start} --output-dir r"
 
 
 def test_a_second_process_may_not_train_in_the_same_folder(tmp_path):
