@@ -4,8 +4,8 @@
     python("main.py", "--num-gpus", "2", gpus=2)          # a CompletedProcess; its ranks find the GPUs, too
     python("-m", "cifar10", "doctor", FAKE_MEM_GB="16")
 
-PyTorch's dispatcher, allocator and autograd, NCCL's process group and DeepSpeed are the real ones, and streams, events, captures
-and waits follow CUDA's rules; values mean nothing. The tool is a folder of its own, in $CUDA_STAND_IN or beside the checkout.
+PyTorch's dispatcher, allocator and autograd, NCCL's process group and DeepSpeed are the real ones, and streams, captures and
+waits follow CUDA's rules; values mean nothing. The tool is a folder of its own, in $CUDA_STAND_IN or beside the checkout.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class StandIn:
 
     @classmethod
     def or_skip(cls, python: str = sys.executable) -> StandIn:
-        """Skip the test where the tool is absent or does not build; with CIFAR10_TESTS_NEED_STAND_IN set, as in .ci/run, fail it."""
+        """Skip the test where the tool is absent or does not build; fail it where CIFAR10_TESTS_NEED_STAND_IN is set (.ci/run)."""
         try:
             return _built(python)
         except LookupError as error:
