@@ -169,30 +169,16 @@ def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> fl
 
 
 class CountOperations(TorchDispatchMode):
-    """Counts ATen operations under the current label."""
+    """Counts ATen operations."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.label = "core"
-        self.counts: dict[str, Counter[str]] = {}
+        self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "aten":
-            self.counts.setdefault(self.label, Counter())[str(function)] += 1
+            self.counts[str(function)] += 1
         return function(*args, **(kwargs or {}))
-
-    def relabel(self, owner: Any, method: str, label: str) -> None:
-        """Count what `owner.method` does under `label`."""
-        replaced = getattr(owner, method)
-
-        def labelled(*args: Any) -> Any:
-            before, self.label = self.label, label
-            try:
-                return replaced(*args)
-            finally:
-                self.label = before
-
-        setattr(owner, method, labelled)
 
 
 class CountReads(TorchFunctionMode):

@@ -117,8 +117,8 @@ class Engine:
 
     def forward(self, images: Tensor) -> Tensor:
         """float32 [B, C, S, S] -> logits [B, classes], through DeepSpeed's forward."""
-        if self._micro_batch == 0:
-            self._remember_buffers()
+        if self._micro_batch == 0 and self._buffers:
+            torch._foreach_copy_(self._saved_buffers, self._buffers)
         if self.seeds_dropout:
             self.seed_dropout()
         return self.deepspeed(images)
@@ -126,7 +126,7 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch's mean loss; after a step's last micro-batch, average them over ranks."""
         value = loss.detach()  # a hook that held the loss itself would be a cycle and keep every graph alive
-        loss.register_hook(lambda gradient: self._poison(gradient, value))
+        loss.register_hook(lambda gradient: gradient + value * 0)  # NaN if it is not finite, and then on every rank
         self.deepspeed.backward(loss, scale_wrt_gas=self._accumulation > 1)
         self._micro_batch += 1
 
@@ -142,7 +142,9 @@ class Engine:
                 norm = self.deepspeed.get_global_grad_norm()
                 self.grad_norm = torch.as_tensor(norm, dtype=torch.float32, device=self.world.device)
                 self.skipped.fill_(0.0 if self.deepspeed.was_step_applied() else 1.0)
-            self._restore_buffers_if_skipped()
+            skipped = self.skipped.bool()
+            for buffer, saved in zip(self._buffers, self._saved_buffers, strict=True):
+                torch.where(skipped, saved, buffer, out=buffer)
 
     @property
     def lr(self) -> float:
@@ -158,10 +160,6 @@ class Engine:
             number = (number * 1_000_003 + part + 1) % 2**63
         torch.manual_seed(number)
 
-    def _poison(self, gradient: Tensor, loss: Tensor) -> Tensor:
-        """The gradient unchanged if the loss is finite, else NaN, which the averaging of gradients carries to every rank."""
-        return gradient + loss * 0
-
     def _measure_and_clip(self) -> None:
         """At stage 0, of averaged gradients: their norm, clipping, and the flag of a bad step, without synchronizing."""
         limit, scaler = self.deepspeed.gradient_clipping(), self.deepspeed.torch_autocast_z0_gradscaler
@@ -171,23 +169,10 @@ class Engine:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
         if limit:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
-        self.grad_norm = norm
-        self._flag_bad_step(norm)
-
-    def _flag_bad_step(self, norm: Tensor) -> None:
-        self.skipped = torch.isfinite(norm).logical_not().to(torch.float32)
+        self.grad_norm, self.skipped = norm, torch.isfinite(norm).logical_not().to(torch.float32)
         # PyTorch's fused optimizers skip a step in their own kernel, except for SGD with dampening
         if getattr(self.optimizer, "_step_supports_amp_scaling", False) and not self.optimizer.defaults.get("dampening"):
             self.optimizer.found_inf = self.skipped
         elif self.skipped.item():  # synchronizes; other optimizers ignore parameters without a gradient
             for parameter in self.module.parameters():
                 parameter.grad = None
-
-    def _remember_buffers(self) -> None:
-        if self._buffers:
-            torch._foreach_copy_(self._saved_buffers, self._buffers)
-
-    def _restore_buffers_if_skipped(self) -> None:
-        skipped = self.skipped.bool()
-        for buffer, saved in zip(self._buffers, self._saved_buffers, strict=True):
-            torch.where(skipped, saved, buffer, out=buffer)

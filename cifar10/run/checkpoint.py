@@ -14,6 +14,7 @@ values: reading one executes nothing. The manifest detects damage; it does not p
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -42,29 +43,6 @@ REMEDY = "restore it, or choose another --output-dir"
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
-
-
-def _free_tag(folder: Path, step: int) -> str:
-    """An unused name: a run that was stopped at the end of an epoch is saved at that step twice."""
-    tag, number = f"step_{step:08d}", 1
-    while (folder / tag).exists():
-        number += 1
-        tag = f"step_{step:08d}_{number}"
-    return tag
-
-
-def _write_tag(folder: Path, tag: str, content: dict[str, Any]) -> None:
-    """The tag's folder with its state and manifest, synced before it gets its name."""
-    draft = folder / ".draft"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    with written_whole(draft / STATE_FILE) as file:
-        torch.save(content, file)
-    facts = {"bytes": (draft / STATE_FILE).stat().st_size, "sha256": file_digest(draft / STATE_FILE, "sha256")}
-    with written_whole(draft / MANIFEST_FILE) as file:
-        file.write(json.dumps({STATE_FILE: facts}).encode())
-    os.rename(draft, folder / tag)
-    sync_folder(folder)
 
 
 def _point(folder: Path, names: Sequence[str], tag: str) -> None:
@@ -101,14 +79,24 @@ def _why_not(error: OSError | RuntimeError) -> str:
 
 def _commit(folder: Path, content: dict[str, Any], keep: int, pointers: Sequence[str]) -> str:
     """Write, rename, point, prune. Returns "" or why it could not be saved; earlier checkpoints are untouched."""
+    step, draft = content["run_state"]["step"], folder / ".draft"
+    names = (f"step_{step:08d}" + (f"_{number}" if number > 1 else "") for number in itertools.count(1))
     try:
-        tag = _free_tag(folder, content["run_state"]["step"])
-        _write_tag(folder, tag, content)
+        tag = next(name for name in names if not (folder / name).exists())  # the end of an epoch may be saved twice
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        with written_whole(draft / STATE_FILE) as file:
+            torch.save(content, file)
+        facts = {"bytes": (draft / STATE_FILE).stat().st_size, "sha256": file_digest(draft / STATE_FILE, "sha256")}
+        with written_whole(draft / MANIFEST_FILE) as file:
+            file.write(json.dumps({STATE_FILE: facts}).encode())
+        os.rename(draft, folder / tag)
+        sync_folder(folder)
         _point(folder, ("latest", *pointers), tag)
         _prune(folder, keep)
     except (OSError, RuntimeError) as error:
-        shutil.rmtree(folder / ".draft", ignore_errors=True)
-        return f"not saved at step {content['run_state']['step']}: {_why_not(error)}; earlier checkpoints are kept"
+        shutil.rmtree(draft, ignore_errors=True)
+        return f"not saved at step {step}: {_why_not(error)}; earlier checkpoints are kept"
     return ""
 
 
@@ -122,10 +110,7 @@ def save(
     keep: int,
     pointers: Sequence[str] = (),
 ) -> str:
-    """Save everything that a resume needs; all ranks call it, rank 0 writes. Returns "" or, in one line, why it failed.
-
-    `settings` identify the experiment.
-    """
+    """Save all that a resume needs, and the experiment's settings; rank 0 writes. Returns "" or why it failed. Collective."""
     content = {"format": FORMAT, "run_state": state.as_dict(), "settings": settings}
     content |= {"engine": engine.full_state(), "pointers": list(pointers)}
     return world.from_main(lambda: _commit(folder, content, keep, pointers))
@@ -241,10 +226,7 @@ def resume(
 
 
 def save_portable(folder: Path, module: dict[str, Tensor], facts: dict[str, Any]) -> str:
-    """Write folder/mp_rank_00_model_states.pt for torch.load's safe default; returns "" or why it could not be written.
-
-    `facts` are plain values.
-    """
+    """Write weights and plain `facts` to PORTABLE_FILE, for torch.load's safe default; returns "" or why that failed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with written_whole(folder / PORTABLE_FILE) as file:

@@ -38,7 +38,7 @@ def run_steps(world: World, engine: Engine, steps: int, accumulation: int = 1) -
         losses.append(world.total(loss.detach().clone()).item() / world.size)
         norms.append(engine.grad_norm.item())
         skipped.append(engine.skipped.item())
-    scalars = operations.counts["core"]["aten._local_scalar_dense.default"]
+    scalars = operations.counts["aten._local_scalar_dense.default"]
     seen = {"losses": losses, "norms": norms, "skipped": skipped, "reads": reads.counts.total() + scalars}
     return {**seen, "weights": engine.portable_state()}
 
