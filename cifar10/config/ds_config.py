@@ -1,78 +1,21 @@
 """DeepSpeed's JSON config: read, validated and resolved for a world size, without importing DeepSpeed.
 
-DeepSpeed 0.19.8 ignores misspelled top-level keys, clips gradients at 1.0 by default, and asserts on batch sizes that do not
-fit the world size. Here the first is an error, the second gets a note, and batch sizes are resolved.
+Keys and values are checked in ds_check.py. DeepSpeed 0.19.8 clips gradients at 1.0 by default, which gets a note here, and
+asserts on batch sizes that do not fit the world size, which are resolved.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import hjson
 
 from cifar10 import UsageError
+from cifar10.config.ds_check import BATCH_KEYS, LEFT_OUT, LOW_PRECISIONS, OUR_OPTIMIZERS, check, is_on, look_up
 from cifar10.config.settings import is_deep
-
-LARGEST = 1e300  # a larger integer may not fit a float
-BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-
-TOP_LEVEL_KEYS = frozenset(
-    """activation_checkpointing aio autotuning bf16 checkpoint comms_logger communication_data_type compile csv_monitor comet
-        data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather disable_python_gc dump_state
-        expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping
-        gradient_predivide_factor hybrid_engine log_level managed_gradient_accumulation memory_breakdown optimizer pipeline
-        prescale_gradients scheduler seq_parallel_communication_data_type steps_per_print tensor_parallel tensorboard timers
-        torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism wall_clock_breakdown
-        wandb weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization""".split()
-)  # a test checks each against DeepSpeed's own source
-
-SECTION_KEYS = {
-    "optimizer": frozenset({"type", "params", "legacy_fusion"}),
-    "scheduler": frozenset({"type", "params"}),
-    "torch_autocast": frozenset({"enabled", "dtype", "lower_precision_safe_modules"}),
-    "fp16": frozenset(
-        """enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis
-        min_loss_scale fp16_master_weights_and_grads""".split()
-    ),
-    "bf16": frozenset(
-        "enabled check_grad_overflow immediate_grad_update bf16_master_weights_and_grads bf16_optimizer_states".split()
-    ),
-    "zero_optimization": frozenset(
-        """allgather_bucket_size allgather_partitions allgather_sequential compute_grad_norm contiguous_gradients cpu_offload
-        cpu_offload_param cpu_offload_use_pin_memory elastic_checkpoint enable_sanity_checks gather_16bit_weights_on_model_save
-        ignore_unused_parameters leaf_module legacy_stage1 load_from_fp32_weights log_trace_cache_warnings max_live_parameters
-        max_reuse_distance memory_efficient_linear model_persistence_threshold module_granularity_threshold offload_optimizer
-        offload_param overlap_comm override_module_apply param_persistence_threshold parameter_alignment
-        pipeline_loading_checkpoint prefetch_bucket_size reduce_bucket_size reduce_scatter round_robin_gradients
-        save_muon_momentum_buffer_in_memory stage stage3_allgather_sequential stage3_gather_16bit_weights_on_model_save
-        stage3_gather_fp16_weights_on_model_save stage3_max_live_parameters stage3_max_reuse_distance
-        stage3_model_persistence_threshold stage3_module_granularity_threshold stage3_param_persistence_threshold
-        stage3_prefetch_bucket_size stage3_use_all_reduce_for_fetch_params sub_group_size use_all_reduce_for_fetch_params
-        use_multi_rank_bucket_allreduce zenflow zero_hpz_partition_size zero_quantized_gradients
-        zero_quantized_nontrainable_weights zero_quantized_weights""".split()
-    ),
-    "timers": frozenset({"throughput"}),
-}
-
-_ADAM = frozenset("lr betas eps weight_decay amsgrad maximize differentiable adam_w_mode torch_adam fused foreach".split())
-OPTIMIZER_PARAMS = {
-    "sgd": frozenset("lr momentum dampening weight_decay nesterov maximize foreach differentiable fused".split()),
-    "adam": _ADAM,
-    "adamw": _ADAM,
-    "muonwithsgd": frozenset("lr momentum bias_lr head_lr sgd_momentum decay newton_schulz_iterations".split()),
-}
-# torch.optim's classes, and DeepSpeed's own names, which are case-insensitive
-TORCH_OPTIMIZERS = "ASGD Adadelta Adafactor Adagrad Adam AdamW Adamax Muon NAdam RAdam RMSprop Rprop SGD".split()
-DEEPSPEED_OPTIMIZERS = "adagrad adam adamw lamb lion muadam muadamw muon musgd".split()
-RATES = ("lr", "bias_lr", "head_lr")
-MOMENTA = ("momentum", "weight_decay", "dampening", "sgd_momentum", "decay")
-OUR_OPTIMIZERS = ("MuonWithSGD",)  # cifar10/engine/muon.py
 
 
 @dataclass(frozen=True)
@@ -123,73 +66,6 @@ def read(source: Path | dict[str, Any]) -> dict[str, Any]:
     raise UsageError(f"--deepspeed_config {path}: {problem}")
 
 
-def _check_keys(where: str, given: Any, known: frozenset[str]) -> None:
-    if not isinstance(given, dict):
-        raise UsageError(f"{where} must be an object: {{...}}")
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(sorted(known))}"
-            raise UsageError(f"unknown key {key!r} in {where}{hint}")
-
-
-def _is_integer(value: Any, least: int, most: float = LARGEST) -> bool:
-    return type(value) is int and least <= value <= most
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value <= LARGEST
-
-
-_LOW_PRECISIONS = ("fp16", "bf16", "torch_autocast")
-_VALUES: list[tuple[list[str], Callable[[Any], bool], str]] = [  # keys, a predicate, and what is expected
-    ([*BATCH_KEYS, "fp16.loss_scale_window"], lambda value: _is_integer(value, 1), "an integer >= 1"),
-    (["fp16.initial_scale_power"], lambda value: _is_integer(value, 0, 127), "an integer from 0 to 127, for example 16"),
-    (["zero_optimization.stage"], lambda value: _is_integer(value, 0, 3), "0, 1, 2 or 3"),
-    (["gradient_clipping", "fp16.loss_scale"], _is_number, "a number >= 0"),
-    ([f"optimizer.params.{key}" for key in MOMENTA], _is_number, "a number >= 0"),
-    ([f"optimizer.params.{key}" for key in RATES], lambda value: _is_number(value) and value > 0, "a number > 0"),
-    ([f"{name}.enabled" for name in _LOW_PRECISIONS], lambda value: isinstance(value, bool), "true or false"),
-    (["timers.throughput"], lambda value: isinstance(value, dict), 'an object: {"enabled": true}'),
-]
-
-
-def check(config: dict[str, Any]) -> None:
-    """Validate keys and values that DeepSpeed would silently ignore or fail on later. Raises UsageError."""
-    _check_keys("the top level", config, TOP_LEVEL_KEYS)
-    for section, known in SECTION_KEYS.items():
-        if section in config:
-            _check_keys(repr(section), config[section], known)
-    _check_optimizer(config.get("optimizer"))
-    for paths, is_valid, expected in _VALUES:
-        for path in paths:
-            *sections, key = path.split(".")
-            values = reduce(lambda inner, name: inner.get(name, {}), sections, config)
-            if key in values and not is_valid(values[key]):
-                raise UsageError(f"invalid value for {path}: {values[key]!r}, expected {expected}")
-    if sum(config.get(name, {}).get("enabled", False) for name in _LOW_PRECISIONS) > 1:
-        raise UsageError("more than one of fp16, bf16 and torch_autocast is enabled; enable one")
-
-
-def _check_optimizer(optimizer: Any) -> None:
-    if optimizer is None:
-        raise UsageError('no \'optimizer\'; add {"optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}}')
-    name, params = optimizer.get("type"), optimizer.get("params", {})
-    if not isinstance(name, str):
-        raise UsageError('optimizer.type must be a name, for example "SGD"')
-    if name not in (*TORCH_OPTIMIZERS, *OUR_OPTIMIZERS) and name.lower() not in DEEPSPEED_OPTIMIZERS:
-        spelt = {known.lower(): known for known in (*DEEPSPEED_OPTIMIZERS, *TORCH_OPTIMIZERS, *OUR_OPTIMIZERS)}
-        near = difflib.get_close_matches(name.lower(), spelt, n=1, cutoff=0.5)
-        hint = f"; did you mean {spelt[near[0]]!r}?" if near else f"; known optimizers: {', '.join(TORCH_OPTIMIZERS)}"
-        raise UsageError(f"unknown optimizer.type {name!r}{hint}")
-    if not isinstance(params, dict):
-        raise UsageError('optimizer.params must be an object: {"lr": 0.1}')
-    if name.lower() in OPTIMIZER_PARAMS:
-        _check_keys(f"optimizer.params of {name}", params, OPTIMIZER_PARAMS[name.lower()])
-    if "lr" not in params:
-        raise UsageError("optimizer.params has no 'lr', the base learning rate; add one, for example \"lr\": 0.1")
-
-
 def override(
     config: dict[str, Any], *, lr: float | None, global_batch_size: int | None, micro_batch_size: int | None = None
 ) -> dict[str, Any]:
@@ -211,7 +87,7 @@ def override(
 def with_precision(config: dict[str, Any], precision: str) -> dict[str, Any]:
     """A copy of `config` with only "fp32", "bf16" or "fp16" enabled; an fp16 block keeps its loss scale."""
     config = copy.deepcopy(config)
-    for section in _LOW_PRECISIONS:
+    for section in LOW_PRECISIONS:
         if section in config or section == precision:
             config[section] = {**config.get(section, {}), "enabled": section == precision}
     return config
@@ -246,12 +122,16 @@ def resolve(config: dict[str, Any], world_size: int) -> tuple[dict[str, Any], Ba
     many CPUs do not support and which does not train at stage 0: it divides by a loss scale that it never multiplied by.
     """
     config, notes = copy.deepcopy(config), []
+    for key in sorted(LEFT_OUT.keys() & config.keys()):
+        if is_on(config[key]):
+            del config[key]
+            notes.append(f"{key}: left out ({LEFT_OUT[key]})")
     sizes = batch(config, world_size)
     triple = dict(zip(BATCH_KEYS, (sizes.global_images, sizes.micro_images, sizes.accumulation), strict=True))
-    if any(key in config and config[key] != value for key, value in triple.items()):
+    if changed := [f"{key} {config[key]}" for key, value in triple.items() if config.get(key, value) != value]:
         notes.append(
             f"batch: {sizes.global_images} images = {sizes.micro_images} per micro-batch x {sizes.accumulation} accumulation"
-            f" x {world_size} ranks (the JSON's batch sizes are for another number of ranks)"
+            f" x {world_size} ranks (the config's {', '.join(changed)} does not fit)"
         )
     config.update(triple)
     if "gradient_clipping" not in config:
@@ -259,17 +139,27 @@ def resolve(config: dict[str, Any], world_size: int) -> tuple[dict[str, Any], Ba
         notes.append("gradient_clipping: 1.0 (DeepSpeed's default; not set in the JSON)")
     config.setdefault("timers", {}).setdefault("throughput", {"enabled": False})  # it synchronizes twice per step
     for section, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
-        if config.get(section, {}).get("enabled"):
+        if look_up(config, f"{section}.enabled") is True:
+            lost = [key for key in _NOT_IN_AUTOCAST if is_on(config[section].get(key)) and key != "enabled"]
             loss_scale = config[section] if section == "fp16" else {}  # cifar10/engine/loss_scale.py reads it
             config[section] = {**loss_scale, "enabled": False}
             config["torch_autocast"] = {"enabled": True, "dtype": dtype}
-            notes.append(f"{section} -> torch_autocast {dtype}, which keeps fp32 weights and BatchNorm statistics")
+            without = f"; without {', '.join(lost)}" if lost else ""
+            notes.append(f"{section} -> torch_autocast {dtype}, which keeps fp32 weights and BatchNorm statistics{without}")
+    if is_on(config.get("communication_data_type")) and world_size > 1:
+        notes.append(f"communication_data_type: gradients are averaged in {config['communication_data_type']}, and so rounded")
     _resolve_zero(config, notes)
     _resolve_optimizer(config, notes)
     if config.get("scheduler"):
-        kind = config["scheduler"].get("type")
+        config["scheduler"].setdefault("params", {})
+        kind = config["scheduler"]["type"]
         notes.append(f"learning rate: set by the JSON's scheduler {kind}, not by the recipe's schedule")
     return config, sizes, notes
+
+
+# Keys of fp16 and bf16 that have no meaning under torch_autocast; an overflow halves the loss scale at once.
+_NOT_IN_AUTOCAST = """hysteresis consecutive_hysteresis min_loss_scale fp16_master_weights_and_grads
+    bf16_master_weights_and_grads bf16_optimizer_states immediate_grad_update""".split()
 
 
 def _resolve_zero(config: dict[str, Any], notes: list[str]) -> None:

@@ -20,7 +20,6 @@ Level = Literal["eager", "compile", "graph", "captured"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 CAPTURED_OPTIMIZERS = ("SGD", "MuonWithSGD")  # they read the learning rate, and skip a step, on the device
 TIMERS = ("wall_clock_breakdown", "flops_profiler", "timers.throughput")  # DeepSpeed's, around each forward
-MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")  # DeepSpeed's, written at each step
 
 
 def resolve_level(wanted: str, config: dict[str, Any], world_size: int, *, sync_bn: bool = False) -> Level:
@@ -68,8 +67,7 @@ def _why_not_captured(config: dict[str, Any], world_size: int, stage: int) -> st
     params = optimizer.get("params", {})
     if name == "SGD" and (not params.get("fused") or params.get("dampening")):
         return 'needs SGD with "fused": true and no dampening; use --engine-level graph'
-    monitors = (key for key in MONITORS if _is_on(config, key))
-    return next((f"is not supported with DeepSpeed's {key}; remove it from the JSON" for key in monitors), None)
+    return None
 
 
 def _is_on(config: dict[str, Any], key: str) -> bool:

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import inspect
 import itertools
 import json
 import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from cifar10 import UsageError
-from cifar10.config.ds_config import (
-    BATCH_KEYS,
-    OPTIMIZER_PARAMS,
-    SECTION_KEYS,
-    TOP_LEVEL_KEYS,
-    batch,
-    check,
-    override,
-    read,
-    resolve,
-    with_precision,
-)
+from cifar10.config import ds_check, signatures
+from cifar10.config.ds_check import BATCH_KEYS, TOP_LEVEL_KEYS, check, parameters_of
+from cifar10.config.ds_config import batch, override, read, resolve, with_precision
 from cifar10.config.recipe import load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,7 +138,7 @@ def test_a_misspelt_optimizer_is_refused_with_the_nearest_right_one(path, type_n
 
 def test_a_key_like_no_other_is_answered_with_all_there_are(path):
     message = refusal(path, config(fp16={"zzz": 1}))
-    assert all(key in message for key in SECTION_KEYS["fp16"])
+    assert all(key in message for key in ("enabled", "loss_scale", "hysteresis"))
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -263,14 +256,39 @@ def test_the_known_keys_are_those_that_deepspeed_reads_and_does_not_refuse(deeps
     assert Watched.asked - removed - left_out == TOP_LEVEL_KEYS
 
 
-def test_the_keys_of_the_sections_are_those_of_deepspeeds_models(deepspeed):
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+@pytest.mark.parametrize("section", [key for key, kind in ds_check._TYPES.items() if ".py " in str(kind)])
+def test_the_keys_of_the_sections_are_those_of_deepspeeds_models(deepspeed, section):
+    kind = ds_check._TYPES[section]
+    file, name = (kind if isinstance(kind, str) else next(iter(kind.values()))).split()
+    module = importlib.import_module(f"deepspeed.{file.removesuffix('.py').replace('/', '.')}")
 
-    assert SECTION_KEYS["fp16"] == set(DeepSpeedFP16Config.model_fields)
-    assert SECTION_KEYS["bf16"] == set(DeepSpeedBF16Config.model_fields)
-    fields = DeepSpeedZeroConfig.model_fields
-    assert SECTION_KEYS["zero_optimization"] == set(fields) | {field.alias for field in fields.values() if field.alias}
+    def same(read: dict[str, signatures.Parameter], model: Any) -> int:
+        """Compare the names, and those of the models inside; returns how many there are."""
+        theirs = model.model_fields
+        assert read.keys() == {*theirs, *(field.alias for field in theirs.values() if field.alias)}
+        required = {name for name, field in theirs.items() if field.is_required()}
+        assert {name for name, parameter in read.items() if parameter.required} == required
+        kinds = {name: get_args(field.annotation) or (field.annotation,) for name, field in theirs.items()}
+        inner = {name: one for name, some in kinds.items() for one in some if hasattr(one, "model_fields")}
+        assert {name for name in theirs if read[name].model} == inner.keys()
+        return len(read) + sum(same(read[name].model, one) for name, one in inner.items())
+
+    assert same(signatures.fields(signatures.source("deepspeed", file), name), getattr(module, name)) > 1
+
+
+OTHER_CLASSES = {"Optimizer", "LRScheduler", "ChainedScheduler"}
+
+
+@pytest.mark.parametrize("module", [torch.optim, torch.optim.lr_scheduler])
+def test_the_parameters_are_those_of_pytorchs_constructors(module):
+    where = signatures.source("torch", str(Path(module.__file__).relative_to(Path(torch.__file__).parent)))
+    kinds = {name for name in module.__all__ if inspect.isclass(getattr(module, name))} - OTHER_CLASSES
+    assert kinds == {name for name in signatures.names(where) if name in module.__all__} - OTHER_CLASSES
+    for kind in kinds:
+        _, *theirs = inspect.signature(getattr(module, kind)).parameters.values()
+        ours = signatures.arguments(where, kind)
+        assert [*ours] == [parameter.name for parameter in theirs], kind
+        assert [one.required for one in ours.values()] == [parameter.default is parameter.empty for parameter in theirs], kind
 
 
 # --- the command line's overrides -------------------------------------------------------------------------------------
@@ -483,7 +501,7 @@ EXAMPLES = {"betas": [0.8, 0.9], "dampening": 0.1, "torch_adam": True, "momentum
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "adam", "AdamW", "adamw"])
 def test_deepspeed_builds_a_plain_pytorch_optimizer_with_each_parameter_that_is_let_through(deepspeed, name):
-    for key in (None, *sorted(OPTIMIZER_PARAMS[name.lower()] - {"lr"})):
+    for key in (None, *sorted(parameters_of(name, {}).keys() - {"lr", "maximize", "capturable"})):
         params = {"lr": 0.1} if key is None else {"lr": 0.1, key: EXAMPLES.get(key, True)}
         if key == "nesterov":
             params["momentum"] = 0.9
