@@ -57,11 +57,8 @@ def tutorial_batches(plan: Plan) -> Iterator[MicroBatch]:
     recipe = plan.recipe
     augment = [transforms.RandomCrop(plan.dataset.size, padding=4), transforms.RandomHorizontalFlip()]  # the document's
     transform = transforms.Compose([*augment, transforms.ToTensor(), transforms.Normalize(recipe.mean, recipe.std)])
-    if recipe.dataset == "cifar10":
-        dataset = CIFAR10(plan.options.data_dir, train=True, transform=transform)
-    else:
-        images, dataset = plan.images("train"), CIFAR10.__new__(CIFAR10)  # torchvision's own, except for the files
-        vars(dataset).update(data=images.pixels, targets=images.labels.tolist(), transform=transform, target_transform=None)
+    images, dataset = plan.images("train"), CIFAR10.__new__(CIFAR10)  # torchvision's own, except for reading the files
+    vars(dataset).update(data=images.pixels, targets=images.labels.tolist(), transform=transform, target_transform=None)
     shuffled = RandomSampler(dataset, num_samples=1 << 40)  # a permutation after another, each made when it is needed
     return iter(DataLoader(dataset, plan.batch.global_images, sampler=shuffled, num_workers=WORKERS))
 

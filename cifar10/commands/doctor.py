@@ -326,19 +326,21 @@ def check_data(context: Context) -> Row:
     from cifar10.data.cifar import CIFAR10
 
     names = [name for split in CIFAR10.split_files.values() for name in split]
-    faults, folder = CIFAR10.faulty_files(context.data_dir, names), context.data_dir / CIFAR10.folder
+    faults, (folder, beside) = CIFAR10.faulty_files(context.data_dir, names), CIFAR10.place(context.data_dir)
     if not faults:
         return OK, f"CIFAR-10 in {folder}: {len(names)} files, every md5 is right"
     said = f"no CIFAR-10 in {context.data_dir}"
     if list(faults.values()) != ["missing"] * len(names):
         said = f"CIFAR-10 in {folder} is damaged: {', '.join(f'{name} ({fault})' for name, fault in faults.items())}"
-    if (context.data_dir / CIFAR10.archive).is_file():
+    if (beside / CIFAR10.archive).is_file():
         return WARN, said, f"any run restores it from {CIFAR10.archive} there; or --dataset synthetic"
-    parts = urlsplit(CIFAR10.source)
-    if fault := _connection_error(parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)):
-        cure = f"put {CIFAR10.archive} into {context.data_dir}, point --data-dir / CIFAR10_DIR at it, set CIFAR10_URL"
-        return FAIL, f"{said}, and {parts.hostname} cannot be reached: {fault}", f"{cure}; or --dataset synthetic"
-    return WARN, said, f"any run downloads it (170 MB) from {parts.hostname}; or --dataset synthetic"
+    for parts in map(urlsplit, CIFAR10.urls(CIFAR10.archives[0])):
+        fault = _connection_error(parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443))
+        if not fault:
+            return WARN, said, f"any run downloads it (170 MB) from {parts.hostname}; or --dataset synthetic"
+        said += f", and {parts.hostname} cannot be reached: {fault}"
+    cure = f"put {CIFAR10.archive} into {beside}, point --data-dir / CIFAR10_DIR at it, set CIFAR10_URL"
+    return FAIL, said, f"{cure}; or --dataset synthetic"
 
 
 def check_ports(_: Context) -> Row:

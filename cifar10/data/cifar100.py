@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from cifar10.data.cifar import CIFAR10
+from cifar10.data.download import Archive
 
 CLASSES = """
     apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
@@ -19,9 +20,8 @@ CIFAR100 = replace(
     name="cifar100",
     title="CIFAR-100",
     folder="cifar-100-python",
-    archive="cifar-100-python.tar.gz",
-    archive_md5="eb9058c3a382ffc7106e4002c42a8d85",
-    url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+    archives=(Archive("cifar-100-python.tar.gz", 169_001_437, "eb9058c3a382ffc7106e4002c42a8d85"),),
+    sources=("https://www.cs.toronto.edu/~kriz",),
     files={
         "train": "16019d7e3df5f24257cddd939b257f8d",
         "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",

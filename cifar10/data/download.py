@@ -1,5 +1,6 @@
-"""Downloads that are resumed where they broke off, verified by md5, and renamed last.
+"""Downloads from several sources: resumed where they broke off, by whichever source is next, verified by md5, renamed last.
 
+Of the downloaders at hand (torch.hub's, torchvision's, pooch) none resumes, and none leaves a source that is slow.
 Network errors are ConnectionErrors, so that any other OSError is the disk's.
 """
 
@@ -11,13 +12,38 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from http import HTTPStatus
 from pathlib import Path
 
 from cifar10.files import TIMEOUT_SECONDS, file_digest
 
 CHUNK_BYTES = 1 << 18
+SLOW = 500_000  # bytes per second below which a source is left while there is another
+SECONDS_TO_JUDGE = 10.0
+SECONDS_BETWEEN_LINES = 10.0  # of progress, where stderr is not a terminal
+TRIES = 3  # of a source whose connection breaks, as long as each brings some bytes
+GZIP = b"\x1f\x8b"  # what every archive begins with, and no web page
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A .gz file whose content is known; any server that has it will do."""
+
+    name: str
+    num_bytes: int
+    md5: str
+
+
+class TooSlow(ConnectionError):
+    """A source is left for another; `rate` is in bytes per second."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__(f"only {rate / 1e3:.0f} kB/s")
+        self.rate = rate
 
 
 def has_md5(path: Path, md5: str) -> bool:
@@ -45,74 +71,114 @@ def _network() -> Iterator[None]:
 
 
 @contextmanager
-def _progress_bar(done_bytes: int, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, if that is a terminal; yields the function to call with each number of new bytes."""
-    if not sys.stderr.isatty():
-        yield lambda num_bytes: None
-        return
+def _progress(archive: Archive, done_bytes: int) -> Iterator[Callable[[int], float]]:
+    """Show progress, rate and time left: a bar on a terminal, else a line every few seconds.
+
+    Yields the function to call with each number of new bytes; it returns the rate of the last half minute in bytes per second.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("", total=total_bytes or None, completed=done_bytes)
-        yield lambda num_bytes: progress.advance(bar, num_bytes)
+    columns, on_terminal = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()), sys.stderr.isatty()
+    shown = time.monotonic()
+
+    def advance(num_bytes: int) -> float:
+        nonlocal shown
+        progress.advance(task.id, num_bytes)
+        if not on_terminal and time.monotonic() > shown + SECONDS_BETWEEN_LINES and task.speed:
+            shown = time.monotonic()
+            left = timedelta(seconds=round((archive.num_bytes - task.completed) / task.speed))
+            of = f"{task.completed / 1e6:.1f} of {archive.num_bytes / 1e6:.1f} MB"
+            say(f"{archive.name}: {of}, {task.speed / 1e6:.2f} MB/s, {left} left")
+        return task.speed or 0.0
+
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not on_terminal) as progress:
+        progress.add_task("", total=archive.num_bytes, completed=done_bytes)
+        (task,) = progress.tasks
+        yield advance
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _transfer(url: str, part: Path) -> None:
-    """Append to `part` what it lacks of `url`, or write it again where the server cannot resume.
+def _transfer(url: str, part: Path, archive: Archive, slow: float) -> None:
+    """Append to `part` what it lacks of the archive; from a server that cannot resume, what is there is read again and skipped.
 
-    Raises ConnectionError if the transfer fails, stalls or ends early; `part` keeps what has arrived.
+    Raises ConnectionError if the transfer fails, stalls, ends early or is another file's, and TooSlow below `slow` bytes per
+    second; `part` keeps what has arrived.
     """
-    done = _size(part)
+    done, began = _size(part), time.monotonic()
     headers = {"User-Agent": "cifar10-deepspeed"} | ({"Range": f"bytes={done}-"} if done else {})
-    with _network():
-        try:
-            response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS)
-        except urllib.error.HTTPError as error:
-            if done and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-                return  # nothing is missing at the end of `part`; its md5 is checked below
-            raise
+    with _network():  # an opener of our own, because urlopen's keeps the proxies of its first call
+        opener = urllib.request.build_opener()
+        response = opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS)
+        resumed = response.status == HTTPStatus.PARTIAL_CONTENT
+        if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {done}-"):
+            raise ValueError("it resumes at another place")
         announced = int(response.headers.get("Content-Length") or 0)
+    skip, position = (0, done) if resumed else (done, 0)
     with response:
-        resumed = response.status == http.HTTPStatus.PARTIAL_CONTENT
-        done = done if resumed else 0
-        total = announced and done + announced
-        with open(part, "ab" if resumed else "wb") as file, _progress_bar(done, total) as advance:
+        if announced and position + announced != archive.num_bytes:
+            raise ConnectionError(f"it has {position + announced} bytes, and {archive.name} has {archive.num_bytes}")
+        with open(part, "ab") as file, _progress(archive, position) as advance:
             while True:
                 with _network():
                     chunk = response.read1(CHUNK_BYTES)  # read() would lose what has arrived if the rest never comes
                 if not chunk:
                     break
-                file.write(chunk)
-                advance(len(chunk))
-    if _size(part) < total:
-        raise ConnectionError(f"the connection closed after {_size(part)} of {total} bytes")
+                if position == 0 and not chunk.startswith(GZIP[: len(chunk)]):
+                    raise ConnectionError(f"it sends something else ({response.headers.get_content_type()})")
+                file.write(chunk[skip:])
+                skip, position = max(0, skip - len(chunk)), position + len(chunk)
+                rate = advance(len(chunk))
+                if rate < slow and time.monotonic() > began + SECONDS_TO_JUDGE:
+                    raise TooSlow(rate)
+    if _size(part) < archive.num_bytes:
+        raise ConnectionError(f"the connection closed after {_size(part)} of {archive.num_bytes} bytes")
 
 
-def download(url: str, archive: Path, md5: str, what: str) -> None:
-    """Fetch `what` to a `.part` file beside `archive`, verify its md5, rename it. Raises ConnectionError."""
-    part = archive.with_name(archive.name + ".part")
-    resuming = f", of which {_size(part) / 1e6:.1f} MB are there" if _size(part) else ""
-    say(f"fetching {what} from {url} to {archive}{resuming}")
-    began = time.monotonic()
-    for _ in range(2):  # a wrong .part is deleted once, and all of it fetched again
+def _fetch(url: str, part: Path, archive: Archive, slow: float) -> None:
+    """Complete `part` from one source, in several tries if its connection breaks. Raises ConnectionError; see _transfer."""
+    for tries_left in reversed(range(TRIES)):
         before = _size(part)
         try:
-            _transfer(url, part)
+            return _transfer(url, part, archive, slow)
+        except TooSlow:
+            raise
         except ConnectionError:
-            if _size(part) == before:  # nothing came: a second try would only keep the user waiting
+            if _size(part) == before or not tries_left:  # without a new byte, another try would only keep the user waiting
                 raise
-            _transfer(url, part)
-        if has_md5(part, md5):
-            break
-        part.unlink()
-        say(f"{part} was not the archive (its md5 differs) and is deleted")
-    else:
-        raise ConnectionError(f"what it sends is not {archive.name} (its md5 differs)")
-    os.replace(part, archive)
-    say(f"fetched {_size(archive) / 1e6:.1f} MB in {time.monotonic() - began:.1f} seconds, md5 verified")
+
+
+def download(sources: Sequence[str], target: Path, archive: Archive, what: str) -> None:
+    """Fetch `what` to a `.part` file beside `target`, verify its md5, rename it. Raises ConnectionError: each source's fault.
+
+    Sources are tried in order. If all that work are slow, the fastest of them is used after all.
+    """
+    part, began = target.with_name(target.name + ".part"), time.monotonic()
+    left, faults, rates = list(sources), {}, {}
+    while left or rates:
+        slow = SLOW if left and (len(left) > 1 or rates) else 0.0
+        url = left.pop(0) if left else max(rates, key=rates.get)
+        rates.pop(url, None)
+        kept = _size(part)
+        say(f"fetching {what} from {url} to {target}{f', of which {kept / 1e6:.1f} MB are there' if kept else ''}")
+        try:
+            if kept < archive.num_bytes:
+                _fetch(url, part, archive, slow)
+            if has_md5(part, archive.md5):
+                os.replace(part, target)
+                return say(f"fetched {_size(target) / 1e6:.1f} MB in {time.monotonic() - began:.1f} seconds, md5 verified")
+            part.unlink()
+            if kept:  # it may be what was there before that is wrong
+                say(f"{part} was not the archive (its md5 differs) and is deleted")
+                left.insert(0, url)
+                continue
+            raise ConnectionError(f"what it sends is not {archive.name} (its md5 differs)")
+        except ConnectionError as error:
+            if isinstance(error, TooSlow):
+                rates[url] = error.rate
+            faults[url] = str(error)
+            say(f"leaving {url}: {error}")
+    raise ConnectionError("; ".join(f"{url}: {fault}" for url, fault in faults.items()))

@@ -1,82 +1,67 @@
-"""MNIST, downloaded and read by torchvision, which is not imported to check files that are there."""
+"""MNIST: torchvision's files in `<data_dir>/MNIST/raw`, and the archives that they are unpacked from."""
 
 from __future__ import annotations
 
+import gzip
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from cifar10 import UsageError
-from cifar10.data.dataset import DataSet, Description, Images, Split
-from cifar10.files import download_limits, one_process_at_a_time
+from cifar10.data.archived import Archived
+from cifar10.data.dataset import Description, Images, Split
+from cifar10.data.download import Archive
 
-FOLDER = Path("MNIST") / "raw"
-FILES = {  # name -> bytes: a header, and one byte a pixel or label
-    "train-images-idx3-ubyte": 16 + 60_000 * 28 * 28,
-    "train-labels-idx1-ubyte": 8 + 60_000,
-    "t10k-images-idx3-ubyte": 16 + 10_000 * 28 * 28,
-    "t10k-labels-idx1-ubyte": 8 + 10_000,
-}
-DESCRIPTION = Description(
-    train_images=60_000,
-    test_images=10_000,
-    size=28,
-    channels=1,
-    classes=tuple("0123456789"),
-    mean=(0.1307,),
-    std=(0.3081,),
-    tiers=(0.90, 0.70, 0.50),
+
+@dataclass(frozen=True)
+class Mnist(Archived):
+    """A data set in MNIST's format: an archive for each file, which is a header and one byte for each pixel or label."""
+
+    def archive_of(self, file: str) -> Archive:
+        return next(archive for archive in self.archives if archive.name == f"{file}.gz")
+
+    def unpacked(self, archive: Path) -> Iterator[tuple[str, bytes]]:
+        yield archive.stem, gzip.decompress(archive.read_bytes())
+
+    def load(self, split: Split, data_dir: Path, seed: int = 0) -> Images:
+        """The whole split. Raises UsageError for a damaged file."""
+        folder, size = self.place(data_dir)[0], self.description.size
+        pixels, labels = (np.frombuffer(self.intact(folder / name), np.uint8) for name in self.split_files[split])
+        return Images(pixels[16:].reshape(-1, size, size, 1).copy(), labels[8:].astype(np.int64))
+
+
+MNIST = Mnist(
+    name="mnist",
+    title="MNIST",
+    folder="MNIST/raw",
+    archives=(
+        Archive("train-images-idx3-ubyte.gz", 9_912_422, "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
+        Archive("train-labels-idx1-ubyte.gz", 28_881, "d53e105ee54ea40749a09fcbcd1e9432"),
+        Archive("t10k-images-idx3-ubyte.gz", 1_648_877, "9fb629c4189551a2d022fa330f9573f3"),
+        Archive("t10k-labels-idx1-ubyte.gz", 4_542, "ec29112dd5afa0611ce80d1b7f02629c"),
+    ),
+    archives_in="MNIST/raw",
+    sources=("https://ossci-datasets.s3.amazonaws.com/mnist", "http://yann.lecun.com/exdb/mnist"),
+    page="http://yann.lecun.com/exdb/mnist",
+    files={
+        "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+        "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+        "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+        "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+    },
+    split_files={
+        "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+        "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+    },
+    description=Description(
+        train_images=60_000,
+        test_images=10_000,
+        size=28,
+        channels=1,
+        classes=tuple("0123456789"),
+        mean=(0.1307,),
+        std=(0.3081,),
+        tiers=(0.90, 0.70, 0.50),
+    ),
 )
-INSTEAD = "point --data-dir at a folder that holds MNIST/raw, or use --dataset synthetic_mnist"
-
-
-def _missing(folder: Path) -> list[str]:
-    return [name for name in FILES if not (folder / name).exists()]
-
-
-def _damaged(folder: Path) -> list[str]:
-    """Files with another size, with what is wrong."""
-    sizes = {name: (folder / name).stat().st_size for name in FILES if (folder / name).exists()}
-    return [f"{name} ({sizes[name]} of {FILES[name]} bytes)" for name in sizes if sizes[name] != FILES[name]]
-
-
-class Mnist(DataSet):
-    """All four files are needed: torchvision reads none without the others."""
-
-    def describe(self, data_dir: Path) -> Description:
-        return DESCRIPTION
-
-    def ensure(self, data_dir: Path, *, need_test: bool) -> None:
-        """Download missing files; a damaged one is a UsageError."""
-        folder = data_dir / FOLDER
-        if _missing(folder) and not _damaged(folder):
-            from torchvision.datasets import MNIST
-
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                with one_process_at_a_time(data_dir / ".mnist.lock", f"fetching MNIST to {data_dir}"):
-                    if _missing(folder):  # else another process was faster
-                        with download_limits():
-                            MNIST(data_dir, download=True)
-            except (OSError, RuntimeError, EOFError) as error:  # the network, the disk; a wrong md5; an archive cut short
-                reason = " ".join(str(error).split())
-                raise UsageError(f"no MNIST in {data_dir}, and it cannot be downloaded: {reason}; {INSTEAD}") from None
-        if faults := _damaged(folder):
-            raise UsageError(f"MNIST in {folder} is damaged: {', '.join(faults)}; delete that file to restore it, or {INSTEAD}")
-
-    def load(self, split: Split, data_dir: Path, seed: int) -> Images:
-        from torchvision.datasets import MNIST
-
-        try:
-            files = MNIST(data_dir, train=split == "train")
-            pixels, labels = files.data.numpy(), files.targets.numpy()
-            expected = (DESCRIPTION.num_images(split), DESCRIPTION.size, DESCRIPTION.size)
-            if pixels.shape != expected or labels.shape != expected[:1] or labels.max() >= len(DESCRIPTION.classes):
-                raise ValueError(f"images {pixels.shape}, labels {labels.shape} up to {labels.max()}")
-        except (OSError, RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UsageError(f"MNIST in {data_dir / FOLDER} is damaged: {reason}; delete that folder, or {INSTEAD}") from None
-        return Images(pixels[..., None], labels.astype(np.int64))
-
-
-MNIST = Mnist()

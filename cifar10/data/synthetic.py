@@ -80,7 +80,7 @@ class Generated(DataSet):
         return self.generate(split, self.description.num_images(split), seed)
 
 
-_GRAY = replace(mnist.DESCRIPTION, train_images=10_000, test_images=2_000)
+_GRAY = replace(mnist.MNIST.description, train_images=10_000, test_images=2_000)
 _NOTE = "the labels of random_mnist are random: train accuracy measures memorizing, test accuracy should be chance, 10%"
 
 SYNTHETIC = Generated(cifar.CIFAR10.description, synthetic)

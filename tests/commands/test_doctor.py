@@ -287,7 +287,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     for name in (*CIFAR10.split_files["train"], *CIFAR10.split_files["test"]):
         (folder / name).write_bytes(name.encode() * 9)
         known[name] = hashlib.md5(name.encode() * 9).hexdigest()
-    monkeypatch.setattr(cifar, "CIFAR10", replace(CIFAR10, files=known))
+    monkeypatch.setattr(cifar, "CIFAR10", replace(CIFAR10, files=known, sources=()))
     return tmp_path / "data"
 
 
@@ -301,6 +301,7 @@ def test_data(tiny, monkeypatch):
 
 
 def test_no_data_and_a_server_that_can_be_reached_or_not(monkeypatch, tmp_path):
+    monkeypatch.setattr(cifar, "CIFAR10", replace(CIFAR10, sources=()))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()

@@ -17,6 +17,7 @@ import torchvision
 from PIL import Image
 
 from cifar10.data.cifar100 import CIFAR100
+from cifar10.data.download import Archive
 from cifar10.data.registry import DATASETS
 from tests.data.test_cifar import assert_torchvisions_facts, make_archive, md5
 from tests.launching import PROJECT, environment
@@ -26,11 +27,13 @@ IMAGES = {"train": 200, "test": 100}
 TRAIN = """
 import json, sys
 from dataclasses import replace
+from cifar10.data.download import Archive
 from cifar10.data.registry import DATASETS
 from cifar10_deepspeed import run
 facts, flags = map(json.loads, sys.argv[1:])
 small = replace(DATASETS["cifar100"].description, **facts.pop("description"))
-DATASETS["cifar100"] = replace(DATASETS["cifar100"], **facts, description=small)
+known = {"files": facts["files"], "archives": (Archive(*facts["archive"]),), "sources": ()}
+DATASETS["cifar100"] = replace(DATASETS["cifar100"], **known, description=small)
 run(flags)
 """
 
@@ -53,9 +56,11 @@ def facts(archive, tmp_path, monkeypatch) -> dict:
     (tmp_path / "server").mkdir()
     (tmp_path / "server" / CIFAR100.archive).write_bytes(content)
     small = {f"{split}_images": count for split, count in IMAGES.items()}
-    facts = {"files": {name: md5(file) for name, file in files.items()}, "archive_md5": md5(content), "description": small}
-    description = replace(CIFAR100.description, **small)
-    monkeypatch.setitem(DATASETS, "cifar100", replace(CIFAR100, **{**facts, "description": description}))
+    known = {name: md5(file) for name, file in files.items()}
+    facts = {"files": known, "archive": [CIFAR100.archive, len(content), md5(content)], "description": small}
+    description, archives = replace(CIFAR100.description, **small), (Archive(*facts["archive"]),)
+    changed = {"files": known, "archives": archives, "description": description, "sources": ()}
+    monkeypatch.setitem(DATASETS, "cifar100", replace(CIFAR100, **changed))
     listener = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path / "server"))
     thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()

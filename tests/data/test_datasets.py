@@ -5,11 +5,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import socket
 import struct
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,10 @@ import pytest
 from cifar10 import UsageError
 from cifar10.data import cifar, mnist, registry, synthetic
 from cifar10.data.dataset import Images, description_from
+from cifar10.data.download import Archive
 from cifar10.data.registry import DATASETS
 from cifar10.plan import Plan, make_plan
-from tests.launching import PROJECT, environment
+from tests.launching import PROJECT
 
 GENERATED = sorted(name for name, dataset in DATASETS.items() if isinstance(dataset, synthetic.Generated))
 
@@ -178,41 +178,74 @@ def idx(array: np.ndarray) -> bytes:
 
 @pytest.fixture(scope="module")
 def contents() -> dict[str, bytes]:
-    """Files in MNIST's format and size: noise with labels 0, 1, ... 9, 0, ..."""
+    """Files in MNIST's format, of fewer images: noise with labels 0, 1, ... 9, 0, ..."""
     rng, files = np.random.default_rng(0), {}
-    for prefix, count in (("train", 60_000), ("t10k", 10_000)):
+    for prefix, count in (("train", 600), ("t10k", 100)):
         files[f"{prefix}-images-idx3-ubyte"] = idx(rng.integers(0, 256, (count, 28, 28), dtype=np.uint8))
         files[f"{prefix}-labels-idx1-ubyte"] = idx((np.arange(count) % 10).astype(np.uint8))
     return files
 
 
-@pytest.fixture
-def work(tmp_path, monkeypatch) -> Path:
-    """An empty working folder; torchvision's mirrors refuse connections."""
-    from torchvision.datasets import MNIST
+def md5(content: bytes) -> str:
+    return hashlib.md5(content).hexdigest()
 
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))  # and does not listen
-        monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{bound.getsockname()[1]}/{n}/" for n in (1, 2)])
-        monkeypatch.setenv("no_proxy", "*")
-        monkeypatch.delenv("CIFAR10_DIR", raising=False)
-        monkeypatch.chdir(tmp_path)
-        yield tmp_path
+
+@pytest.fixture
+def archives(contents, monkeypatch) -> dict[str, bytes]:
+    """The archives of these files, which are taken to be MNIST's."""
+    archives = {f"{name}.gz": gzip.compress(content, 1) for name, content in contents.items()}
+    known = {"archives": tuple(Archive(name, len(content), md5(content)) for name, content in archives.items())}
+    known |= {"files": {name: md5(content) for name, content in contents.items()}, "sources": ()}
+    small = replace(mnist.MNIST.description, train_images=600, test_images=100)
+    monkeypatch.setitem(DATASETS, "mnist", replace(mnist.MNIST, description=small, **known))
+    return archives
+
+
+@pytest.fixture
+def work(archives, tmp_path, monkeypatch) -> Path:
+    """An empty working folder, and no source."""
+    monkeypatch.delenv("CIFAR10_DIR", raising=False)
+    monkeypatch.delenv("MNIST_URL", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def write(folder: Path, contents: dict[str, bytes]) -> Path:
-    raw = folder / mnist.FOLDER
-    raw.mkdir(parents=True)
+    folder.mkdir(parents=True)
     for name, content in contents.items():
-        (raw / name).write_bytes(content)
-    return raw
+        (folder / name).write_bytes(content)
+    return folder
 
 
-def test_mnist_is_read_as_torchvision_reads_it_and_nothing_is_written(work, contents):
-    write(work / "data", contents)
+RAW = "data/MNIST/raw"
+REAL += ["--val-images", "0"]
+
+
+def test_the_facts_of_mnist_are_torchvisions():
+    from torchvision.datasets import MNIST
+
+    assert [(archive.name, archive.md5) for archive in mnist.MNIST.archives] == MNIST.resources
+    assert [f"{source}/" for source in mnist.MNIST.sources] == MNIST.mirrors
+
+
+def test_the_real_mnist_is_torchvisions(real_data_dir):
+    from torchvision.datasets import MNIST
+
+    if not (real_data_dir / "MNIST").is_dir():
+        pytest.skip("needs MNIST in MNIST/raw beside the real CIFAR-10")
+    mnist.MNIST.ensure(real_data_dir, need_test=True)
+    for split in ("train", "test"):
+        images, theirs = mnist.MNIST.load(split, real_data_dir), MNIST(real_data_dir, train=split == "train")
+        assert np.array_equal(images.pixels[..., 0], theirs.data.numpy())
+        assert np.array_equal(images.labels, theirs.targets.numpy())
+
+
+@pytest.mark.parametrize("given", ["data", "data/MNIST", "data/MNIST/raw"])
+def test_mnist_is_read_and_nothing_is_written(work, contents, given):
+    write(work / RAW, contents)
     before = sorted(path.name for path in work.rglob("*"))
-    found = plan(*REAL)
-    for split, prefix, count in (("train", "train", 60_000), ("test", "t10k", 10_000)):
+    found = plan(*REAL, "--data-dir", given)
+    for split, prefix, count in (("train", "train", 600), ("test", "t10k", 100)):
         images = found.images(split)
         assert images.pixels.shape == (count, 28, 28, 1)
         assert images.pixels.tobytes() == contents[f"{prefix}-images-idx3-ubyte"][16:]
@@ -220,55 +253,41 @@ def test_mnist_is_read_as_torchvision_reads_it_and_nothing_is_written(work, cont
     assert sorted(path.name for path in work.rglob("*")) == before
 
 
-def test_intact_mnist_files_are_checked_without_torch(work, contents):
-    write(work / "data", contents)
-    source = f"""
-import sys
-from cifar10.plan import make_plan
-make_plan({REAL!r}, 1, "test")
-print(sorted({{"torch", "torchvision"}} & set(sys.modules)))
-"""
-    variables = environment(PYTHONPATH=str(PROJECT))
-    result = subprocess.run([sys.executable, "-c", source], env=variables, capture_output=True, text=True, check=False)
+def test_mnist_is_checked_without_torch():
+    source = "import sys, cifar10.data.registry; print(sorted({'torch', 'torchvision'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", source], cwd=PROJECT, capture_output=True, text=True, check=False)
     assert (result.stdout, result.stderr) == ("[]\n", "")
 
 
 def test_no_mnist_and_no_network_is_refused_with_the_remedies(work, capfd):
     message = refusal(*REAL)
-    assert all(words in message for words in ("no MNIST in data", "--data-dir", "--dataset synthetic_mnist"))
+    assert all(words in message for words in ("no MNIST in data", "MNIST_URL", "--data-dir", "--dataset synthetic_mnist"))
     assert capfd.readouterr().out == ""
     assert not [path for path in (work / "data").rglob("*ubyte*")]
 
 
-def test_missing_files_are_unpacked_from_archives_that_lie_there(work, contents, monkeypatch):
-    from torchvision.datasets import MNIST
-
-    archives = {name + ".gz": gzip.compress(content, 1) for name, content in contents.items()}
-    monkeypatch.setattr(MNIST, "resources", [(name, hashlib.md5(content).hexdigest()) for name, content in archives.items()])
-    raw = write(work / "data", archives)
-    assert len(plan(*REAL).images("test")) == 10_000
-    assert all((raw / name).read_bytes() == content for name, content in contents.items())
+@pytest.mark.parametrize("there", [RAW, "data"])
+def test_missing_files_are_unpacked_from_archives_that_lie_there(work, archives, contents, there):
+    write(work / there, archives)
+    assert len(plan(*REAL).images("test")) == 100
+    assert all((work / RAW / name).read_bytes() == content for name, content in contents.items())
 
 
-@pytest.mark.parametrize("name", sorted(mnist.FILES)[::3])
-@pytest.mark.parametrize("how", ["missing", "truncated", "longer"])
-def test_a_damaged_file_of_mnist_is_named_with_the_remedies(work, contents, name, how):
-    file = write(work / "data", contents) / name
-    if how == "missing":
-        file.unlink()
-    else:
-        file.write_bytes(contents[name][:1_000] if how == "truncated" else contents[name] + b"\0")
-    message = refusal(*REAL)
-    assert ("no MNIST in data" if how == "missing" else f"damaged: {name} (") in message
+def test_mnist_is_fetched_archive_by_archive_from_the_folder_of_a_server(work, archives, contents, monkeypatch):
+    monkeypatch.setenv("MNIST_URL", write(work / "server", archives).as_uri())
+    assert len(plan(*REAL).images("test")) == 100
+    written = {path.name: path.read_bytes() for path in (work / RAW).iterdir() if not path.name.startswith(".")}
+    assert written == archives | contents
 
 
-@pytest.mark.parametrize(
-    ("name", "at", "byte"),
-    [("train-images-idx3-ubyte", 3, 1), ("train-labels-idx1-ubyte", 2, 9), ("train-labels-idx1-ubyte", 9, 77)],
-)
-def test_a_foreign_file_of_the_right_size_is_refused_when_it_is_read(work, contents, name, at, byte):
-    file = write(work / "data", contents) / name
-    file.write_bytes(contents[name][:at] + bytes([byte]) + contents[name][at + 1 :])
-    found = plan(*REAL)
-    with pytest.raises(UsageError, match=r"^MNIST in .* is damaged: "):
-        found.images("train")
+@pytest.mark.parametrize("name", ["t10k-images-idx3-ubyte", "train-labels-idx1-ubyte"])
+@pytest.mark.parametrize("how", ["missing", "truncated", "longer", "altered"])
+def test_a_damaged_file_of_mnist_is_named_with_the_remedies_or_restored(work, contents, archives, name, how):
+    file = write(work / RAW, contents) / name
+    content = contents[name]
+    damages = {"truncated": content[:50], "longer": content + b"!", "altered": content[:-1] + b"!"}
+    file.unlink() if how == "missing" else file.write_bytes(damages[how])
+    assert f"damaged: {name} (" in refusal(*REAL)
+    (work / RAW / f"{name}.gz").write_bytes(archives[f"{name}.gz"])
+    plan(*REAL)
+    assert file.read_bytes() == content

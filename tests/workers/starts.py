@@ -1,7 +1,7 @@
 """Starts the program on request; a start costs about a second, since the slow imports are done once.
 
 Each line on stdin is a start: {"flags": [...], "folder": where it runs, "environment": {...}, "cifar10": {"files": their known
-md5, "archive_md5": ...}}; its result is a line on stdout: {"code": ..., "stdout": ..., "stderr": ...}.
+md5, "archive": [bytes, md5]}}; its result is a line on stdout: {"code": ..., "stdout": ..., "stderr": ...}.
 A start is one forked rank, on the images of small_runs.py.
 """
 
@@ -21,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import small_runs
 
+from cifar10.data.download import Archive
 from cifar10.data.registry import DATASETS
 from cifar10.engine.engine import prepare
 
@@ -34,7 +35,8 @@ def be_the_program(asked: dict[str, Any], out: Path, err: Path) -> int:
     os.chdir(asked["folder"])
     os.environ.update(asked.get("environment", {}))
     if "cifar10" in asked:
-        DATASETS["cifar10"] = replace(DATASETS["cifar10"], **asked["cifar10"])
+        known, archive = asked["cifar10"], Archive(DATASETS["cifar10"].archive, *asked["cifar10"]["archive"])
+        DATASETS["cifar10"] = replace(DATASETS["cifar10"], files=known["files"], archives=(archive,), sources=())
     sys.argv = [str(Path(small_runs.script.__file__)), *asked["flags"]]
     return small_runs.script.main()
 
