@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,23 +94,33 @@ def _resolve_augment(recipe: Recipe, old: dict[str, Any], dataset: Description) 
 
 
 def make_plan(
-    argv: list[str], world_size: int, program: str, description: str | None = None, extra: type | None = None
+    argv: list[str],
+    world_size: int | Callable[[int | None], int],
+    program: str,
+    description: str | None = None,
+    extra: type | None = None,
 ) -> Plan:
-    """Parse and check a command line for `world_size` ranks; writes nothing except a missing data set. Raises UsageError."""
+    """Parse and check a command line for `world_size` ranks; writes nothing except a missing data set. Raises UsageError.
+
+    `world_size` may be a function of the global batch, in images; it is given None if the batch grows with the ranks.
+    """
     argv, old_flags = take_old_flags(argv)
     known = {"models": model_names(), "data sets": registry.DATASETS, "augmentations": augment.classes()}
     names = "\n\n".join(f"{kind}: {', '.join(listed)}" for kind, listed in known.items())
     recipe, options = parse(argv, program, f"{description}\n\n{names}" if description else names, extra)
+    device_note = device.choose(options.device)
     refuse_unknown_model(recipe.model)
     dataset = registry.find(recipe.dataset)
     facts = dataset.describe(options.data_dir)
     sizes = {"global_batch_size": options.global_batch_size, "micro_batch_size": options.micro_batch_size}
     given = ds_config.read(options.deepspeed_config or load(options.recipe).deepspeed)
     given = ds_config.override(given, lr=options.lr, **sizes)
+    if not isinstance(world_size, int):
+        world_size = world_size(given.get("train_batch_size"))
     precision, notes = choose_precision(options.precision)
     chosen = ds_config.with_precision(given, precision) if precision else given
     config, batch, changes = ds_config.resolve(chosen, world_size)
-    notes += changes
+    notes = [*([device_note] if device_note else []), *notes, *changes]
     if precision_of(config) == "fp16" and not device.count_gpus():
         notes.append("fp16 on a CPU can take 400 times as long as fp32; --precision bf16 or --precision fp32 avoids that")
     recipe, augment_notes = _resolve_augment(recipe, old_flags, facts)

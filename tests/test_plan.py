@@ -84,9 +84,6 @@ def intel(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without GPUs, whose CPU claims native bf16 and fp16."""
     monkeypatch.setattr(device, "count_gpus", lambda: 0)
     monkeypatch.setattr(device, "_cpu_flags", lambda: {"avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16"})
-    device.native_precisions.cache_clear()
-    yield
-    device.native_precisions.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -172,7 +169,7 @@ def test_a_cpus_precisions_are_read_from_its_flags(cpu, tmp_path, monkeypatch):
         cpuinfo.write_text(text)
     monkeypatch.setattr(device, "Path", lambda path: cpuinfo if path == "/proc/cpuinfo" else Path(path))
     monkeypatch.setattr(device, "count_gpus", lambda: 0)
-    assert device.native_precisions.__wrapped__() == due  # without the process-wide cache
+    assert device.native_precisions() == due
     assert device.name() == "CPU"
 
 
@@ -180,7 +177,7 @@ def test_a_cpus_precisions_are_read_from_its_flags(cpu, tmp_path, monkeypatch):
 def test_a_gpus_precisions_are_those_of_its_generation(capability, due, monkeypatch):
     monkeypatch.setattr(device, "count_gpus", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert device.native_precisions.__wrapped__() == due
+    assert device.native_precisions() == due
     assert device.name() == "GPU"
 
 

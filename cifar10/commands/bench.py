@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from cifar10 import UsageError
 from cifar10.commands import bench_levels
 from cifar10.commands.bench_levels import LAST_STEPS, Loop, Step, engine_step, network, steps_of
-from cifar10.commands.common import DataDir, JsonFile, Threads, as_flags, number_table, quotients, span
+from cifar10.commands.common import DataDir, Device, JsonFile, Threads, as_flags, number_table, quotients, settle, span
 from cifar10.data.loader import MicroBatch
 from cifar10.distributed import world as distributed
 from cifar10.distributed.device import count_gpus
@@ -168,8 +168,7 @@ def measuring(threads: int | None, console: Console) -> Iterator[tuple[World, di
     """This process as a world of one for the time of a measurement, and its environment, which is printed."""
     world = distributed.join(threads)
     try:
-        facts = {"cores": distributed.cores(), "threads": torch.get_num_threads(), "device": world.device_name}
-        environment = run_folder.environment(["python", "-m", "cifar10", *sys.argv[1:]], facts)
+        environment = run_folder.environment(["python", "-m", "cifar10", *sys.argv[1:]], world.facts)
         environment["load"] = [round(load, 2) for load in os.getloadavg()]
         console.print("\n".join(f"{key}: {value}" for key, value in environment.items()), soft_wrap=True)
         yield world, environment
@@ -186,6 +185,7 @@ def run(
     threads: Threads = None,
     json_file: JsonFile = None,
     gpu: bool = False,
+    device: Device = "auto",
 ) -> None:
     """Images per second of this program beside a plain PyTorch loop and a stock DeepSpeed one, and the ratios.
 
@@ -199,6 +199,7 @@ def run(
     """
     if min(rounds, steps, warmup_steps + 1) < 1:
         raise UsageError("--rounds and --steps must be whole numbers from 1 up, --warmup-steps from 0 up")
+    settle(device)
     images, console = {"--dataset": dataset, "--data-dir": data_dir}, Console(highlight=False)
     sizes = {"rounds": rounds, "steps": steps, "warmup_steps": warmup_steps}
     if gpu:

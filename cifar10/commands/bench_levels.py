@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from cifar10.commands.common import as_flags, number_table, quotients, span
 from cifar10.data.loader import MicroBatch, TrainLoader
+from cifar10.distributed.device import count_gpus
 from cifar10.distributed.world import World
 from cifar10.engine.cuda_graphs import accelerate
 from cifar10.engine.engine import Engine, own_optimizer, prepare
@@ -70,7 +71,7 @@ class Loop:
 
     def waits(self) -> int | None:
         """How often a step synchronizes with the device; None on a CPU."""
-        if not torch.cuda.is_available():
+        if not count_gpus():
             return None
         batches = [next(self.batches) for _ in range(WATCHED_STEPS)]  # the loader's synchronizations are not the step's
         with warnings.catch_warnings(record=True) as seen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 import tyro
 from rich.table import Table
 
+from cifar10.distributed import device
 from cifar10.run.trained import Which
 
 _arg, RUNS = tyro.conf.arg, "A run's folder, its checkpoints/best_model or checkpoints/final, a file of weights, or an export."
@@ -16,7 +18,14 @@ Run = Annotated[tyro.conf.Positional[Path], _arg(metavar="RUN", help=RUNS)]
 WhichModel = Annotated[Which, _arg(help="Of a run's folder, the model that validation chose or the last one.")]
 DataDir = Annotated[Path | None, _arg(help="Where the data set is, or is downloaded to (default: $CIFAR10_DIR, else data/).")]
 Threads = Annotated[int | None, _arg(help="CPU threads (default: cores of this machine).")]
+Device = Annotated[device.Choice, _arg(help="Where to compute; auto is a GPU, if there is any sign of one.")]
 JsonFile = Annotated[Path | None, _arg(name="json", help="Write the numbers of every round to this file.")]
+
+
+def settle(asked: device.Choice) -> None:
+    """Take --device, and say on stderr if the environment asks for the CPU. Raises UsageError for GPUs that cannot be used."""
+    if note := device.choose(asked):
+        print(note, file=sys.stderr)
 
 
 def as_flags(settings: dict[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from cifar10 import UsageError
-from cifar10.commands.common import DataDir, Run, Threads, WhichModel, number_table
+from cifar10.commands.common import DataDir, Device, Run, Threads, WhichModel, number_table, settle
 from cifar10.data import registry
 from cifar10.data.dataset import Images, stratified_split
 from cifar10.data.loader import EvaluationLoader
@@ -180,6 +180,7 @@ def run(
     data_dir: DataDir = None,
     images: int | None = None,
     threads: Threads = None,
+    device: Device = "auto",
     json_: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False,
 ) -> None:
     """Loss, accuracy by class, confusions and calibration of a trained model on a split.
@@ -191,6 +192,7 @@ def run(
         images: Evaluate only the first so many images, and write nothing.
         json_: Print JSON, and nothing else.
     """
+    settle(device)
     world = trained.alone(threads)
     found = trained.load(where, which, world)
     done = measure(found, world, split, tta, data_dir, images)

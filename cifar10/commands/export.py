@@ -28,15 +28,16 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
+import tyro
 from rich.console import Console
 from torch import Tensor, nn
 
 from cifar10 import UsageError
-from cifar10.commands.common import DataDir, Run, Threads, WhichModel, number_table, quotients
+from cifar10.commands.common import DataDir, Run, Threads, WhichModel, number_table, quotients, settle
 from cifar10.commands.evaluate import answers, first_images, split_images
 from cifar10.data.dataset import Images
 from cifar10.data.loader import EvaluationLoader, at_once
@@ -351,6 +352,7 @@ def run(
     test_images: int | None = None,
     data_dir: DataDir = None,
     threads: Threads = None,
+    device: Annotated[Literal["auto", "cpu"], tyro.conf.arg(help="Files are made and checked on the CPU.")] = "auto",
 ) -> int:
     """Write a trained model to files that need neither this program nor DeepSpeed, and check each of them.
 
@@ -362,6 +364,7 @@ def run(
         formats: Which files to write.
         test_images: How many test images the files are checked on (default: all).
     """
+    settle(device)
     world = replace(trained.alone(threads), device=torch.device("cpu"))
     found = trained.load(where, which, world)
     if output is None and found.run is None:

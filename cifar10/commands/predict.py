@@ -25,7 +25,7 @@ import tyro
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from cifar10 import UsageError, reason
-from cifar10.commands.common import Run, Threads, WhichModel
+from cifar10.commands.common import Device, Run, Threads, WhichModel, settle
 from cifar10.data.loader import EvaluationLoader, at_once
 from cifar10.distributed.world import World
 from cifar10.run import trained
@@ -176,6 +176,7 @@ def run(
     background: str = "white",
     which: WhichModel = "best_model",
     threads: Threads = None,
+    device: Device = "auto",
 ) -> int:
     """The label and the confidence for image files of any format and size; the exit code is 1 if one could not be read.
 
@@ -188,6 +189,7 @@ def run(
         format: Text, CSV with a header, or a list in JSON.
         background: The color behind transparent pixels: a name, or #rrggbb.
     """
+    settle(device)
     world = trained.alone(threads)
     found = trained.load(where, which, world)
     if not images:

@@ -19,6 +19,7 @@ import tyro
 
 from cifar10 import UsageError, nearest
 from cifar10.config.recipe import Precisions, Recipe, check_recipe, check_values, is_positive, load
+from cifar10.distributed.device import Choice
 
 # Flags whose help text states the default itself.
 _Whole = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
@@ -63,6 +64,9 @@ class Options:
     """How long a rank waits for the other ranks before it fails because they have crashed or hang."""
     test_images: _Whole = None
     """Number of test images in the final test (default: all); 0 never reads the test split, for hyperparameter tuning."""
+    device: Choice = "auto"
+    """Train on GPUs (cuda, also AMD's) or on the CPU; auto takes the GPUs if there is a sign of any, and never the CPU in place
+    of GPUs that PyTorch cannot use. $DS_ACCELERATOR=cpu, or an empty $CUDA_VISIBLE_DEVICES, asks for the CPU as well."""
     threads: _Whole = None
     """CPU threads per rank (default: this machine's cores divided by its ranks)."""
     engine_level: Literal["auto", "eager", "compile", "graph", "captured"] = "auto"

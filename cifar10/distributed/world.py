@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cifar10 import UsageError
+from cifar10.distributed import device as devices
 from cifar10.distributed import launchers
-from cifar10.distributed.device import keep_freed_memory
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ class World:
     def facts(self) -> dict[str, Any]:
         """The entries for environment.json."""
         compute = {"device": self.device_name, "threads": torch.get_num_threads(), "cores": cores()}
-        return {"launcher": self.launcher, "world_size": self.size, **compute}
+        return {"launcher": self.launcher, "world_size": self.size, **compute, **devices.facts()}
 
     @property
     def start_command(self) -> str:
@@ -144,10 +144,10 @@ def is_local_main() -> bool:
 
 def _device(local_rank: int, local_size: int, launcher: str) -> torch.device:
     """This rank's GPU, or the CPU. Raises UsageError if the machine has fewer GPUs than ranks."""
-    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
+    gpus = devices.count_gpus()
+    if not gpus:
         return torch.device("cpu")
-    gpus = torch.cuda.device_count()
-    if launcher == "srun" and gpus == 1:  # --gpus-per-task=1: each task sees only its own GPU
+    if launcher in ("srun", "mpirun") and gpus == 1:  # --gpus-per-task=1: each task sees only its own GPU
         return torch.device("cuda", 0)
     if max(local_size, local_rank + 1) > gpus:
         raise UsageError(f"{local_size} ranks but {gpus} GPUs on this machine; start one rank per GPU")
@@ -169,7 +169,7 @@ def join(threads: int | None = None, timeout_minutes: float = 10.0, *, determini
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)  # adaptive pooling on a GPU has none: only a warning
     if device.type == "cpu":
-        keep_freed_memory()
+        devices.keep_freed_memory()
     else:
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # torch's default rounds fp32 convolutions to 10 bits of mantissa

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cifar10.distributed.device import count_gpus
 from cifar10.distributed.world import World
 from cifar10.engine import full_state, muon
 from cifar10.engine.loss_scale import LossScale
@@ -30,8 +31,8 @@ from cifar10.engine.muon import MuonWithSGD
 
 def prepare() -> Any:
     """Import DeepSpeed without warnings or compilation, before `deepspeed.initialize`; returns the module."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # detecting it prints a warning
+    if not count_gpus():
+        os.environ["DS_ACCELERATOR"] = "cpu"  # detecting it prints a warning
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
