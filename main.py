@@ -16,7 +16,7 @@ import sys
 
 from cifar10 import UsageError
 from cifar10.distributed import device
-from cifar10.launch.command import LaunchOptions, count_ranks, split_launch_options
+from cifar10.launch.command import LaunchOptions, count_ranks, idle_gpus, split_launch_options
 from cifar10.launch.seeds import train_seeds
 from cifar10.launch.supervise import REFUSED, train
 from cifar10.plan import make_plan
@@ -27,11 +27,19 @@ def main(argv: list[str]) -> int:
     """Parse, check, launch; returns the exit code."""
     try:
         launch, flags = split_launch_options(argv)
-        ranks = count_ranks(launch.num_gpus, device.count_gpus())
-        plan = make_plan(flags, ranks * launch.num_nodes, "main.py", __doc__, LaunchOptions)
-        if launch.num_nodes > 1 and plan.options.output_dir is None:
+        machines, asked = launch.num_nodes, launch.num_gpus
+
+        def world_size(global_images: int | None) -> int:
+            return machines * count_ranks(asked, device.count_gpus(), global_images, machines)
+
+        plan = make_plan(flags, world_size, "main.py", __doc__, LaunchOptions)
+        ranks = plan.batch.world_size // machines
+        if machines > 1 and plan.options.output_dir is None:
             raise UsageError("--num-nodes needs --output-dir, a folder that all machines share, as in --output-dir SHARED/run")
         folder = run_folder.choose(plan.options.output_dir, plan.options.recipe)
+        for note in (*plan.notes, idle_gpus(asked, device.count_gpus(), plan.batch, machines)):
+            if note and note.startswith("device:"):  # the others are printed by the run
+                print(note, flush=True)
         if launch.seeds:
             return train_seeds(launch, ranks, flags, plan, folder)
     except UsageError as error:

@@ -14,9 +14,12 @@ import tyro
 
 from cifar10 import UsageError
 from cifar10.config.cli import split_options
+from cifar10.config.ds_config import Batch
 from cifar10.config.recipe import PROJECT, check_values, invalid
+from cifar10.distributed import device
 
 SCRIPT = PROJECT / "cifar10_deepspeed.py"
+LEAST_IMAGES = 16  # a rank and step, below which BatchNorm's statistics are poor
 
 _Count = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
 _Address = Annotated[str, tyro.conf.arg(metavar="ADDRESS", help_behavior_hint="")]
@@ -27,7 +30,8 @@ class LaunchOptions:
     """main.py's own options."""
 
     num_gpus: _Count = None
-    """Ranks on this machine (default: one for each GPU; without GPUs, one rank on all CPU cores)."""
+    """Ranks on this machine (default: one for each GPU, or the most that divide the global batch into at least 16 images each;
+    without GPUs, one rank on all CPU cores)."""
     num_nodes: int = 1
     """Machines. Run the same command on each, with its own --node-rank, and with an --output-dir that all of them share."""
     node_rank: int = 0
@@ -60,38 +64,55 @@ def split_launch_options(argv: list[str]) -> tuple[LaunchOptions, list[str]]:
     return options, flags
 
 
-def count_ranks(asked: int | None, gpus: int) -> int:
-    """The number of ranks on this machine. Raises UsageError if that is more than its GPUs."""
+def count_ranks(asked: int | None, gpus: int, global_images: int | None = None, machines: int = 1) -> int:
+    """The number of ranks on this machine. Raises UsageError if that is more than its GPUs.
+
+    Unless a number was asked for, the largest that divides the global batch and leaves each rank LEAST_IMAGES of it; None is a
+    batch that grows with the ranks.
+    """
     if asked and gpus and asked > gpus:
         raise invalid("--num-gpus", asked, f"1 to {gpus}, the GPUs of this machine", gpus)
-    return asked or gpus or 1
+    if asked or not gpus or global_images is None:
+        return asked or gpus or 1
+    fitting = (n for n in range(gpus, 1, -1) if global_images % (n * machines) == 0)
+    return next((n for n in fitting if global_images // (n * machines) >= LEAST_IMAGES), 1)
+
+
+def idle_gpus(asked: int | None, gpus: int, batch: Batch, machines: int = 1) -> str | None:
+    """Which GPUs of this machine get no rank, why, and what would use them; None if none, or if that was asked for."""
+    ranks, all_ranks, images = batch.world_size // machines, gpus * machines, batch.global_images
+    if asked or ranks >= gpus:
+        return None
+    idle, larger = ", ".join(device.visible_names(gpus)[ranks:]), max(LEAST_IMAGES, images // all_ranks) * all_ranks
+    forced = f", or --num-gpus {gpus}, with {images // all_ranks} images a rank" if images % all_ranks == 0 else ""
+    return (
+        f"device: {ranks} of {gpus} GPUs, {batch.rank_images} of the global batch's {images} images on each; {idle} stay idle:"
+        f" more ranks do not divide it into at least {LEAST_IMAGES} each; to use all: --global-batch-size {larger}{forced}"
+    )
 
 
 def deepspeed_command(
     options: LaunchOptions, ranks: int, gpus: int, flags: list[str], hostfile: Path
 ) -> tuple[list[str], dict[str, str]]:
     """The deepspeed command line for `ranks` ranks on this machine, and its environment; writes `hostfile` if needed."""
-    environment, words = dict(os.environ), []
+    environment, words, program = dict(os.environ), [], [str(SCRIPT)]
     if not gpus:
         environment.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed's detection prints a warning in every process
     if options.num_nodes > 1:
-        hosts, address, port = [f"node{n}" for n in range(options.num_nodes)], options.master_addr, options.master_port
-        hostfile.write_text("".join(f"{host} slots={ranks}\n" for host in hosts))
+        hostfile.write_text("".join(f"node{n} slots={ranks}\n" for n in range(options.num_nodes)))
+        address, port = options.master_addr, options.master_port
         words = [f"--hostfile={hostfile}", "--no_ssh", f"--node_rank={options.node_rank}", f"--master_addr={address}"]
     else:
-        hosts = ["localhost"]
+        words = [f"--num_gpus={ranks}"]
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
-    visible = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
-    if gpus and visible:  # DeepSpeed ignores the variable if --num_gpus is given
-        words.append("--include=" + "@".join(f"{host}:{','.join(visible[:ranks])}" for host in hosts))
-        del environment["CUDA_VISIBLE_DEVICES"]
-    elif options.num_nodes == 1:
-        words.append(f"--num_gpus={ranks}")
+    if gpus and "CUDA_VISIBLE_DEVICES" in environment:  # DeepSpeed reads only numbers there, and sets it to 0, 1, ... in ranks
+        program = ["env", f"CUDA_VISIBLE_DEVICES={environment.pop('CUDA_VISIBLE_DEVICES')}", sys.executable, "-u", str(SCRIPT)]
+        words += ["--no_python", "--no_local_rank"]
     beside_python = Path(sys.executable).with_name("deepspeed")
     deepspeed = [str(beside_python)] if beside_python.exists() else [sys.executable, "-m", "deepspeed.launcher.runner"]
-    return [*deepspeed, "-q", *words, f"--master_port={port}", str(SCRIPT), *flags], environment
+    return [*deepspeed, "-q", *words, f"--master_port={port}", *program, *flags], environment
 
 
 def start_command(options: LaunchOptions) -> str:

@@ -11,7 +11,16 @@ import pytest
 
 import main
 from cifar10 import UsageError
-from cifar10.launch.command import SCRIPT, LaunchOptions, count_ranks, deepspeed_command, split_launch_options, start_command
+from cifar10.config import ds_config
+from cifar10.launch.command import (
+    SCRIPT,
+    LaunchOptions,
+    count_ranks,
+    deepspeed_command,
+    idle_gpus,
+    split_launch_options,
+    start_command,
+)
 from tests.launching import run
 
 TWO = LaunchOptions(num_nodes=2, node_rank=1, master_addr="10.0.0.1", master_port=29_501)
@@ -100,6 +109,38 @@ def test_main_starts_without_torch():
 # --- how many ranks -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("gpus", "images", "machines", "due", "to_use_all"),
+    [
+        *[(gpus, 64, 1, due, larger) for gpus, due, larger in ((1, 1, 0), (2, 2, 0), (3, 2, 63), (4, 4, 0))],
+        *[(gpus, 64, 1, 4, 16 * gpus) for gpus in (5, 6, 7, 8)],
+        (6, 66, 1, 3, 96),
+        (8, 512, 1, 8, 0),
+        (7, 500, 1, 5, 497),
+        (3, 7, 1, 1, 48),
+        (4, 64, 2, 2, 128),
+        (3, None, 1, 3, 0),  # a batch that grows with the ranks
+    ],
+)
+def test_the_most_ranks_that_divide_the_batch_and_leave_each_sixteen_images(gpus, images, machines, due, to_use_all):
+    ranks = count_ranks(None, gpus, images, machines)
+    assert ranks == due
+    batch = ds_config.batch({"train_batch_size": images or 16 * ranks}, ranks * machines)
+    line = idle_gpus(None, gpus, batch, machines)
+    assert (line is None) == (ranks == gpus)
+    if line:
+        assert f" {', '.join(map(str, range(ranks, gpus)))} stay idle" in line
+        assert f"--global-batch-size {to_use_all}" in line
+        assert count_ranks(None, gpus, to_use_all, machines) == gpus
+        assert (f"--num-gpus {gpus}" in line) == (images % (gpus * machines) == 0)
+    assert idle_gpus(1, gpus, batch) is None
+
+
+def test_idle_gpus_are_named_as_the_environment_names_them(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-a1,3")
+    assert " 3 stay idle" in idle_gpus(None, 3, ds_config.batch({"train_batch_size": 64}, 2))
+
+
 def test_ranks_on_this_machine():
     cases = [(None, 0), (None, 4), (2, 4), (4, 4), (3, 0)]
     assert [count_ranks(asked, gpus) for asked, gpus in cases] == [1, 4, 2, 4, 3]
@@ -133,16 +174,15 @@ def test_several_machines_are_listed_in_the_hostfile_and_ssh_is_not_used(tmp_pat
     assert environment["DS_ACCELERATOR"] == "cpu"
 
 
-@pytest.mark.parametrize(
-    ("options", "include"), [(LaunchOptions(), "--include=localhost:2,5"), (TWO, "--include=node0:2,5@node1:2,5")]
-)
-def test_visible_gpus_are_passed_on_because_deepspeed_would_ignore_the_variable(tmp_path, monkeypatch, options, include):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
-    words, environment = built(options, 2, 3, tmp_path)
-    assert include in words
-    assert not any(word.startswith("--num_gpus") for word in words)
-    assert "CUDA_VISIBLE_DEVICES" not in environment
-    assert "DS_ACCELERATOR" not in environment
+@pytest.mark.parametrize("options", [LaunchOptions(), TWO])
+@pytest.mark.parametrize("visible", ["2,5,7", "7,2", "GPU-5e2a,GPU-01", "MIG-7a/1/0"])
+def test_ranks_inherit_the_visible_gpus_that_deepspeed_would_renumber(tmp_path, monkeypatch, options, visible):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    words, environment = built(options, 2, 2, tmp_path)
+    assert words[-4:] == ["env", f"CUDA_VISIBLE_DEVICES={visible}", sys.executable, "-u"]
+    assert {"--no_python", "--no_local_rank"} <= set(words)
+    assert not any(word.startswith("--include") for word in words)
+    assert not {"CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"} & set(environment)
 
 
 def test_without_gpus_cuda_visible_devices_is_left_alone(tmp_path, monkeypatch):
