@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -16,12 +17,13 @@ from types import FrameType
 import psutil
 
 from cifar10.distributed import device
-from cifar10.launch.command import LaunchOptions, deepspeed_command, start_command
+from cifar10.launch.command import SCRIPT, LaunchOptions, deepspeed_command, start_command
 from cifar10.run.summary import Summary, read_summary
 
 FINISHED, FAILED, REFUSED, RESUMABLE = 0, 1, 2, 75  # 75 is sysexits.h's EX_TEMPFAIL: try again
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SECONDS_TO_SAVE = 60  # from a signal until the remaining processes are killed; DeepSpeed's launcher gives each rank 30
+SECONDS_TO_FAIL = 5  # from the death of a rank until the others are killed, which may be waiting for it on the GPU
 
 
 def live_processes(group: int) -> list[psutil.Process]:
@@ -34,12 +36,27 @@ def live_processes(group: int) -> list[psutil.Process]:
     return found
 
 
+def rank_processes(launcher: int) -> list[psutil.Process]:
+    """The ranks of DeepSpeed's launcher: children, with the script in their command line, of what it has started."""
+    with contextlib.suppress(psutil.Error):
+        found = (child for launch in psutil.Process(launcher).children() for child in launch.children())
+        return [process for process in found if str(SCRIPT) in process.cmdline()]
+    return []
+
+
+def is_alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 class Launch:
     """A launcher in a process group of its own, to which signals are forwarded; it may exit before its ranks do."""
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         self.signalled = False
-        self._first = self._deadline = float("inf")
+        self._ranks: list[psutil.Process] = []
+        self._first = self._deadline = self._first_death = float("inf")
         self._handlers_before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
         self._process = subprocess.Popen(command, env=environment, start_new_session=True)
         if self.signalled:  # while the process was being started
@@ -58,15 +75,43 @@ class Launch:
         if hasattr(self, "_process"):
             self._signal_all(signal.SIGKILL if again else signal.SIGTERM)
 
-    def wait(self) -> int:
-        """Wait until no process of the run is left; returns the launcher's exit code."""
+    def _end_after_a_death(self, ranks: int, is_over: Callable[[], bool]) -> None:
+        """Kill what is left of `ranks` ranks a few seconds after the first has died, unless the run had come to its end.
+
+        DeepSpeed's launcher sends SIGTERM, at which a rank saves if it can, and waits half a minute for each. It is not killed
+        itself, because it knows the dead rank's exit code.
+        """
+        if len(self._ranks) < ranks:
+            self._ranks = rank_processes(self._process.pid)
+            return
+        alive = [rank for rank in self._ranks if is_alive(rank)]
+        if len(alive) == ranks:
+            return
+        self._first_death = min(self._first_death, time.monotonic())
+        if time.monotonic() < self._first_death + SECONDS_TO_FAIL or is_over():
+            return
+        for rank in alive:
+            with contextlib.suppress(psutil.Error):
+                for process in (*rank.children(recursive=True), rank):
+                    process.kill()
+        if not alive and self._process.poll():  # the launcher has failed, and only what the ranks had started is left
+            self._signal_all(signal.SIGKILL)
+
+    def wait(self, ranks: int = 1, is_over: Callable[[], bool] = lambda: False) -> int:
+        """Wait until no process of the run is left; returns the launcher's exit code. `is_over`: all is written."""
         while self._process.poll() is None or live_processes(self._process.pid):
             if time.monotonic() > self._deadline:
                 self._signal_all(signal.SIGKILL)
+            self._end_after_a_death(ranks, is_over)
             time.sleep(0.2)
         for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
         return self._process.returncode
+
+
+def is_at_its_end(before: Summary | None, after: Summary | None) -> bool:
+    """Whether a run has finished or stopped, and all is written: its summary is new and says so."""
+    return after is not None and after != before and after.status in ("finished", "stopped")
 
 
 def exit_code(launcher_code: int, signalled: bool, before: Summary | None, after: Summary | None) -> int:
@@ -90,7 +135,7 @@ def train_once(options: LaunchOptions, ranks: int, flags: list[str], folder: Pat
     with tempfile.TemporaryDirectory() as scratch:
         command, environment = deepspeed_command(options, ranks, device.count_gpus(), flags, Path(scratch) / "hostfile")
         launch = Launch(command, {"CIFAR10_STARTED_BY": start_command(options), **environment})
-        code = launch.wait()
+        code = launch.wait(ranks, lambda: is_at_its_end(before, read_summary(folder)))
     after = read_summary(folder)
     crashed = after and after != before and after.status == "running" and not launch.signalled
     if crashed and options.node_rank == 0:  # no rank could write it, and the first machine writes the summary

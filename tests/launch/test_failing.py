@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from cifar10.engine.full_state import weights_sha256
+from cifar10.launch import supervise
 from cifar10.metrics import text
 from cifar10.metrics.sink import Metrics, Sink, StepRow
 from cifar10.models.registry import build_model
@@ -106,6 +108,64 @@ def test_a_run_that_fails_each_time_is_restarted_as_often_as_asked(tmp_path: Pat
     assert (summary(tmp_path / "run")["status"], process.stderr.count("error: ")) == ("failed", 2)
     assert "25 steps in a row" in summary(tmp_path / "run")["reason"]
     assert process.stderr.count("restart 1 of 1") == 1
+
+
+# DeepSpeed's launcher without DeepSpeed: it reports the first code that is not 0, and waits for all ranks.
+TREE = """
+import os, pathlib, signal, subprocess, sys, time
+role, *rest = sys.argv[1:]
+again = [sys.executable, __file__]
+if role == "runner":
+    sys.exit(subprocess.call([*again, "launcher", *rest]) & 255)
+if role == "launcher":
+    ranks = [subprocess.Popen([*again, "rank", str(number), *rest]) for number in (1, 0)]
+    codes = [rank.wait() for rank in ranks]
+    sys.exit(next((code & 255 for code in codes if code), 0))
+number, end, folder, script = rest
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if number == "1":
+    if end != "0":
+        subprocess.Popen(["sleep", "600"])  # as W&B's process, it is left behind
+    while not pathlib.Path(folder, "both are seen").exists():
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGKILL) if end == "killed" else sys.exit(int(end))
+time.sleep(2 if end == "0" else 600)
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("killed", 247), ("3", 3), ("0", 0)])
+def test_ranks_that_wait_for_a_dead_one_are_killed_and_its_exit_code_is_kept(tmp_path, monkeypatch, end, code):
+    """A rank that waits on a GPU handles no signal. At the end of a run (0) a slow rank is left in peace."""
+    find = supervise.rank_processes
+
+    def seen(launcher: int) -> list[psutil.Process]:
+        found = find(launcher)
+        if len(found) == 2:
+            (tmp_path / "both are seen").touch()
+        return found
+
+    monkeypatch.setattr(supervise, "rank_processes", seen)
+    monkeypatch.setattr(supervise, "SECONDS_TO_FAIL", 0.3)
+    (tmp_path / "tree.py").write_text(TREE)
+    command = [sys.executable, str(tmp_path / "tree.py"), "runner", end, str(tmp_path), str(supervise.SCRIPT)]
+    launch = supervise.Launch(command, dict(os.environ))
+    assert launch.wait(2, lambda: end == "0") == code
+    assert supervise.live_processes(launch._process.pid) == []
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_save_does_not_hold_up_the_end_of_a_run_that_has_lost_another(tmp_path: Path) -> None:
+    """DeepSpeed's launcher would wait 30 seconds for the stopped one, as it does for a rank that waits on its GPU."""
+    launcher = start("--output-dir", str(tmp_path / "run"))
+    wait_until(lambda: has_trained(tmp_path / "run"), "the first steps")
+    rank_process(launcher, 0).suspend()
+    rank_process(launcher, 1).send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    launcher.communicate(timeout=600)
+    assert time.monotonic() - killed < 20
+    assert launcher.returncode == 247
+    assert summary(tmp_path / "run")["status"] == "failed"
+    assert "SIGKILL" in summary(tmp_path / "run")["reason"]
 
 
 # --- a full disk -----------------------------------------------------------------------------------------------------------
