@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from cifar10 import UsageError, reason
@@ -34,6 +34,7 @@ PROBE_SECONDS, CONNECT_SECONDS = 60.0, 3.0
 GIB = 1 << 30
 RUN_BYTES = {FAIL: 100 << 20, WARN: GIB}  # free disk space below which a run is in danger
 MEMORY_BYTES = {FAIL: 700 << 20, WARN: 3 * GIB // 2}  # a rank of the default recipe needs 0.67 GB at its peak
+GPU_TOLERANCE = 1e-3  # fp32 without TF32 rounds at 1e-6
 SHM_BYTES = {WARN: 256 << 20}
 DEFAULT_PORT = 29500  # DeepSpeed's and torch's
 
@@ -46,6 +47,8 @@ class Context:
     probes: dict[str, Probe] = field(default_factory=dict)
     torch: dict[str, Any] | None = None  # what TORCH_PROBE printed; None if torch cannot be imported
     gpus: int = 0
+    global_images: int = 0  # the global batch of ds_config.json
+    ranks: int = 0  # that main.py starts on the GPUs
     threads: int = 1
 
 
@@ -57,12 +60,58 @@ Check = Callable[[Context], Row | None]
 # --- probes: programs in processes of their own ---------------------------------------------------------------------------
 
 TORCH_PROBE = """
-import json, os, torch
+import json, torch
+from cifar10 import UsageError
+from cifar10.distributed import device
+found = {"built": torch.version.cuda or torch.version.hip, "fault": None}
+try:
+    found |= {"note": device.choose(), **device.facts()}
+except UsageError as error:
+    found["fault"] = str(error)
+print(json.dumps(found))
+"""
+
+# A process for each GPU, as ranks are: what it computes beside the CPU, and the sum over all of them.
+GPU_PROBE = """
+import json, os, sys, torch
 import torch.distributed as dist
-count = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
-gpus = [torch.cuda.get_device_name(i) for i in range(count)]
-nccl = ".".join(map(str, torch.cuda.nccl.version())) if gpus and dist.is_available() and dist.is_nccl_available() else None
-print(json.dumps({"gpus": gpus, "cuda": torch.version.cuda or torch.version.hip, "nccl": nccl}))
+import torch.nn.functional as F
+from datetime import timedelta
+count, place = int(sys.argv[1]), sys.argv[2]
+
+def differs(compute, *inputs):
+    due, got = compute(*inputs), compute(*(value.cuda() for value in inputs)).cpu()
+    return float((got - due).abs().max() / due.abs().max())
+
+def work(index):
+    torch.cuda.set_device(index)
+    torch.backends.cudnn.allow_tf32 = False
+    draw = torch.Generator().manual_seed(index)
+    a, b, images, kernel = (torch.randn(s, generator=draw) for s in ((256, 256), (256, 256), (8, 16, 32, 32), (32, 16, 3, 3)))
+    yield "product", differs(torch.matmul, a, b)
+    yield "convolution", differs(lambda x, w: F.conv2d(x, w, padding=1), images, kernel)
+    if dist.is_nccl_available():
+        dist.init_process_group("nccl", "file://" + place, timedelta(seconds=40), world_size=count, rank=index)
+        total = torch.full((1000,), index + 1.0, device="cuda")
+        dist.all_reduce(total)
+        yield "all-reduce", float((total.cpu() / (count * (count + 1) / 2) - 1).abs().max())
+
+def rank(index, writer):
+    found = {}
+    try:
+        for name, value in work(index):
+            found[name] = value
+    except Exception as error:
+        found["fault"] = str(error).splitlines()[0][:200]
+    os.write(writer, json.dumps(found).encode())
+    os._exit(0)
+
+pipes = [os.pipe() for _ in range(count)]
+for index, (_, writer) in enumerate(pipes):
+    if os.fork() == 0:
+        rank(index, writer)
+    os.close(writer)
+print(json.dumps([json.loads(os.read(reader, 10_000) or b'{"fault": "its process died"}') for reader, _ in pipes]))
 """
 
 # Two ranks on this machine connect as a launcher's would, and add up a tensor.
@@ -87,18 +136,28 @@ if child:
 os._exit(code)
 """
 
-DEEPSPEED_PROBE = "from cifar10.engine.engine import prepare; print(prepare().__version__)"
+DEEPSPEED_PROBE = """
+import os
+from cifar10 import UsageError
+from cifar10.distributed import device
+from cifar10.engine.engine import prepare
+try:
+    device.choose()
+except UsageError:  # a finding of its own
+    os.environ["DS_ACCELERATOR"] = "cpu"
+print(prepare().__version__)
+"""
 PROBES = {"torch": TORCH_PROBE, "gloo": GLOO_PROBE, "deepspeed": DEEPSPEED_PROBE}
 
 
 class Probe:
     """A small Python program in a process of its own."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, *arguments: str) -> None:
         ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         environment = {key: value for key, value in os.environ.items() if key not in ranks}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(PROJECT))))
-        self._fault, words = "", [sys.executable, "-c", source]
+        self._fault, words = "", [sys.executable, "-c", source, *arguments]
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         try:
             self._process = subprocess.Popen(words, **pipes, env=environment, start_new_session=True)
@@ -164,12 +223,13 @@ def check_packages(_: Context) -> Row:
     return OK, f"all {len(wanted)} are installed in the versions that pyproject.toml asks for"
 
 
-def check_config(_: Context) -> Row:
+def check_config(context: Context) -> Row:
     from cifar10.config import ds_config
 
     path = PROJECT / "ds_config.json"
     try:
         _, batch, _ = ds_config.resolve(ds_config.read(path), 1)
+        context.global_images = batch.global_images
         return OK, f"{path.name} is valid: global batch {batch.global_images}"
     except UsageError as error:
         return FAIL, str(error), f"git checkout {path.name}, or choose another file with --deepspeed_config"
@@ -196,33 +256,57 @@ def check_torch(context: Context) -> Row:
     if fault:
         return FAIL, f"cannot be imported: {fault}", "uv sync --reinstall-package torch"
     context.torch = json_format.loads(printed)
-    context.gpus, cuda = len(context.torch["gpus"]), context.torch["cuda"]
-    return OK, f"{version('torch')}, {f'CUDA {cuda}' if cuda else 'a CPU build'}"
+    context.gpus, built = len(context.torch.get("gpus", ())), context.torch["built"]
+    return OK, f"{version('torch')}, {f'CUDA {built}' if built else 'a CPU build'}"
 
 
 def check_gpu(context: Context) -> Row | None:
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    has_driver = shutil.which("nvidia-smi") or Path("/proc/driver/nvidia").exists() or Path("/dev/kfd").exists()
     if context.torch is None:
         return None
+    if fault := context.torch["fault"]:
+        says, _, cure = fault.rpartition("; ")
+        return FAIL, says, cure
     if context.gpus:
-        return OK, f"{context.gpus} x {context.torch['gpus'][0]}"
+        from cifar10.launch.command import count_ranks
+
+        facts, context.ranks = context.torch, count_ranks(None, context.gpus, context.global_images or None)
+        of_both = f"{facts['gpus'][0]}, capability {facts['capability'][0]}, driver {facts['driver']}, cuDNN {facts['cudnn']}"
+        return OK, f"{context.gpus} x {of_both}"
     if os.environ.get("DS_ACCELERATOR") == "cpu":
-        return OK, "not used: DS_ACCELERATOR is cpu"
-    if not has_driver:
-        return OK, "no GPU and no driver: training runs on the CPU, over gloo"
-    if not context.torch["cuda"]:
-        cure = "install a torch for the driver's CUDA version: https://pytorch.org/get-started/locally"
-        return WARN, "there is a driver, but this torch is a CPU build", cure
-    if hidden is not None:
-        return WARN, f"torch sees no GPU, since CUDA_VISIBLE_DEVICES is {hidden!r}", "unset CUDA_VISIBLE_DEVICES"
-    return WARN, "there is a driver, but torch sees no GPU", "update the driver for the CUDA version of torch above"
+        return OK, "not used: --device or DS_ACCELERATOR is cpu"
+    return OK, context.torch["note"] or "no sign of a GPU: training runs on the CPU, over gloo"
 
 
 def check_nccl(context: Context) -> Row | None:
     if context.gpus > 1 and not context.torch["nccl"]:
         return FAIL, "this torch has no NCCL, and several GPUs need it", "install torch's build for CUDA on Linux"
     return (OK, context.torch["nccl"] or "none, and one GPU needs none") if context.gpus else None
+
+
+def check_gpu_work(context: Context) -> Row | None:
+    """What each GPU computes, relative to the largest value of the CPU's result."""
+    if not context.gpus:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Probe(GPU_PROBE, str(context.gpus), f"{folder}/meeting")
+        try:
+            printed, fault = probe.result()
+        finally:
+            probe.end()
+    cure = "run nvidia-smi, and dmesg for Xid errors; CUDA_VISIBLE_DEVICES leaves a GPU out; NCCL_DEBUG=INFO says more of NCCL"
+    if fault:
+        return FAIL, f"the GPUs do not compute: {fault}", cure
+    found = json_format.loads(printed)
+    wrong = [
+        f"GPU {index}: {what if name == 'fault' else f'its {name} differs from the CPU by {what:.1e}'}"
+        for index, work in enumerate(found)
+        for name, what in work.items()
+        if name == "fault" or not what < GPU_TOLERANCE
+    ]
+    if wrong:
+        return FAIL, "; ".join(wrong), cure
+    done = (f"{name} within {max(work[name] for work in found):.0e}" for name in found[0])
+    return OK, f"each GPU against the CPU: {', '.join(done)}"
 
 
 def check_gloo(context: Context) -> Row:
@@ -293,7 +377,7 @@ def check_memory(_: Context) -> Row:
 
 def check_cpu(context: Context) -> Row:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    context.threads = max(1, cores // max(1, context.gpus))
+    context.threads = max(1, cores // max(1, context.ranks))
     quota = _cgroup_number("cpu.max")
     if quota is not None and quota < cores:
         said = f"{cores} cores are visible, but the container may use {quota:g} of them: threads would wait for each other"
@@ -415,6 +499,7 @@ CHECKS: dict[str, Check] = {  # those that wait for a probe come last
     "torch": check_torch,
     "GPU": check_gpu,
     "NCCL": check_nccl,
+    "GPU work": check_gpu_work,
     "CPU": check_cpu,
     "shared memory": check_shm,
     "gloo": check_gloo,
@@ -447,9 +532,11 @@ def what_will_happen(context: Context, fails: int) -> str:
     """In a line, what `python main.py` would do now."""
     if fails:
         return f"fix {'the FAIL' if fails == 1 else f'the {fails} FAILs'} above first; then: python main.py"
-    alone = f"1 rank on the {'GPU' if context.gpus else 'CPU'}"
-    ranks = f"{context.gpus} ranks, one on each GPU" if context.gpus > 1 else alone
-    threads = f"{context.threads} CPU thread{'s' if context.threads > 1 else ''}{' each' if context.gpus > 1 else ''}"
+    number, places = context.ranks or 1, f"on {context.ranks} of the {context.gpus} GPUs"
+    if context.ranks == context.gpus:
+        places = "one on each GPU" if number > 1 else f"on the {'GPU' if context.gpus else 'CPU'}"
+    ranks = f"{number} ranks, {places}" if number > 1 else f"1 rank {places}"
+    threads = f"{context.threads} CPU thread{'s' if context.threads > 1 else ''}{' each' if number > 1 else ''}"
     return f"python main.py will train on {ranks}, with {threads}"
 
 
@@ -469,17 +556,25 @@ def _advice() -> str:
     return "\n".join(f"{symptom:{width}}  {answer}" for symptom, answer in rows)
 
 
-def run(data_dir: Path | None = None, json: bool = False, advice: bool = False) -> int:
+def run(
+    data_dir: Path | None = None,
+    json: bool = False,
+    advice: bool = False,
+    device: Literal["auto", "cuda", "cpu"] = "auto",
+) -> int:
     """Check Python, libraries, GPU, disk, memory, network, data, W&B and SLURM; the exit code is 1 if any check is a FAIL.
 
     Args:
         data_dir: Where CIFAR-10 is (default: $CIFAR10_DIR, else data/).
         json: Print JSON, and nothing else.
         advice: Print advice on problems that no check can find: accuracy, speed, stopping, NaN.
+        device: Where runs are to train, as in main.py --device.
     """
     if advice:
         print(_advice())
         return 0
+    if device != "auto":
+        os.environ["DS_ACCELERATOR"] = device
     context, found = Context(data_dir or Path(os.environ.get("CIFAR10_DIR") or "data")), []
     for finding in examine(context):
         found.append(finding)

@@ -93,6 +93,7 @@ def test_what_is_broken_is_a_line_with_its_fix_and_the_rest_is_checked(tmp_path)
     assert lines[-1].startswith("fix the 6 FAILs above")
     assert {line[6:19].strip() for line in lines if line.startswith((OK, WARN, FAIL))} >= CHECKS.keys() - {
         "NCCL",
+        "GPU work",
         "compiled ops",
     }
 
@@ -165,7 +166,8 @@ class Answered:
 
 def with_torch(**facts: object) -> dict[str, object]:
     """What the checks know once torch's probe has printed these facts."""
-    facts = {"gpus": [], "cuda": "13.0", "nccl": None, **facts}
+    of_gpus = {"capability": ["9.0"], "driver": "580.1", "cudnn": 92600, "nccl": None} if facts.get("gpus") else {}
+    facts = {"built": "13.0", "fault": None, "note": None, **of_gpus, **facts}
     context = Context(Path("data"), probes={"torch": Answered(facts)})
     assert CHECKS["torch"](context)[0] == OK
     return {"torch": context.torch, "gpus": context.gpus}
@@ -173,24 +175,45 @@ def with_torch(**facts: object) -> dict[str, object]:
 
 def test_gpus(monkeypatch):
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    assert one("GPU", OK, **with_torch(gpus=["A", "A"])) == "2 x A"
+    one("GPU", OK, "2 x A", "9.0", "580.1", "92600", **with_torch(gpus=["A", "A"]))
     one("NCCL", OK, "2.27.5", **with_torch(gpus=["A", "A"], nccl="2.27.5"))
     one("NCCL", FAIL, **with_torch(gpus=["A", "A"]))
     one("NCCL", OK, **with_torch(gpus=["A"]))
 
 
-def test_a_driver_whose_gpu_torch_does_not_see(monkeypatch, tmp_path):
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
+def test_gpus_that_torch_cannot_use_are_a_fault_and_hidden_ones_are_not(monkeypatch):
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    one("GPU", WARN, "this torch is a CPU build", **with_torch(cuda=None))
-    one("GPU", WARN, "update the driver", **with_torch())
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    one("GPU", WARN, "unset CUDA_VISIBLE_DEVICES", **with_torch())
+    one(
+        "GPU",
+        FAIL,
+        "found /dev/kfd",
+        "-> update it, or use --device cpu",
+        **with_torch(fault="found /dev/kfd; update it, or use --device cpu"),
+    )
+    one("GPU", OK, "is hidden", **with_torch(note="device: all is hidden"))
+    one("GPU", OK, "no sign of a GPU", **with_torch())
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     one("GPU", OK, "DS_ACCELERATOR is cpu", **with_torch())
+
+
+RIGHT = {"product": 1e-6, "convolution": 2e-6, "all-reduce": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("works", "level", "words"),
+    [
+        ([RIGHT, RIGHT], OK, ["product", "convolution", "all-reduce"]),
+        ([RIGHT, {**RIGHT, "convolution": 0.5}], FAIL, ["GPU 1: its convolution", "5.0e-01"]),
+        ([{**RIGHT, "product": float("nan")}, RIGHT], FAIL, ["GPU 0: its product"]),
+        ([RIGHT, {"product": 0.0, "fault": "CUDA error: ECC"}], FAIL, ["GPU 1: CUDA error: ECC"]),
+    ],
+)
+def test_what_each_gpu_computes_is_compared_with_the_cpu(monkeypatch, works, level, words):
+    probe = Answered(works)
+    probe.end = lambda: None
+    monkeypatch.setattr(doctor, "Probe", lambda *_: probe)
+    one("GPU work", level, *words, gpus=2)
+    assert CHECKS["GPU work"](Context(Path("data"))) is None
 
 
 def test_another_deepspeed_than_ours():
@@ -382,16 +405,18 @@ def test_slurm(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("gpus", "threads", "fails", "line"),
+    ("gpus", "ranks", "threads", "fails", "line"),
     [
-        (0, 2, 0, "python main.py will train on 1 rank on the CPU, with 2 CPU threads"),
-        (1, 1, 0, "python main.py will train on 1 rank on the GPU, with 1 CPU thread"),
-        (4, 8, 0, "python main.py will train on 4 ranks, one on each GPU, with 8 CPU threads each"),
-        (4, 8, 1, "fix the FAIL above first; then: python main.py"),
+        (0, 0, 2, 0, "python main.py will train on 1 rank on the CPU, with 2 CPU threads"),
+        (1, 1, 1, 0, "python main.py will train on 1 rank on the GPU, with 1 CPU thread"),
+        (4, 4, 8, 0, "python main.py will train on 4 ranks, one on each GPU, with 8 CPU threads each"),
+        (8, 4, 8, 0, "python main.py will train on 4 ranks, on 4 of the 8 GPUs, with 8 CPU threads each"),
+        (4, 4, 8, 1, "fix the FAIL above first; then: python main.py"),
     ],
 )
-def test_what_will_happen(gpus, threads, fails, line):
-    assert doctor.what_will_happen(Context(Path("data"), gpus=gpus, threads=threads), fails) == line
+def test_what_will_happen(gpus, ranks, threads, fails, line):
+    context = Context(Path("data"), gpus=gpus, ranks=ranks, threads=threads)
+    assert doctor.what_will_happen(context, fails) == line
 
 
 def test_advice_is_the_table_of_the_troubleshooting_page(capsys):
