@@ -26,16 +26,29 @@ from cifar10 import UsageError
 from cifar10.commands import bench_levels
 from cifar10.commands.bench import measuring
 from cifar10.commands.bench_levels import PLAIN
-from cifar10.commands.common import DataDir, JsonFile, as_flags, number_table, quotients, span
+from cifar10.commands.common import DataDir, Device, JsonFile, as_flags, number_table, quotients, settle, span
 from cifar10.config import ds_config
-from cifar10.config.recipe import PROJECT
-from cifar10.distributed import device, world
+from cifar10.config.recipe import PROJECT, invalid
+from cifar10.distributed import world
+from cifar10.distributed.device import count_gpus
 from cifar10.distributed.world import World
 from cifar10.plan import Plan
 from cifar10.run import folder as run_folder
 from cifar10_deepspeed import get_cifar10_dataloaders
 
 STAGES = (0, 1, 2, 3)
+
+
+def with_a_gpu_each(ranks: tuple[int, ...], batch: int) -> tuple[int, ...]:
+    """Those numbers of ranks that this machine has the GPUs for; without GPUs, all. Raises UsageError if a run would."""
+    gpus = count_gpus() or max(ranks, default=0)
+    kept = tuple(number for number in ranks if number <= gpus)
+    given = " ".join(map(str, ranks))
+    if ranks and not kept:
+        raise invalid("--ranks", given, f"numbers from 1 to {gpus}, the GPUs of this machine", gpus)
+    if any(batch % number for number in kept):
+        raise invalid("--ranks", given, f"divisors of --batch {batch}", 1)
+    return kept
 
 
 def summary_of_run(flags: list[str], ranks: int) -> dict[str, Any]:
@@ -53,7 +66,7 @@ def measure_ranks(flags: list[str], counts: tuple[int, ...], rounds: int, consol
     """A row for each number of ranks, with its speed relative to the first."""
     speeds: dict[int, list[float]] = {ranks: [] for ranks in counts}
     memory: dict[int, list[list[int]]] = {ranks: [] for ranks in counts}
-    on_gpus = device.count_gpus() > 0
+    on_gpus = count_gpus() > 0
     for number in range(1, rounds + 1):
         for ranks in counts:
             summary = summary_of_run(flags, ranks)
@@ -117,6 +130,7 @@ def run(
     warmup_steps: int = 10,
     threads: int = 1,
     precisions: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16"),
+    device: Device = "auto",
     json_file: JsonFile = None,
 ) -> None:
     """Images per second and memory on several ranks, and of one rank at each ZeRO stage beside plain PyTorch.
@@ -135,11 +149,15 @@ def run(
     """
     if min(*ranks, batch, rounds, run_steps, steps, warmup_steps + 1, threads) < 1:
         raise UsageError("--ranks, --batch, --rounds, --run-steps, --steps and --threads must be whole numbers from 1 up")
+    settle(device)
+    wanted, ranks = ranks, with_a_gpu_each(ranks, batch)
     images = {"--recipe": recipe, "--dataset": dataset, "--data-dir": data_dir}
     of_run = {"--global-batch-size": batch, "--max-steps": run_steps, "--threads": threads, "--log-every-steps": 100}
     whole = {"--val-images": 0, "--test-images": 0, "--save-every-epochs": 0}
     flags = as_flags({**images, **of_run, **whole})
     console, sizes = Console(highlight=False), {"rounds": rounds, "steps": steps, "warmup_steps": warmup_steps}
+    if left_out := [str(number) for number in wanted if number not in ranks]:
+        console.print(f"left out, since this machine has {count_gpus()} GPUs: {' and '.join(left_out)} ranks")
     with measuring(threads, console) as (world_of_one, environment):
         by_ranks = measure_ranks(flags, ranks, rounds, console) if ranks else {}
         cells = measure_engine(images, world_of_one, batch, precisions, **sizes)

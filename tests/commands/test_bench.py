@@ -68,6 +68,27 @@ def test_flags_that_the_machine_or_the_program_cannot_follow(monkeypatch: pytest
         scaling.run(dataset="synthetic", ranks=(1, 0))
 
 
+@pytest.mark.parametrize(
+    ("gpus", "ranks", "kept"),
+    [
+        (0, (1, 2, 4), (1, 2, 4)),
+        (1, (1, 2, 4), (1,)),
+        (2, (1, 2, 4), (1, 2)),
+        (8, (2, 8), (2, 8)),
+        (3, (), ()),
+        (3, (1, 3, 6), None),
+        (1, (2, 4), None),
+    ],
+)
+def test_scaling_stops_at_the_gpus_there_are_and_refuses_before_it_measures(monkeypatch, gpus, ranks, kept):
+    monkeypatch.setattr(scaling, "count_gpus", lambda: gpus)
+    if kept is not None:
+        assert scaling.with_a_gpu_each(ranks, 64) == kept
+    else:
+        with pytest.raises(UsageError, match="--ranks"):
+            scaling.with_a_gpu_each(ranks, 64)
+
+
 def check(rows: dict[str, dict[str, Any]], names: list[str], rounds: int) -> None:
     """The ratios fit the measurements, and the losses show that all loops train the same network on the same images."""
     assert list(rows) == names
