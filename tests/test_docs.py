@@ -46,7 +46,7 @@ TIED = {  # a line of shell, or the first line of another block -> the test in t
     "sbatch --nodes=2 --gres=gpu:4 run_deepspeed.sh": "test_slurm.py test_sbatch_on_two_nodes",
 }
 OTHERS = "--nnodes --nproc_per_node --no_ssh --hostfile --nodes --gres --logdir --check"  # flags of other programs
-OTHERS += " --deepspeed --no-amp --num-workers --extra"  # read before our own flags are
+OTHERS += " --deepspeed --no-amp --num-workers --extra --gpus --torch-backend"  # read before our own flags are
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 BLOCKS = [block for text in TEXTS.values() for block in FENCED.findall(text)]

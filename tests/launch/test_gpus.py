@@ -1,0 +1,71 @@
+"""main.py and doctor on machines with GPUs that compute nothing (see tests/stand_in.py)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.launching import SHORT, summary
+from tests.stand_in import StandIn
+
+pytestmark = pytest.mark.slow
+UUID = "GPU-00000000-0000-0000-0000-00000000000"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "flags", "visible", "ranks", "where", "words"),
+    [
+        (3, "", None, 2, "Stand-in H100", ["device: 2 of 3 GPUs", " 2 stay idle", "--global-batch-size 63"]),
+        (3, "", f"{UUID}2,{UUID}0", 2, "Stand-in H100", []),
+        (2, "--num-gpus 2 --device cpu", "0,1", 2, "cpu", []),
+        (2, "", "", 1, "cpu", ["device: the CPU, since CUDA_VISIBLE_DEVICES= hides all GPUs"]),
+    ],
+    ids=["three", "UUIDs", "the CPU by flag", "the CPU by variable"],
+)
+def test_main_trains_on_the_device_that_was_asked_for(tmp_path: Path, gpus, flags, visible, ranks, where, words) -> None:
+    variables = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    command = ["main.py", *flags.split(), *SHORT, "--no-report", "--output-dir", str(tmp_path / "run")]
+    ended = StandIn.or_skip()(*command, gpus=gpus, **variables)
+    assert ended.returncode == 0, ended.stderr
+    assert all(word in ended.stdout for word in words)
+    assert summary(tmp_path / "run")["world_size"] == ranks
+    (start,) = json.loads((tmp_path / "run" / "environment.json").read_text())["starts"]
+    assert start["device"] == where
+    if where == "cpu":
+        assert "gpus" not in start
+    else:
+        count = 2 if visible else gpus
+        assert (start["gpus"], start["capability"]) == ([where] * count, ["9.0"] * count)
+        assert {"driver", "cuda", "cudnn", "nccl"} <= start.keys()
+
+
+@pytest.mark.parametrize(
+    "command", ["main.py --dataset synthetic", "cifar10_deepspeed.py --dataset synthetic", "-m cifar10 bench"]
+)
+def test_a_gpu_that_is_too_old_is_refused_before_anything_starts(command: str) -> None:
+    ended = StandIn.or_skip()(*command.split(), FAKE_CAPABILITY="6.1", FAKE_QUIET="1")
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert "sm_61" in line
+    assert "--device cpu" in line
+
+
+def test_doctor_computes_on_each_gpu_and_notices_what_is_wrong() -> None:
+    """Here everything is, because kernels do nothing."""
+    ended = StandIn.or_skip()("-m", "cifar10", "doctor", "--json", gpus=2)
+    assert ended.returncode == 1
+    found = {row["name"]: row for row in json.loads(ended.stdout)["findings"]}
+    assert found["GPU"]["says"].startswith("2 x Stand-in H100, capability 9.0")
+    assert found["GPU work"]["level"] == "FAIL"
+    assert {f"GPU {gpu}: its {what}" in found["GPU work"]["says"] for gpu in (0, 1) for what in ("product", "convolution")} == {
+        True
+    }
+
+
+def test_scaling_measures_as_many_ranks_as_there_are_gpus() -> None:
+    flags = "--dataset synthetic --rounds 1 --run-steps 2 --steps 2 --warmup-steps 1 --precisions fp32"
+    ended = StandIn.or_skip()("-m", "cifar10", "scaling", *flags.split(), gpus=1)
+    assert ended.returncode == 0, ended.stderr
+    assert "1 GPUs: 2 and 4 ranks" in ended.stdout
