@@ -36,7 +36,7 @@ class StandIn:
 
     @classmethod
     def or_skip(cls, python: str = sys.executable) -> StandIn:
-        """Skip the test where the tool is absent or does not build; fail it where CIFAR10_TESTS_NEED_STAND_IN is set (.ci/run)."""
+        """Skip the test where the tool is absent or does not build; fail it where CIFAR10_TESTS_NEED_STAND_IN is set."""
         try:
             return _built(python)
         except LookupError as error:

@@ -157,7 +157,7 @@ def run(
     flags = as_flags({**images, **of_run, **whole})
     console, sizes = Console(highlight=False), {"rounds": rounds, "steps": steps, "warmup_steps": warmup_steps}
     if left_out := [str(number) for number in wanted if number not in ranks]:
-        console.print(f"left out, since this machine has {count_gpus()} GPUs: {' and '.join(left_out)} ranks")
+        console.print(f"left out, more ranks than GPUs ({count_gpus()}): {', '.join(left_out)}")
     with measuring(threads, console) as (world_of_one, environment):
         by_ranks = measure_ranks(flags, ranks, rounds, console) if ranks else {}
         cells = measure_engine(images, world_of_one, batch, precisions, **sizes)

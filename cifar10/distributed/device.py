@@ -21,7 +21,7 @@ from cifar10 import UsageError
 Choice = Literal["auto", "cuda", "cpu"]
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # in /proc/cpuinfo: bf16 matrix products on x86 (2) and ARM
 CONTAINER_SIGN = "/proc/driver/nvidia"  # the host's, also seen in a container that was given no GPU
-SIGNS = ("/dev/nvidiactl", CONTAINER_SIGN, "/dev/kfd", "/dev/dxg")  # NVIDIA (2), AMD, Windows Subsystem for Linux
+SIGNS = ("/dev/nvidiactl", CONTAINER_SIGN, "/dev/nvmap", "/dev/kfd", "/dev/dxg")  # NVIDIA (3: Jetson), AMD, Windows' Linux
 ROOT = Path("/")  # below which they are looked for
 AMD, OF_AMD = "/dev/kfd", ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")  # read beside CUDA_VISIBLE_DEVICES
 OR_CPU = "or train on the CPU with --device cpu"
@@ -50,8 +50,10 @@ def choose(asked: Choice = "auto") -> str | None:
     """
     if asked != "auto":
         os.environ["DS_ACCELERATOR"] = asked
-    wanted = os.environ.get("DS_ACCELERATOR", "auto")
-    if wanted not in ("auto", "cuda", "cpu"):
+    wanted = os.environ.get("DS_ACCELERATOR") or "auto"
+    if wanted == "auto":
+        os.environ.pop("DS_ACCELERATOR", None)  # DeepSpeed refuses an empty one
+    elif wanted not in ("cuda", "cpu"):
         raise UsageError(f"DS_ACCELERATOR is {wanted!r}, expected cuda or cpu; unset it, or override it with --device cpu")
     if wanted == "cuda" and _hides_all():
         name, value = selection()

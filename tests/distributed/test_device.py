@@ -21,7 +21,7 @@ from cifar10.distributed import device, world
 from cifar10.plan import make_plan
 from tests.launching import run
 
-SIGNS = ("nvidia-smi", "/dev/nvidiactl", "/proc/driver/nvidia", "/dev/kfd", "/dev/dxg", "NVIDIA's driver")
+SIGNS = ("nvidia-smi", "/dev/nvidiactl", "/proc/driver/nvidia", "/dev/kfd", "/dev/dxg", "/dev/nvmap", "NVIDIA's driver")
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver."
 NONE_THERE = "No CUDA GPUs are available"
 
@@ -193,6 +193,8 @@ def test_ds_accelerator_asks_for_the_cpu_and_the_flag_goes_first(machine):
     assert device.count_gpus() == 0
     assert device.choose("cuda") is None
     assert device.count_gpus() == 2
+    machine.monkeypatch.setenv("DS_ACCELERATOR", "")
+    assert (device.choose(), "DS_ACCELERATOR" in os.environ) == (None, False)
     machine.monkeypatch.setenv("DS_ACCELERATOR", "xpu")
     refused("xpu", "--device cpu")
 

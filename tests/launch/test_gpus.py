@@ -68,4 +68,4 @@ def test_scaling_measures_as_many_ranks_as_there_are_gpus() -> None:
     flags = "--dataset synthetic --rounds 1 --run-steps 2 --steps 2 --warmup-steps 1 --precisions fp32"
     ended = StandIn.or_skip()("-m", "cifar10", "scaling", *flags.split(), gpus=1)
     assert ended.returncode == 0, ended.stderr
-    assert "1 GPUs: 2 and 4 ranks" in ended.stdout
+    assert "more ranks than GPUs (1): 2, 4" in ended.stdout
