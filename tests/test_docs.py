@@ -122,7 +122,7 @@ def test_the_readme_is_short():
 def test_one_version():
     version = re.search(r'^version = "(.*)"', (PROJECT / "pyproject.toml").read_text(), re.M)[1]
     assert yaml.safe_load((PROJECT / "CITATION.cff").read_text())["version"] == version
-    assert re.search(r"^## (.*)", (PROJECT / "CHANGELOG.md").read_text(), re.M)[1] == version
+    assert re.search(r"^## ([\d.]+)$", (PROJECT / "CHANGELOG.md").read_text(), re.M)[1] == version
 
 
 # --- code that is run ---------------------------------------------------------------------------------------------------
