@@ -8,8 +8,6 @@
 Read it from top to bottom: the network and its images, the learning rate, one step, one epoch, the whole run.
 """
 
-from __future__ import annotations
-
 import math
 import shlex
 import sys

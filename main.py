@@ -10,8 +10,6 @@ Exit codes: 0 finished; 75 stopped, and the same command with its --output-dir c
 started; any other: the run failed.
 """
 
-from __future__ import annotations
-
 import sys
 
 from cifar10 import UsageError

@@ -3,8 +3,6 @@
 Only the requested command is imported, so that `doctor` works even if another command's dependency is missing.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

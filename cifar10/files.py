@@ -56,15 +56,13 @@ def one_process_at_a_time(lock_file: Path, what: str) -> Iterator[None]:
     """Hold `lock_file`, which works across nodes on a shared file system; processes that wait for it print a message."""
     lock = FileLock(lock_file)
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout:
         sys.stderr.write(f"waiting for another process: {what}\n")
         sys.stderr.flush()
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager

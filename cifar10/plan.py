@@ -1,7 +1,5 @@
 """The plan of a run: a validated command line, before any process group starts and without importing torch."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable
@@ -11,7 +9,7 @@ from typing import Any
 from cifar10 import UsageError
 from cifar10.config import ds_config
 from cifar10.config.cli import Options, parse, take_old_flags
-from cifar10.config.recipe import RECIPE_DEFAULTS, Precisions, Recipe, invalid, load
+from cifar10.config.recipe import Precisions, Recipe, invalid, load
 from cifar10.data import augment, registry
 from cifar10.data.dataset import Description, Images, Split, about_model
 from cifar10.distributed import device
@@ -47,7 +45,7 @@ class Plan:
 
     def images(self, split: Split) -> Images:
         """All train or test images of the data set, in their fixed order: uint8 [N, S, S, C], and labels."""
-        return registry.load(self.recipe.dataset, split, self.options.data_dir, self.recipe.split_seed)
+        return registry.images(self.recipe, split, self.options.data_dir)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -151,7 +149,7 @@ def make_plan(
 def _check_schedule(recipe: Recipe, config: dict[str, Any]) -> None:
     """Refuse what a scheduler in the config would silently ignore."""
     for name, flag in (("lr_reference_batch", "--lr-reference-batch"), ("plateau_lr_factor", "--plateau-lr-factor")):
-        if config.get("scheduler") and getattr(recipe, name) != RECIPE_DEFAULTS[name]:
+        if config.get("scheduler") and getattr(recipe, name) != getattr(Recipe, name):
             scheduler = config["scheduler"].get("type")
             raise UsageError(f"{flag} is not supported with the config's scheduler, {scheduler}; leave out one of them")
 

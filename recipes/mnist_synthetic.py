@@ -21,8 +21,6 @@ EXPERIMENT = Experiment(
         mean=(0.1307,),
         std=(0.3081,),
         augment="none",
-        patience=15,
-        min_improvement=1e-5,
     ),
     deepspeed={
         "train_batch_size": 32,

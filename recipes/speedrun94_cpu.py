@@ -16,13 +16,11 @@ from recipes import speedrun94
 EXPERIMENT = Experiment(
     replace(speedrun94.EXPERIMENT.recipe, epochs=10, first_epochs=(3, 4), tta_below=0.7),
     deepspeed={
+        **speedrun94.EXPERIMENT.deepspeed,
         "train_batch_size": 1024,
         "optimizer": {
             "type": "MuonWithSGD",
             "params": {"lr": 0.17, "momentum": 0.7, "bias_lr": 59, "head_lr": 555, "sgd_momentum": 0.85, "decay": 0.0011},
         },
-        "gradient_clipping": 0,
-        "bf16": {"enabled": True},
-        "zero_optimization": {"stage": 0},
     },
 )

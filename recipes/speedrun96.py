@@ -21,13 +21,11 @@ EXPERIMENT = Experiment(
         label_smoothing=0.2,
     ),
     deepspeed={
+        **speedrun94.EXPERIMENT.deepspeed,
         "train_batch_size": 1000,
         "optimizer": {
             "type": "MuonWithSGD",
             "params": {"lr": 0.24, "momentum": 0.6, "bias_lr": 53, "head_lr": 670, "sgd_momentum": 0.85, "decay": 0.002},
         },
-        "gradient_clipping": 0,
-        "bf16": {"enabled": True},
-        "zero_optimization": {"stage": 0},
     },
 )

@@ -12,8 +12,6 @@ such scripts are: the document's 12 gradient norms per step are left out, and fr
 loops (device.keep_freed_memory). Only the ratios of one run can be compared. The losses show that all of them learn.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Iterator

@@ -7,8 +7,6 @@ machine affects all of them; only ratios within one run can be compared. On shar
 `times by CPU time` is plain PyTorch's over a loop's own. (On a GPU it is only the host's share.)
 """
 
-from __future__ import annotations
-
 import time
 import warnings
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """What commands share: arguments, tables of numbers, and ratios by round."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

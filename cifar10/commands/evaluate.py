@@ -4,14 +4,11 @@ Measured as the run itself measures, every image once, in fp32 and the same batc
 in summary.json. The logits are written to the run's folder, for reports.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 import tyro
 from rich.console import Console
@@ -23,7 +20,7 @@ from cifar10.data import registry
 from cifar10.data.dataset import Images, stratified_split
 from cifar10.data.loader import EvaluationLoader
 from cifar10.distributed.world import World
-from cifar10.report.stats import BINS, calibration, confusion
+from cifar10.report.stats import BINS, calibration, confusion, most_confused
 from cifar10.run import folder as run_folder
 from cifar10.run import trained
 from cifar10.run.evaluation import Augmented, evaluate
@@ -46,7 +43,7 @@ def split_images(found: Trained, split: Split, data_dir: Path | None) -> Images:
     if (facts.classes, facts.channels, facts.size) != (found.classes, found.channels, found.dataset_size):
         raise UsageError(f"{found.file} was trained on other images or classes than those of {recipe.dataset} in {folder}")
     dataset.ensure(folder, need_test=split == "test")
-    images = dataset.load("test" if split == "test" else "train", folder, recipe.split_seed)
+    images = registry.images(recipe, "test" if split == "test" else "train", folder)
     if split == "test":
         return images
     train, val = stratified_split(images.labels, recipe.val_images, recipe.split_seed)
@@ -79,10 +76,8 @@ def per_class(predictions: Predictions, classes: Sequence[str]) -> list[dict[str
 
 def confusions(predictions: Predictions, classes: Sequence[str]) -> list[dict[str, Any]]:
     """The most frequent confusions, most frequent first."""
-    counts = confusion(predictions)
-    np.fill_diagonal(counts, 0)
-    pairs = [divmod(int(place), len(counts)) for place in np.argsort(-counts, axis=None, kind="stable")[:CONFUSIONS]]
-    return [{"class": classes[i], "answer": classes[j], "images": int(counts[i, j])} for i, j in pairs if counts[i, j]]
+    pairs = most_confused(confusion(predictions), CONFUSIONS)
+    return [{"class": classes[true], "answer": classes[answer], "images": images} for true, answer, images in pairs]
 
 
 def predictions_file(split: Split, which: str, tta: Tta) -> str:

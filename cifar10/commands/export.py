@@ -12,8 +12,6 @@ None of them needs this program or DeepSpeed. Each file is read back and run on 
 answers differ from the model's.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io

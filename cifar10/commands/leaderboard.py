@@ -1,7 +1,5 @@
 """`python -m cifar10 leaderboard`: all finished runs in some folders as one table; it writes records/README.md."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from os.path import relpath
@@ -12,8 +10,7 @@ from urllib.parse import quote
 import tyro
 
 from cifar10 import UsageError
-from cifar10.files import written_whole
-from cifar10.report.html import group_labels, interval, mean_and_sd
+from cifar10.report.html import group_labels, interval, mean_and_sd, write
 from cifar10.report.stats import spread
 from cifar10.run.record import Record, by_experiment, open_record
 
@@ -114,9 +111,5 @@ def run(
     text = page(folders, output)
     if output is None:
         print(text, end="")
-        return
-    try:
-        with written_whole(output) as file:
-            file.write(text.encode())
-    except OSError as error:
-        raise UsageError(f"--output {output} cannot be written ({error.strerror}); choose another file") from None
+    else:
+        write({output: text.encode()})

@@ -6,8 +6,6 @@ as the test images are, so an image of the data set's own size gets the answer t
 are opened, none that can carry a program (EPS, PDF), and none that decompresses to more than MAX_PIXELS.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import os

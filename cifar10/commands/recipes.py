@@ -1,7 +1,5 @@
 """`python -m cifar10 recipes`: the recipes as a table for docs/recipes.md, with what runs in records/ have measured."""
 
-from __future__ import annotations
-
 import importlib
 import json
 

@@ -1,7 +1,5 @@
 """`python -m cifar10 report`: one run as an HTML page with plots, or several side by side."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -8,8 +8,6 @@ Both in rounds, in turns. On a CPU all ranks share its cores: efficiency is imag
 the number of cores that the ranks can use, so four ranks on two cores count as two. On GPUs every rank has its own.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -3,8 +3,6 @@
 `Options` holds what does not define the experiment (folders, threads, logging) and what overrides DeepSpeed's JSON.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import io

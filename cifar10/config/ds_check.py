@@ -4,8 +4,6 @@ DeepSpeed 0.19.8 ignores misspelled top-level keys, and what else it refuses, it
 started. Here all of it is checked before. `"auto"`, as in Hugging Face's JSONs, is accepted for any value.
 """
 
-from __future__ import annotations
-
 import ast
 import difflib
 from collections.abc import Callable, Iterable, Mapping

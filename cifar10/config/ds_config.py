@@ -4,8 +4,6 @@ Keys and values are checked in ds_check.py. DeepSpeed 0.19.8 clips gradients at 
 asserts on batch sizes that do not fit the world size, which are resolved.
 """
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,14 +3,12 @@
 The optimizer, its base learning rate, clipping, precision, ZeRO and the global batch size are in DeepSpeed's JSON.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -101,9 +99,6 @@ class Recipe:
     def lr_scale(self, global_images: int) -> float:
         """The linear scaling rule's factor on the learning rate."""
         return global_images / self.lr_reference_batch if self.lr_reference_batch else 1.0
-
-
-RECIPE_DEFAULTS = {f.name: f.default for f in fields(Recipe) if f.default is not dataclasses.MISSING}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """Settings of an experiment, flattened and compared: two runs without differences are the same experiment."""
 
-from __future__ import annotations
-
 from typing import Any
 
 # These may change when a run resumes: micro-batches follow from the number of ranks, and ZeRO does not change the result.

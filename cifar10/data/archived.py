@@ -3,8 +3,6 @@
 Importing this file needs neither torch nor torchvision: the launcher checks the data before it starts any rank.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Iterable, Iterator

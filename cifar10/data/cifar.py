@@ -4,8 +4,6 @@ The files are torchvision's: `<data_dir>/cifar-10-batches-py/data_batch_1` and s
 only bytes with the known md5 are ever unpickled.
 """
 
-from __future__ import annotations
-
 import pickle
 import tarfile
 import warnings

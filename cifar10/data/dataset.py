@@ -1,7 +1,5 @@
 """What a data set is, and how validation images are held out. A new one is a file with a `DataSet`, added to registry.py."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

@@ -4,8 +4,6 @@ Of the downloaders at hand (torch.hub's, torchvision's, pooch) none resumes, and
 Network errors are ConnectionErrors, so that any other OSError is the disk's.
 """
 
-from __future__ import annotations
-
 import http.client
 import os
 import sys

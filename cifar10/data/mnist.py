@@ -1,7 +1,5 @@
 """MNIST: torchvision's files in `<data_dir>/MNIST/raw`, and the archives that they are unpacked from."""
 
-from __future__ import annotations
-
 import gzip
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,11 +1,10 @@
 """Data sets by name, and the folder of their files."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
 from cifar10 import UsageError, nearest
+from cifar10.config.recipe import Recipe
 from cifar10.data import cifar, cifar100, mnist, synthetic
 from cifar10.data.dataset import DataSet, Images, Split
 
@@ -31,6 +30,6 @@ def folder(data_dir: Path | None) -> Path:
     return data_dir or Path(os.environ.get("CIFAR10_DIR") or "data")
 
 
-def load(name: str, split: Split, data_dir: Path, seed: int) -> Images:
-    """A whole split of the data set called `name`, in its fixed order."""
-    return find(name).load(split, data_dir, seed)
+def images(recipe: Recipe, split: Split, data_dir: Path) -> Images:
+    """A whole split of the recipe's data set, in its fixed order; nothing is downloaded. Raises UsageError if it is missing."""
+    return find(recipe.dataset).load(split, data_dir, recipe.split_seed)

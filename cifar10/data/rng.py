@@ -4,8 +4,6 @@ The hash is the finalizer of splitmix64 (Steele, Lea, Flood 2014, "Fast splittab
 arithmetic wraps the same way on CPU and GPU. There is no state to save for resuming in mid-epoch.
 """
 
-from __future__ import annotations
-
 import zlib
 from dataclasses import dataclass
 
@@ -38,17 +36,6 @@ def _hash(seed: int, epoch: int, name: str, indices: Tensor) -> Tensor:
     return _mix(indices * _GOLDEN + key)
 
 
-def below(limit: int, seed: int, epoch: int, indices: Tensor, name: str = "crop") -> Tensor:
-    """Random integers in 0 .. limit-1, one per sample: int64 [B] -> int64 [B]. The bias is below limit / 2^28."""
-    bits = (_hash(seed, epoch, name, indices) >> 24) & 0xFFFFFFF  # 28 bits
-    return (bits * limit) >> 28
-
-
-def uniform(seed: int, epoch: int, indices: Tensor, name: str) -> Tensor:
-    """Uniform random numbers in [-1, 1), one per sample, in steps of 2^-23: int64 [B] -> float32 [B]."""
-    return below(2**24, seed, epoch, indices, name) / 2**23 - 1
-
-
 def permutation(num_images: int, seed: int, epoch: int) -> Tensor:
     """The random order of an epoch's images: int64 [N], on the CPU."""
     return _hash(seed, epoch, "order", torch.arange(num_images)).argsort(stable=True)
@@ -65,9 +52,10 @@ class Draws:
     full_size: int  # height and width without --first-sizes
 
     def below(self, limit: int, name: str, epoch: int | None = None) -> Tensor:
-        """Random integers in 0 .. limit-1, one per image: int64 [B]. `name` selects the stream."""
-        return below(limit, self.seed, self.epoch if epoch is None else epoch, self.indices, name)
+        """Random integers in 0 .. limit-1, one per image, from a named stream: int64 [B]. The bias is below limit / 2^28."""
+        bits = (_hash(self.seed, self.epoch if epoch is None else epoch, name, self.indices) >> 24) & 0xFFFFFFF  # 28 bits
+        return (bits * limit) >> 28
 
     def uniform(self, name: str) -> Tensor:
-        """Uniform random numbers in [-1, 1), one per image: float32 [B]."""
-        return uniform(self.seed, self.epoch, self.indices, name)
+        """Uniform random numbers in [-1, 1), one per image, in steps of 2^-23: float32 [B]."""
+        return self.below(2**24, name) / 2**23 - 1

@@ -1,7 +1,5 @@
 """Generated images, the same on every platform: learnable classes in CIFAR-10's or MNIST's shape, and noise."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path

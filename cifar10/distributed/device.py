@@ -3,8 +3,6 @@
 PyTorch takes seconds to import, and is imported only where something hints at a GPU.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import re

@@ -4,8 +4,6 @@ torch and DeepSpeed read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PO
 and mpirun they are derived from SLURM's and Open MPI's variables; every rank derives the same address and port.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import socket

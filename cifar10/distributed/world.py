@@ -1,7 +1,5 @@
 """Process groups: this process's rank, world size, device and threads, and the collectives that a run needs."""
 
-from __future__ import annotations
-
 import os
 import resource
 import sys

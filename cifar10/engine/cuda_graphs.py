@@ -5,8 +5,6 @@ A captured graph needs tensors that stay where they are and are never read back;
 replay. On a CPU, tests replace `CudaRecorder`. None of these graphs has been measured on a GPU yet.
 """
 
-from __future__ import annotations
-
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator

@@ -11,8 +11,6 @@ Training goes through DeepSpeed's forward, backward and step. What this file add
 - With one rank, no flattening, all-reduce and copying back of gradients.
 """
 
-from __future__ import annotations
-
 import inspect
 import logging
 import os

@@ -9,8 +9,6 @@ The levels change the speed, not the results, except that compiled dropout uses 
 No level has been measured on a GPU yet, so `auto` is eager everywhere.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal, get_args
 
 from cifar10 import UsageError

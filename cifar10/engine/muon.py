@@ -10,8 +10,6 @@ a BatchNorm only changes their effective learning rate, so each is kept at norm 
 DeepSpeed's own `Muon` does not batch its matrix products, uses Adam for the rest, and treats the last layer as hidden.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

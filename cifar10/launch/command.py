@@ -1,7 +1,5 @@
 """Launch options, and the deepspeed command line and environment for them."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import socket

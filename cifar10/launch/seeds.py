@@ -3,8 +3,6 @@
 The same command continues a stopped sweep and skips finished seeds. A seed that fails does not end the sweep; a stop does.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

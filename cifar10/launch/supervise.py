@@ -1,7 +1,5 @@
 """Supervises a launcher: forwards signals to its process group, waits for all of its processes, restarts failed runs."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """The console: a line per epoch that is easy to grep, and in a terminal a live progress bar with images/s and time left."""
 
-from __future__ import annotations
-
 import math
 import re
 import sys
@@ -42,14 +40,13 @@ class ConsoleSink(Sink):
         self._console = Console(soft_wrap=True, highlight=False, emoji=False)
         self._total_epochs = math.ceil(steps.last / steps.per_epoch)
         self._steps_per_epoch, self._global_images, self._prints_steps = steps.per_epoch, global_images, prints_steps
-        self._progress = None
-        if self._console.is_terminal:
-            done, speed = TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[speed]}")
-            times = TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn()
-            columns = TextColumn("{task.description}"), BarColumn(), done, *times, speed
-            self._progress = Progress(*columns, console=self._console, refresh_per_second=4, transient=True)
-            self._task = self._progress.add_task("training", total=steps.last, completed=first_step, speed="")
-            self._progress.start()
+        done, speed = TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[speed]}")
+        times = TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn()
+        columns = TextColumn("{task.description}"), BarColumn(), done, *times, speed
+        shown = {"console": self._console, "disable": not self._console.is_terminal, "transient": True}
+        self._progress = Progress(*columns, **shown, refresh_per_second=4)
+        self._task = self._progress.add_task("training", total=steps.last, completed=first_step, speed="")
+        self._progress.start()
 
     def line(self, text: str = "") -> None:
         self._console.print(text, markup=False)
@@ -59,14 +56,10 @@ class ConsoleSink(Sink):
     def step(self, row: StepRow) -> None:
         if self._prints_steps:
             self.line(f"[{row.epoch}, {row.step - (row.epoch - 1) * self._steps_per_epoch:5d}] loss: {row.loss:.3f}")
-        if self._progress is not None:
-            speed = self._progress.tasks[self._task].speed
-            self._progress.update(
-                self._task,
-                completed=row.step,
-                description=f"epoch {row.epoch}/{self._total_epochs}  loss {row.loss:.4f}  train accuracy {row.accuracy:.2%}",
-                speed=f"{speed * self._global_images:,.0f} images/s" if speed else "",
-            )
+        speed = self._progress.tasks[self._task].speed
+        images = f"{speed * self._global_images:,.0f} images/s" if speed else ""
+        where = f"epoch {row.epoch}/{self._total_epochs}  loss {row.loss:.4f}  train accuracy {row.accuracy:.2%}"
+        self._progress.update(self._task, completed=row.step, description=where, speed=images)
 
     def epoch(self, row: EpochRow) -> None:
         val = f"  val loss {row.val.loss:.4f} accuracy {row.val.accuracy:.2%}" if row.val else ""
@@ -85,9 +78,7 @@ class ConsoleSink(Sink):
             self.line("\n".join(plain_lines(what)))
 
     def close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        self._progress.stop()
 
 
 def open_sink(context: Context) -> ConsoleSink:

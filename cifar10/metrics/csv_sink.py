@@ -1,7 +1,5 @@
 """metrics.csv (a row per epoch and split) and steps.csv (a row per log interval), flushed row by row."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Sequence
 from dataclasses import astuple, fields

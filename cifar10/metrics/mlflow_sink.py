@@ -4,8 +4,6 @@ Metrics have the names and x-axis that they have in TensorBoard; the settings ar
 mlflow_run.json, so that a resume continues it; the store is asked which rows it has, so that none is logged twice.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from typing import Any

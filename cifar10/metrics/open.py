@@ -1,7 +1,5 @@
 """Opens a run's sinks, once, on rank 0. A new sink is a file in this package and a name in SINKS."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The HTML report of a run, rendered when the run has finished."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

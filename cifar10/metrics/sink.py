@@ -1,7 +1,5 @@
 """Sinks receive what a run measures and reports, row by row. Only rank 0 has any; `open.py` opens them."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import sys

@@ -4,8 +4,6 @@ The x-axis is the run's step; accuracies are fractions. `step/*` are means over 
 (augmented images, changing weights), `val/*` is measured after it, and `test/*` belongs to the best model.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -13,8 +13,6 @@ Every row has `step`, the x-axis of all charts; accuracies are fractions.
 A run keeps its id in wandb_run.json, so that a resume continues it and sends no row twice. It never prompts for an API key.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import netrc

@@ -6,8 +6,6 @@ a partial identity; BatchNorm without scale and with a short memory; SiLU; a hea
 accepts images of any size and can train on small ones first.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -3,8 +3,6 @@
 Each is a single file without scripts or external resources; images are inlined, and all text is escaped.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import shlex
@@ -17,7 +15,7 @@ import numpy as np
 from cifar10 import UsageError
 from cifar10.config.recipe import load
 from cifar10.config.settings import flattened
-from cifar10.data import augment
+from cifar10.data import augment, registry
 from cifar10.files import written_whole
 from cifar10.report import stats
 from cifar10.report.stats import Spread, spread
@@ -78,7 +76,8 @@ def _render(template: str, **values: Any) -> bytes:
     return environment.get_template(template).render(percent=percent, short=short, **values).encode()
 
 
-def _write(files: dict[Path, bytes]) -> None:
+def write(files: dict[Path, bytes]) -> None:
+    """Write files whole, and the folders that they are in. Raises UsageError."""
     for path, content in files.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,10 +155,8 @@ def _predictions(record: Record, plot: Plot) -> tuple[dict[str, Any], list[str]]
     classes, counts = record.dataset.classes, stats.confusion(found)
     plot("confusion", plots.confusion_matrix, counts, classes)
     plot("classes", plots.class_accuracy, counts, classes)
-    wrong = counts - np.diag(np.diag(counts))
-    pairs = [divmod(int(place), len(classes)) for place in np.argsort(-wrong, axis=None, kind="stable")[:3]]
-    top = [(classes[true], classes[predicted], wrong[true, predicted]) for true, predicted in pairs if wrong[true, predicted]]
-    values = {"tested": f"{counts.sum():,}", "wrong": f"{wrong.sum():,}", "top": top}
+    top = [(classes[true], classes[predicted], images) for true, predicted, images in stats.most_confused(counts, 3)]
+    values = {"tested": f"{counts.sum():,}", "wrong": f"{counts.sum() - np.trace(counts):,}", "top": top}
     if not np.isfinite(found.logits).all():
         return values, ["calibration: not all logits are finite"]
     values["calibration"] = calibration = stats.calibration(found)
@@ -175,15 +172,18 @@ def _sheets(record: Record, data_dir: Path, plot: Plot) -> tuple[dict[str, Any],
     try:
         recipe = load(str(record.folder / "recipe.json")).recipe
         if record.predictions is not None:
-            test = samples.read_images(recipe, "test", data_dir)
+            test = registry.images(recipe, "test", data_dir)
             if mistakes := samples.mistakes(record.predictions, test, list(classes)):
-                plot("mistakes", plots.mistakes_sheet, mistakes)
+                captions = [
+                    (plots.short(one.true), f"as {plots.short(one.predicted)} {one.probability:.1%}") for one in mistakes
+                ]
+                plot("mistakes", plots.sheet, [one.pixels for one in mistakes], captions)
                 values["mistakes"] = [(one, tile(one.pixels)) for one in mistakes]
-        pixels, labels = samples.first_augmented(recipe, samples.read_images(recipe, "train", data_dir))
+        pixels, labels = samples.first_augmented(recipe, registry.images(recipe, "train", data_dir))
     except UsageError as error:
         return values, [f"images: {error}"]
     names = [classes[label] for label in labels]
-    plot("augmented", plots.augmented_sheet, pixels, names)
+    plot("augmented", plots.sheet, pixels, [(plots.short(name),) for name in names])
     values["augmented"] = [(name, tile(image)) for name, image in zip(names, pixels, strict=True)]
     return values | {"augmentation": augment.describe(augment.parse(recipe.augment))}, []
 
@@ -222,7 +222,7 @@ def make_report(folder: Path, data_dir: Path) -> Path:
         **predicted,
         **sheets,
     )
-    _write({folder / PLOTS / f"{name}.png": png for name, png in pngs.items()} | {folder / REPORT: html})
+    write({folder / PLOTS / f"{name}.png": png for name, png in pngs.items()} | {folder / REPORT: html})
     return folder / REPORT
 
 
@@ -261,5 +261,5 @@ def make_comparison(folders: Sequence[Path], output: Path) -> Path:
     title = f"{len(folders)} runs of {labeled[0][0]}" if len(rows) == 1 else f"{len(folders)} runs, {len(rows)} experiments"
     curves = {of: data_uri(plots.png(plots.overlaid, labeled, of)) for of in ("accuracy", "loss")}
     shown = {"rows": rows, "labeled": labeled, "different": different, "notes": notes, "curves": curves}
-    _write({output: _render("compare.html", title=title, **shown)})
+    write({output: _render("compare.html", title=title, **shown)})
     return output

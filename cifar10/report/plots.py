@@ -3,14 +3,12 @@
 The colors are Okabe and Ito's colorblind-safe palette; the width suits a phone's screen.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -21,9 +19,6 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from cifar10.report.stats import BINS, Calibration, wilson
 from cifar10.run.record import Record, Row
-
-if TYPE_CHECKING:  # samples.py needs torch, a comparison of runs does not
-    from cifar10.report.samples import Mistake
 
 INK, PALE, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 COLORS = {"train": "#0072b2", "val": "#d55e00", "test": "#009e73"}
@@ -122,7 +117,8 @@ def optimization(record: Record) -> Figure:
 # --- the model's predictions ------------------------------------------------------------------------------------------------
 
 
-def _short(name: str, letters: int = 14) -> str:
+def short(name: str, letters: int = 14) -> str:
+    """A class's name, truncated."""
     return name if len(name) <= letters else name[: letters - 1] + "…"
 
 
@@ -140,7 +136,7 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str]) -> Figure:
             if counts[row, column]:
                 weight = "bold" if row == column else "normal"
                 axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=9.5, weight=weight)
-    names = [_short(name) for name in classes]
+    names = [short(name) for name in classes]
     turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 3 else {}
     font = {} if size <= MANY else {"fontsize": 9}
     axes.set_xticks(range(size), names, **turned, **font)
@@ -168,7 +164,7 @@ def class_accuracy(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     axes.axvline(mean, color=PALE, **DASHED)
     above = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "center"}
     axes.annotate(f"all classes {mean:.1%}", (mean, 1.0), (0, 4), color=PALE, fontsize=10.5, **above)
-    axes.set_yticks(places, [_short(classes[index]) for index in order])
+    axes.set_yticks(places, [short(classes[index]) for index in order])
     axes.set(xlim=(max(0, low.min() - 0.03), min(1.08, high.max() + 0.08)), ylim=(-0.7, len(classes) - 0.3))
     axes.set_xlabel("test accuracy with 95% interval")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -199,8 +195,8 @@ def reliability(found: Calibration) -> Figure:
 # --- image grids ---------------------------------------------------------------------------------------------------
 
 
-def _sheet(images: Sequence[np.ndarray], captions: Sequence[tuple[str, ...]], columns: int = 6) -> Figure:
-    """Images in a grid with captions; all are one array, because one Axes per image is slow."""
+def sheet(images: Sequence[np.ndarray], captions: Sequence[tuple[str, ...]], columns: int = 6) -> Figure:
+    """Images in a grid with captions of one or two lines; all are one array, because one Axes per image is slow."""
     side, lines = images[0].shape[0], len(captions[0])
     gap, line = max(1, side // 8), side * 0.15  # image pixels
     across, down = side + gap, side + gap + round(line * lines)
@@ -221,17 +217,6 @@ def _sheet(images: Sequence[np.ndarray], captions: Sequence[tuple[str, ...]], co
     return figure
 
 
-def mistakes_sheet(found: Sequence[Mistake]) -> Figure:
-    """The most confident mistakes, with the true class, the predicted class and its probability."""
-    captions = [(_short(one.true), f"as {_short(one.predicted)} {one.probability:.1%}") for one in found]
-    return _sheet([one.pixels for one in found], captions)
-
-
-def augmented_sheet(images: np.ndarray, names: Sequence[str]) -> Figure:
-    """The first augmented training images, with their classes."""
-    return _sheet(list(images), [(_short(name),) for name in names])
-
-
 # --- several runs -------------------------------------------------------------------------------------------------------
 
 
@@ -249,7 +234,7 @@ def overlaid(groups: Sequence[tuple[str, list[Record]]], measure: str) -> Figure
         style = {"color": SERIES[number % len(SERIES)], "linestyle": ("-", "--", ":")[number // len(SERIES) % 3], "alpha": 0.85}
         for index, record in enumerate(records):
             rows = record.epochs.get(split, [])
-            named = {"label": _short(label, 60)} if index == 0 else {}
+            named = {"label": short(label, 60)} if index == 0 else {}
             _line(axes, _column(rows, "epoch"), _column(rows, measure), **style, **named)
     if measure == "accuracy":
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))

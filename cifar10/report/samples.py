@@ -1,17 +1,14 @@
 """Images for reports: augmented training images and misclassified test images, uint8 [N, S, S, 3]."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from cifar10.config.ds_config import Batch
 from cifar10.config.recipe import Recipe
-from cifar10.data import registry, rng
-from cifar10.data.dataset import Images, Split, stratified_split
+from cifar10.data import rng
+from cifar10.data.dataset import Images, stratified_split
 from cifar10.data.loader import TrainLoader
 from cifar10.distributed.world import World
 from cifar10.report.stats import worst_mistakes
@@ -61,8 +58,3 @@ def mistakes(predictions: Predictions, images: Images, classes: list[str], count
         names = classes[true], classes[predicted]
         found.append(Mistake(index, in_color(images.pixels[index]), *names, float(p[predicted]), float(p[true])))
     return found
-
-
-def read_images(recipe: Recipe, split: Split, data_dir: Path) -> Images:
-    """Load a split of the recipe's data set without downloading. Raises UsageError if it is missing."""
-    return registry.load(recipe.dataset, split, data_dir, recipe.split_seed)

@@ -1,7 +1,5 @@
 """Statistics for reports: confusion matrix, confidence intervals, calibration, mean and spread over runs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +20,13 @@ def confusion(predictions: Predictions) -> np.ndarray:
     """Confusion matrix: int64 [C, C], true classes in rows, predicted ones in columns."""
     classes = predictions.logits.shape[1]
     return np.bincount(predictions.labels * classes + predictions.predicted, minlength=classes**2).reshape(classes, classes)
+
+
+def most_confused(counts: np.ndarray, most: int) -> list[tuple[int, int, int]]:
+    """The most frequent confusions in a confusion matrix: (true class, predicted class, images), most frequent first."""
+    wrong = counts - np.diag(np.diag(counts))
+    pairs = (divmod(int(place), len(wrong)) for place in np.argsort(-wrong, axis=None, kind="stable")[:most])
+    return [(true, predicted, int(wrong[true, predicted])) for true, predicted in pairs if wrong[true, predicted]]
 
 
 def wilson(successes: np.ndarray, trials: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -68,28 +73,17 @@ def worst_mistakes(predictions: Predictions, count: int) -> np.ndarray:
 # --- several runs -----------------------------------------------------------------------------------------------------
 
 
-def _within(t: float, df: int) -> float:
-    """P(|T| <= t) of Student's distribution with `df` degrees of freedom: Abramowitz & Stegun, 26.7.3 and 26.7.4."""
-    theta, odd, total = math.atan2(t, math.sqrt(df)), df % 2, 0.0
-    term = math.cos(theta) if odd else 1.0
-    for power in range(odd, df - 1, 2):  # cos + 2/3 cos^3 + 2/3 4/5 cos^5 + ..., or 1 + 1/2 cos^2 + 1/2 3/4 cos^4 + ...
-        total += term
-        term *= (power + 1) / (power + 2) * math.cos(theta) ** 2
-    total *= math.sin(theta)
-    return 2 / math.pi * (theta + total) if odd else total
-
-
 def t_95(df: int) -> float:
-    """Two-sided 95% quantile of Student's distribution with `df` degrees of freedom, without scipy.
+    """Two-sided 95% quantile of Student's distribution with `df` degrees of freedom: its density, integrated up to 20.
 
     >>> [round(t_95(df), 3) for df in (1, 2, 3, 4, 9, 30)]
     [12.706, 4.303, 3.182, 2.776, 2.262, 2.042]
     """
-    low, high = 0.0, 20.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, df) < 0.95 else (low, middle)
-    return high
+    t, step = np.linspace(0, 20, 200_001, retstep=True)
+    at_zero = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
+    density = at_zero * (1 + t**2 / df) ** (-(df + 1) / 2)
+    within = (2 * np.cumsum(density) - density - density[0]) * step  # P(|T| <= t), by trapezoids
+    return float(np.interp(0.95, within, t))
 
 
 @dataclass(frozen=True)

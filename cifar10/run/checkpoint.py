@@ -11,8 +11,6 @@ then are pointers replaced. A tag lists its pointers, so that a resume can compl
 values: reading one executes nothing. The manifest detects damage; it does not prove where a file comes from.
 """
 
-from __future__ import annotations
-
 import errno
 import itertools
 import json

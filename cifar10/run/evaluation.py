@@ -1,7 +1,5 @@
 """Evaluation on a split, with optional test-time augmentation (TTA): mean logits over several views of an image."""
 
-from __future__ import annotations
-
 import time
 
 import torch

@@ -10,8 +10,6 @@ report.html  report/            the run as a page, and its plots
 checkpoints/                    see checkpoint.py; export/ is made from one
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -1,7 +1,5 @@
 """Early stopping and learning rate reduction on a plateau of the monitored loss."""
 
-from __future__ import annotations
-
 from cifar10.config.recipe import Recipe
 from cifar10.run.state import RunState
 

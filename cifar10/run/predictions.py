@@ -3,8 +3,6 @@
 Reports compute everything about single images and classes from this file, without the model.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A run read back from its folder: settings, status and metrics. Files are checked, and never executed."""
 
-from __future__ import annotations
-
 import csv
 import math
 from collections import defaultdict

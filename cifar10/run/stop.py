@@ -1,7 +1,5 @@
 """Graceful stop: signals only set a flag; all ranks agree at a step boundary, save and exit."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

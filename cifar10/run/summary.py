@@ -1,7 +1,5 @@
 """summary.json: a run's status and results. Accuracies are fractions, and each name says its split."""
 
-from __future__ import annotations
-
 import sys
 import time
 from dataclasses import asdict, dataclass, fields

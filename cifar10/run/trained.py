@@ -3,8 +3,6 @@
 Files are read as data: nothing in them is executed.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal

@@ -149,7 +149,7 @@ def plainly(folder: Path, images: Path, predictions: Path) -> subprocess.Complet
 def as_the_network_sees_them(run: Path, file: Path) -> Path:
     """The test images of a run as uint8 [N, C, S, S], resized and cut as its recipe says, in an .npz."""
     found = load(run)
-    images = registry.load(found.recipe.dataset, "test", Path("unused"), 0)
+    images = registry.images(found.recipe, "test", Path("unused"))
     store = EvaluationLoader.of(images.pixels, images.labels, found.recipe, one_rank()).store
     np.savez(file, images=center(store, torch.arange(len(images))).numpy())
     return file

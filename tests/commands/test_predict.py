@@ -48,7 +48,7 @@ def answers(capsys: pytest.CaptureFixture[str], *words: object, code: int = 0) -
 def test_test_images_in_files_are_answered_as_evaluate_answers_them(trained, tmp_path, capsys, name):
     run, world = trained / name, alone(1)
     found = load(run)
-    images = registry.load(found.recipe.dataset, "test", Path("unused"), 0)
+    images = registry.images(found.recipe, "test", Path("unused"))
     for number, image in enumerate(images.pixels):
         Image.fromarray(image.squeeze()).save(tmp_path / f"{number:03}.png")
     seen = answers(capsys, run, tmp_path, "--top", 10)

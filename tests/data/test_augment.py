@@ -212,7 +212,7 @@ def test_rotated_images_are_torchvisions(images: Tensor) -> None:
 
 
 def cells(seed: int, epoch: int) -> Tensor:
-    return rng.below(162, seed, epoch, torch.arange(NUM_IMAGES))
+    return draws(torch.arange(NUM_IMAGES), seed, epoch).below(162, "crop")
 
 
 def correlation(ours: Tensor, theirs: Tensor) -> float:
@@ -267,8 +267,8 @@ def test_draws_are_the_same_on_every_platform() -> None:
     assert rng.permutation(NUM_IMAGES, 0, 0)[:6].tolist() == [45632, 6899, 33758, 9665, 27080, 48233]
     assert rng.permutation(1_000, 2**31 - 1, 49)[:6].tolist() == [295, 62, 693, 471, 116, 692]
     assert cells(0, 0)[:12].tolist() == [52, 124, 161, 126, 31, 75, 68, 126, 95, 158, 11, 9]
-    another = rng.below(162, 2**31 - 1, 49, torch.arange(12))
-    drawn = [rng.uniform(2**31 - 1, 49, torch.arange(2), name) for name in ("brightness", "contrast")]
+    another = draws(torch.arange(12), 2**31 - 1, 49).below(162, "crop")
+    drawn = [draws(torch.arange(2), 2**31 - 1, 49).uniform(name) for name in ("brightness", "contrast")]
     assert torch.stack(drawn).mul(2**23).int().tolist() == [[-2419706, 1185094], [-5558287, -5145]]
     assert another.tolist() == [130, 128, 120, 39, 58, 161, 68, 116, 21, 149, 83, 110]
 

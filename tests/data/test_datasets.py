@@ -63,7 +63,7 @@ def test_an_invalid_description_is_refused(change):
 @pytest.mark.parametrize("name", GENERATED)
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_generated_images_have_the_sizes_and_shapes_that_are_stated(name, split, tmp_path):
-    images, facts = registry.load(name, split, tmp_path, seed=0), DATASETS[name].describe(tmp_path)
+    images, facts = registry.find(name).load(split, tmp_path, seed=0), DATASETS[name].describe(tmp_path)
     assert images.pixels.shape == (facts.num_images(split), facts.size, facts.size, facts.channels)
     assert (images.pixels.dtype, images.labels.dtype) == (np.uint8, np.int64)
     assert images.pixels.flags["C_CONTIGUOUS"]

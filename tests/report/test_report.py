@@ -27,6 +27,7 @@ from cifar10.config.recipe import as_json, load
 from cifar10.data import pixels as pixels_of
 from cifar10.data import synthetic
 from cifar10.data.registry import find
+from cifar10.data.registry import images as images_of
 from cifar10.distributed.world import World
 from cifar10.metrics.report_sink import ReportSink
 from cifar10.metrics.sink import Metrics
@@ -143,7 +144,7 @@ def test_a_sheet_takes_the_memory_of_the_images_that_it_shows(small, monkeypatch
         pixels_of, "pack", lambda images, *how, **more: packed.append(len(images)) or pack(images, *how, **more)
     )
     recipe = dataclasses.replace(load("bn_cnn").recipe, dataset="synthetic", val_images=50)
-    samples.first_augmented(recipe, samples.read_images(recipe, "train", Path("nowhere")))
+    samples.first_augmented(recipe, images_of(recipe, "train", Path("nowhere")))
     assert packed == [samples.SHOWN]
 
 
