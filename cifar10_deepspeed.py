@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar10 import UsageError
+from cifar10 import UsageError, streams
 from cifar10.config.cli import without_launcher_flags
 from cifar10.config.recipe import Recipe, as_json
 from cifar10.data.dataset import stratified_split
@@ -383,6 +383,7 @@ def run(argv: list[str]) -> None:
 
 def main() -> int:
     """Train as sys.argv says; returns the exit code: 0, 1 for a run that failed, 2 for a command that cannot be carried out."""
+    streams.prepare(lasting=True)
     code = 0
     try:
         run(sys.argv[1:])

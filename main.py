@@ -12,7 +12,7 @@ started; any other: the run failed.
 
 import sys
 
-from cifar10 import UsageError
+from cifar10 import UsageError, streams
 from cifar10.distributed import device
 from cifar10.launch.command import LaunchOptions, count_ranks, idle_gpus, split_launch_options
 from cifar10.launch.seeds import train_seeds
@@ -23,6 +23,7 @@ from cifar10.run import folder as run_folder
 
 def main(argv: list[str]) -> int:
     """Parse, check, launch; returns the exit code."""
+    streams.prepare(lasting=True)
     try:
         launch, flags = split_launch_options(argv)
         machines, asked = launch.num_nodes, launch.num_gpus

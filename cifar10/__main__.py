@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from cifar10 import UsageError
+from cifar10 import UsageError, streams
 
 COMMANDS = {  # each is the `run` of a file in cifar10/commands
     "evaluate": "evaluate a trained model on a split: loss, per-class accuracy, confusions, calibration",
@@ -44,6 +44,7 @@ def _listed() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run `python -m cifar10 COMMAND ...`; returns the exit code, 2 for a usage error."""
+    streams.prepare()
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("--help", "-h"):
         print(_listed())
@@ -51,7 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise UsageError(f"unknown command {command}; commands: {', '.join(COMMANDS)}")
-        return _called(importlib.import_module(f"cifar10.commands.{command}").run, rest, command)
+        code = _called(importlib.import_module(f"cifar10.commands.{command}").run, rest, command)
+        sys.stdout.flush()
+        return code
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

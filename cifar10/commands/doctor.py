@@ -358,7 +358,7 @@ def check_shm(context: Context) -> Row:
 def _cgroup_number(name: str) -> float | None:
     """A limit of the container, by the name of its file; None if there is no limit."""
     with contextlib.suppress(OSError, ValueError, IndexError):
-        words = (CGROUP / name).read_text().split()
+        words = (CGROUP / name).read_text(encoding="utf-8").split()
         if words[0] != "max":
             return float(words[0]) / (float(words[1]) if len(words) > 1 else 1)
     return None

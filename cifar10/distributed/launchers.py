@@ -26,7 +26,9 @@ def name(environment: dict[str, str]) -> str:
 def _slurm(*question: str) -> str:
     """The output of SLURM's scontrol; empty if it fails or is not installed."""
     try:
-        return subprocess.run(["scontrol", *question], capture_output=True, text=True, check=True, timeout=30).stdout
+        return subprocess.run(["scontrol", *question], capture_output=True, check=True, timeout=30).stdout.decode(
+            errors="replace"
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
 

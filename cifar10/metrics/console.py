@@ -1,6 +1,7 @@
 """The console: a line per epoch that is easy to grep, and in a terminal a live progress bar with images/s and time left."""
 
 import math
+import os
 import re
 import sys
 from itertools import zip_longest
@@ -37,7 +38,11 @@ class ConsoleSink(Sink):
     """`prints_steps` adds a line per log interval, as in PyTorch's tutorials: `[2,  4000] loss: 1.421`."""
 
     def __init__(self, steps: Steps, first_step: int, global_images: int, *, prints_steps: bool = False) -> None:
-        self._console = Console(soft_wrap=True, highlight=False, emoji=False)
+        # a terminal, and neither a notebook nor a log for which someone has set FORCE_COLOR
+        live = sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+        self._console = Console(force_terminal=live, force_jupyter=False, soft_wrap=True, highlight=False, emoji=False)
+        if not self._console.width:  # COLUMNS=0, which shows nothing
+            self._console.width = 80
         self._total_epochs = math.ceil(steps.last / steps.per_epoch)
         self._steps_per_epoch, self._global_images, self._prints_steps = steps.per_epoch, global_images, prints_steps
         done, speed = TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[speed]}")
@@ -50,8 +55,6 @@ class ConsoleSink(Sink):
 
     def line(self, text: str = "") -> None:
         self._console.print(text, markup=False)
-        if not self._console.is_terminal:
-            sys.stdout.flush()
 
     def step(self, row: StepRow) -> None:
         if self._prints_steps:

@@ -18,6 +18,8 @@ def open_sinks(plan: Plan, folder: Path, state: RunState, last_step: int, steps_
     for name in SINKS:
         try:
             sinks.append(import_module(f"cifar10.metrics.{name}").open_sink(context))
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             report_failure(name, error)
     return Metrics([sink for sink in sinks if sink is not None])

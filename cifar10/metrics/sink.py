@@ -123,11 +123,22 @@ class ScalarSink(Sink):
         self.log("final", summary["steps"], **numbers)
 
 
-def report_failure(name: str, error: Exception) -> None:
+def report_failure(name: str, error: BaseException) -> None:
     """A failing sink never ends a run: it is reported in one line on stderr."""
     reason = " ".join(str(error).split()) or type(error).__name__
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(Exception):
         print(f"{name} failed ({reason}); training continues without it", file=sys.stderr)
+
+
+def failure(sink: Sink, verb: str, *what: Any) -> BaseException | None:
+    """What `sink.verb(*what)` raises, of any kind: rich makes a SystemExit of a broken pipe. Only Ctrl-C goes through."""
+    try:
+        getattr(sink, verb)(*what)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        return error
+    return None
 
 
 class Metrics(Sink):
@@ -142,14 +153,11 @@ class Metrics(Sink):
 
     def _forward(self, verb: str, *what: Any) -> None:
         for sink in list(self._sinks):
-            try:
-                getattr(sink, verb)(*what)
-            except Exception as error:
+            if error := failure(sink, verb, *what):
                 self._sinks.remove(sink)
                 report_failure(type(sink).__name__, error)
                 if verb != "close":
-                    with contextlib.suppress(Exception):
-                        sink.close()
+                    failure(sink, "close")
 
     step = partialmethod(_forward, "step")
     epoch = partialmethod(_forward, "epoch")

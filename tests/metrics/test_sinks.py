@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import re
+import sys
 import threading
+from asyncio import CancelledError
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cifar10.metrics.console import ConsoleSink
 from cifar10.metrics.csv_sink import CsvSink
-from cifar10.metrics.sink import EpochRow, Metrics, Sink, StepRow, Steps
+from cifar10.metrics.sink import EpochRow, Metrics, Section, Sink, StepRow, Steps
 from cifar10.run.summary import SplitResult
 
 TRAIN = SplitResult(loss=1.25, accuracy=0.5625, images=3_200, seconds=2.0)
@@ -36,6 +39,7 @@ def rows(path: Path) -> list[list[str]]:
 def _plain_terminal(monkeypatch):
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "NO_COLOR", "COLUMNS", "LINES"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -117,6 +121,49 @@ def test_metrics_passes_everything_to_every_sink_in_order():
     assert calls == [call for call in due for _ in range(2)]
 
 
+class Gone(Sink):
+    """A sink that raises this whatever it is given, also when it is closed."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __getattribute__(self, verb: str) -> Callable[..., None]:
+        if verb not in ("event", "close"):
+            return super().__getattribute__(verb)
+
+        def fails(*_: object) -> None:
+            raise super(Gone, self).__getattribute__("_error")
+
+        return fails
+
+
+FAULTS = [
+    OSError(28, "No space left"),
+    BrokenPipeError(),
+    SystemExit(1),
+    GeneratorExit(),
+    UnicodeEncodeError("a", "±", 0, 1, ""),
+]
+FAULTS += [MemoryError(), RecursionError(), CancelledError(), ValueError("I/O operation on closed file"), StopIteration()]
+
+
+@pytest.mark.parametrize("error", FAULTS, ids=repr)
+def test_a_sink_that_goes_ends_nothing_whatever_it_raises(capsys, error):
+    metrics = Metrics([Gone(error), ConsoleSink(Steps(100, last=200), first_step=0, global_images=32)])
+    metrics.event("first")
+    metrics.event("second")
+    metrics.close()
+    printed, errors = capsys.readouterr()
+    assert printed == "first\nsecond\n"
+    (line,) = errors.splitlines()
+    assert line.startswith("Gone failed (")
+
+
+def test_the_users_ctrl_c_is_no_fault_of_a_sink():
+    with pytest.raises(KeyboardInterrupt):
+        Metrics([Gone(KeyboardInterrupt())]).event("x")
+
+
 def test_throughput_without_time_is_zero():
     assert SplitResult(1.0, 0.5, 100, 0.0).throughput == 0.0
 
@@ -169,7 +216,7 @@ def test_a_line_is_printed_as_it_is(capsys, text):
 
 
 def test_with_a_terminal_there_is_a_live_line_that_ends_with_the_run(capsys, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "160")
     before = set(threading.enumerate())
     sink = ConsoleSink(Steps(100, last=200), first_step=0, global_images=32)
@@ -188,8 +235,30 @@ def test_with_a_terminal_there_is_a_live_line_that_ends_with_the_run(capsys, mon
     assert "a line about the run" in lines
 
 
+LOGS = [{}, {"FORCE_COLOR": "1"}, {"TTY_COMPATIBLE": "1"}, {"TTY_INTERACTIVE": "1"}, {"COLUMNS": "1"}, {"CLICOLOR_FORCE": "1"}]
+TERMINALS = [{"TERM": "dumb"}, {"TERM": "unknown"}, {"NO_COLOR": "1"}, {"COLUMNS": "1"}, {"COLUMNS": "0"}, {"TERM": "nonsense"}]
+
+
+@pytest.mark.parametrize(("is_terminal", "variables"), [*((False, log) for log in LOGS), *((True, one) for one in TERMINALS)])
+def test_what_the_environment_asks_of_the_console(capsys, monkeypatch, is_terminal, variables):
+    """No escape code gets into a log or a simple terminal, and no color where none is wanted; every line is there."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    sink = ConsoleSink(Steps(100, last=200), first_step=0, global_images=32)
+    sink.event(Section("model", [("conv1", "Conv2d"), ("total", "all")]))
+    a_run(sink)
+    printed = capsys.readouterr().out
+    assert "a line about the run\n" in printed
+    assert printed.count("train loss 1.2500") == 2
+    if not is_terminal or variables.get("TERM") in ("dumb", "unknown"):
+        assert "model: conv1  Conv2d\n" in printed
+        assert "\x1b" not in printed
+    assert "NO_COLOR" not in variables or not re.search(r"\x1b\[[0-9;]*3[0-7]m", printed)
+
+
 def test_a_live_line_goes_on_where_a_resumed_run_starts(capsys, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "160")
     sink = ConsoleSink(Steps(100, last=200), first_step=150, global_images=32)
     sink.close()
@@ -197,7 +266,7 @@ def test_a_live_line_goes_on_where_a_resumed_run_starts(capsys, monkeypatch):
 
 
 def test_closing_twice_is_harmless(monkeypatch, capsys):
-    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     sink = ConsoleSink(Steps(1, last=1), first_step=0, global_images=32)
     sink.close()
     sink.close()

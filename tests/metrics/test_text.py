@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,8 @@ def test_a_section_without_a_terminal_has_its_title_in_each_line(capsys) -> None
 
 
 def test_a_section_in_a_terminal_is_a_table(capsys, monkeypatch) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "80")
     sink = ConsoleSink(Steps(10, last=10), 0, 32)
     sink.event(SECTION)
