@@ -31,7 +31,7 @@ from cifar10.distributed import launchers
 from cifar10.distributed import world as distributed
 from cifar10.distributed.world import World
 from cifar10.engine.cuda_graphs import accelerate
-from cifar10.engine.engine import Engine, own_optimizer, prepare
+from cifar10.engine.engine import Engine, leave, own_optimizer, prepare
 from cifar10.engine.full_state import weights_sha256
 from cifar10.metrics import text
 from cifar10.metrics.open import open_sinks
@@ -48,7 +48,7 @@ from cifar10.run.evaluation import Augmented, calculate_accuracy, evaluate
 from cifar10.run.metric_buffer import MetricBuffer, TooManySkippedSteps, count_steps
 from cifar10.run.predictions import TEST_FILE, save_predictions
 from cifar10.run.state import RunState, Sums
-from cifar10.run.stop import StopRequest
+from cifar10.run.stop import StopRequest, handlers_given_back
 from cifar10.run.summary import EndedBy, SplitResult, Status, Summary, read_summary, summarize, test_fields
 
 # The names that the reference documents import from this file.
@@ -361,7 +361,21 @@ def train_and_finish(plan: Plan, world: World, folder: Path, model: nn.Module, r
 
 
 def run(argv: list[str]) -> None:
-    """Train as the command line says. Raises UsageError for one that cannot be carried out."""
+    """Train as the command line says, in a program or a notebook, as often as wanted; nothing of a run stays behind in it.
+
+    Raises UsageError for a command line that cannot be carried out.
+    """
+    with handlers_given_back():
+        try:
+            carry_out(argv)
+        finally:
+            run_folder.let_go()
+            if launchers.world_size() == 1:  # other ranks may be waiting for this one
+                leave()
+
+
+def carry_out(argv: list[str]) -> None:
+    """Train as the command line says, as the only thing that this process does. Raises UsageError."""
     plan = make_plan(argv, launchers.world_size(), "cifar10_deepspeed.py", __doc__)
     options = plan.options
     world = distributed.join(options.threads, options.timeout_minutes, deterministic=options.deterministic)
@@ -373,9 +387,10 @@ def run(argv: list[str]) -> None:
         if world.is_main:
             print(f"{folder} holds a finished run; its results are in its summary.json")
         return
-    settings, command = as_json(plan.recipe, options.recipe, asdict(plan.dataset)), [sys.argv[0], *argv]
+    program = sys.argv[0] if Path(sys.argv[0]).name == Path(__file__).name else __file__  # which a notebook has not started
+    settings, command = as_json(plan.recipe, options.recipe, asdict(plan.dataset)), [program, *argv]
     world.from_main(lambda: run_folder.open_run(folder, settings, plan.ds_config, options.resume, command, **world.facts))
-    start = f"{world.start_command} {shlex.quote(sys.argv[0])}"
+    start = f"{world.start_command} {shlex.quote(program)}"
     resume_command = run_folder.command_to_continue(start, without_launcher_flags(argv), folder)
     train_and_finish(plan, world, folder, model, resume_command)
     world.barrier()  # what rank 0 writes last is there before another machine's launcher looks for it
@@ -386,12 +401,12 @@ def main() -> int:
     streams.prepare(lasting=True)
     code = 0
     try:
-        run(sys.argv[1:])
+        carry_out(sys.argv[1:])
     except (UsageError, TooManySkippedSteps) as error:  # on all ranks alike; after any other error the others may be waiting,
         code = 2 if isinstance(error, UsageError) else 1  # and only the end of this process tells them
         if distributed.is_local_main():
             print(f"error: {error}", file=sys.stderr)
-    distributed.leave()
+    leave()
     return code
 
 

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cifar10.commands.bench_levels import engine_step, steps_of
 from cifar10.distributed import world as distributed
+from cifar10.engine.engine import leave
 from cifar10.plan import make_plan
 from cifar10_deepspeed import get_cifar10_dataloaders
 
@@ -57,7 +58,7 @@ def main() -> None:
             for _ in range(known.steps):
                 take_step(next(batches))
     finally:
-        distributed.leave()
+        leave()
     step, work, images = median(times), flops.get_total_flops() / 1e9, plan.batch.global_images
     print(f"recipe {known.recipe}, {images} images a step, {plan.precision}, {torch.get_num_threads()} threads")
     print(f"a step: median {1e3 * step:.2f} ms, min {1e3 * min(times):.2f} ms of {known.steps}; {images / step:,.0f} images/s")

@@ -32,7 +32,7 @@ from cifar10.data.loader import MicroBatch
 from cifar10.distributed import world as distributed
 from cifar10.distributed.device import count_gpus
 from cifar10.distributed.world import World
-from cifar10.engine.engine import prepare
+from cifar10.engine.engine import leave, prepare
 from cifar10.plan import Plan, make_plan
 from cifar10.run import folder as run_folder
 from cifar10_deepspeed import CIFAR10CNNEnhanced, calculate_accuracy, get_cifar10_dataloaders
@@ -171,7 +171,7 @@ def measuring(threads: int | None, console: Console) -> Iterator[tuple[World, di
         console.print("\n".join(f"{key}: {value}" for key, value in environment.items()), soft_wrap=True)
         yield world, environment
     finally:
-        distributed.leave()
+        leave()
 
 
 def run(

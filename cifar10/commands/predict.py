@@ -9,6 +9,7 @@ are opened, none that can carry a program (EPS, PDF), and none that decompresses
 import csv
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -29,8 +30,8 @@ from cifar10.distributed.world import World
 from cifar10.run import trained
 from cifar10.run.trained import Trained
 
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "TGA")
-SUFFIXES = frozenset(".png .jpg .jpeg .jpe .bmp .gif .tif .tiff .webp .ppm .pgm .pnm .tga".split())  # looked for in folders
+Image.init()
+FORMATS = tuple(name for name in "PNG JPEG BMP GIF TIFF WEBP AVIF PPM TGA".split() if name in Image.OPEN)  # AVIF: Pillow 11.3
 MAX_PIXELS = 100_000_000  # of one image
 BATCH_IMAGES = 500  # of 32x32 pixels
 
@@ -74,7 +75,13 @@ def read_image(path: Path, size: int, channels: int, background: tuple[int, int,
             image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
         return np.asarray(image).reshape(size, size, channels), was
     except UnidentifiedImageError:
-        raise ValueError(f"not an image in a supported format ({', '.join(FORMATS)})") from None
+        with path.open("rb") as file:
+            kind = (
+                "a HEIC image"
+                if re.match(b"....ftyp(hei|hev|mif1|msf1)", file.read(12), re.S)
+                else "not an image in a supported format"
+            )
+        raise ValueError(f"{kind}; save it as one of {', '.join(FORMATS)}, for example as JPEG") from None
     except Image.DecompressionBombError:
         raise ValueError(f"it has too many pixels, more than the limit of {MAX_PIXELS:,}") from None
     except ValueError:
@@ -83,10 +90,17 @@ def read_image(path: Path, size: int, channels: int, background: tuple[int, int,
         raise ValueError(reason(error)) from None
 
 
-def files_in(folder: Path) -> list[Path]:
-    """The image files in a folder and below it, sorted, by suffix; hidden ones and linked folders are left out."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.is_dir())
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+def files_in(folder: Path) -> tuple[list[Path], list[Path], list[tuple[Path, str]]]:
+    """The files in a folder and below it, sorted; hidden files and folders; folders that are not searched, and why."""
+    found, hidden, closed, errors = [], [], [], []
+    for place, names, files in os.walk(folder, onerror=errors.append):
+        linked = [name for name in names if Path(place, name).is_symlink() and name[0] != "."]
+        closed += [(Path(place, name), "a link to a folder, which is not followed") for name in linked]
+        hidden += [Path(place, name) for name in (*names, *files) if name[0] == "."]
+        found += [Path(place, name) for name in files if name[0] != "."]
+        names[:] = [name for name in names if name[0] != "." and name not in linked]
+    closed += [(Path(error.filename), error.strerror) for error in errors]
+    return sorted(found), sorted(hidden), sorted(closed)
 
 
 def shown(path: Path | str) -> str:
@@ -104,10 +118,11 @@ def probabilities(found: Trained, pixels: np.ndarray, world: World) -> np.ndarra
 
 
 class Predictor:
-    """Predicts image files in batches, and counts those that could not be read and those that had to be resized."""
+    """Predicts image files in batches, and counts what could not be read, what is hidden, and what had to be resized."""
 
     def __init__(self, found: Trained, world: World, top: int, background: tuple[int, int, int]) -> None:
         self.failed = self.answered = self.resized = 0
+        self.hidden: list[Path] = []
         self._found, self._world, self._top, self._background = found, world, top, background
 
     def _report(self, path: Path, fault: object) -> None:
@@ -120,9 +135,12 @@ class Predictor:
                 is_folder = place.is_dir()
             except (OSError, ValueError):  # a name that is too long; read_image reports it
                 is_folder = False
-            found = files_in(place) if is_folder else [place]
-            if not found:
-                self._report(place, f"no image in this folder or below; looked for {' '.join(sorted(SUFFIXES))}")
+            found, hidden, closed = files_in(place) if is_folder else ([place], [], [])
+            self.hidden += hidden
+            for folder, why in closed:
+                self._report(folder, why)
+            if not found and not closed:
+                self._report(place, "no file in this folder or below")
             yield from found
 
     def _images(self, places: list[Path]) -> Iterator[tuple[Path, np.ndarray]]:
@@ -179,10 +197,10 @@ def run(
     """The label and the confidence for image files of any format and size; the exit code is 1 if one could not be read.
 
     If an image does not have the data set's size, its middle square is resized with antialiasing. Only the first frame or page
-    of a file is read. Unreadable files are reported on stderr, and the others are answered.
+    of a file is read. What is left out is named on stderr, and the rest is answered.
 
     Args:
-        images: Image files, and folders, which are searched for image files at any depth.
+        images: Image files, and folders, of which every file at any depth is read that is not hidden.
         top: How many of the likeliest classes to show.
         format: Text, CSV with a header, or a list in JSON.
         background: The color behind transparent pixels: a name, or #rrggbb.
@@ -210,4 +228,10 @@ def run(
     if predictor.resized:
         how = f"their middle squares were resized to {found.dataset_size}x{found.dataset_size} (bicubic, antialiased)"
         print(f"{predictor.resized} of {predictor.answered} images had another size: {how}", file=sys.stderr)
+    if predictor.hidden:
+        names = ", ".join(map(shown, predictor.hidden))
+        print(f"{len(predictor.hidden)} hidden files or folders were left out: {names}", file=sys.stderr)
+    if predictor.failed:
+        total = predictor.failed + predictor.answered
+        print(f"{predictor.answered} of {total} files are answered; what was left out is named above", file=sys.stderr)
     return 1 if predictor.failed else 0

@@ -157,6 +157,8 @@ def join(threads: int | None = None, timeout_minutes: float = 10.0, *, determini
 
     `threads` per rank defaults to the machine's cores divided by its ranks. `deterministic` is about GPUs.
     """
+    if dist.is_initialized():
+        raise UsageError("this process is in a process group already; call torch.distributed.destroy_process_group() first")
     alone = "RANK" not in os.environ
     rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or (1 if alone else size))
@@ -185,9 +187,3 @@ def limit_waiting(timeout_minutes: float) -> None:
     set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before torch 2.15
     for group in dist.distributed_c10d._world.pg_map if dist.get_world_size() > 1 else ():
         set_timeout(timedelta(minutes=timeout_minutes), group)
-
-
-def leave() -> None:
-    """Destroy the process groups; without it, a process may crash at exit."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

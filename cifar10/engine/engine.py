@@ -18,6 +18,7 @@ import sys
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from cifar10.distributed.device import count_gpus
@@ -37,6 +38,15 @@ def prepare() -> Any:
     if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     return deepspeed
+
+
+def leave() -> None:
+    """Destroy the process groups, DeepSpeed's references to them included, or it cannot start again in this process."""
+    deepspeed = sys.modules.get("deepspeed")
+    if deepspeed is not None and deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    elif dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def own_optimizer(model: nn.Module, config: dict[str, Any]) -> torch.optim.Optimizer | None:

@@ -3,13 +3,18 @@
 The colors are Okabe and Ito's colorblind-safe palette; the width suits a phone's screen.
 """
 
+# ruff: noqa: E402
+
 import io
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
+_backend = os.environ.pop("MPLBACKEND", None)  # no import succeeds with one that is not installed, as Jupyter's in a child
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,13 +25,19 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from cifar10.report.stats import BINS, Calibration, wilson
 from cifar10.run.record import Record, Row
 
+if _backend is not None:
+    os.environ["MPLBACKEND"] = _backend
+    with suppress(ValueError):
+        mpl.rcParams["backend"] = _backend
+
 INK, PALE, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 COLORS = {"train": "#0072b2", "val": "#d55e00", "test": "#009e73"}
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 WIDTH, DPI = 6.4, 150  # inches, pixels per inch
 MANY = 20  # classes; more are placed closer together, without their counts
 FEWEST = 10  # images in a bin; the accuracy of fewer is not shown
-STYLE = {
+STYLE = {  # whatever a matplotlibrc or a notebook has set
+    **{name: value for name, value in mpl.rcParamsDefault.items() if name != "backend"},
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
     **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),

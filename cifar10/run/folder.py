@@ -186,6 +186,13 @@ def _hold(folder: Path) -> None:
         raise UsageError(f"another process is training in {folder}; wait for it, or choose another --output-dir") from None
 
 
+def let_go() -> None:
+    """Unlock the folders that this process has trained in."""
+    for lock in _held.values():
+        lock.release(force=True)
+    _held.clear()
+
+
 def open_run(folder: Path, recipe_json: str, ds_config: dict[str, Any], resume: str, argv: list[str], **facts: Any) -> None:
     """Create the folder, write its settings unless an earlier start did, and add this start to environment.json."""
     refuse_if_never(folder, resume)

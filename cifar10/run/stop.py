@@ -2,8 +2,10 @@
 
 import os
 import signal
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -34,6 +36,18 @@ def _launchers_above() -> list[psutil.Process]:
     return found
 
 
+@contextmanager
+def handlers_given_back() -> Iterator[None]:
+    """Whatever handles signals afterwards is what handled them before."""
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
+
+
 class StopRequest:
     """Whether to stop: after SIGTERM, SIGINT or SIGUSR1, when a file STOP appears in `folder`, after `max_minutes`, at the Unix
     time `stop_at`, or when a launcher process has died.
@@ -53,10 +67,11 @@ class StopRequest:
         self._started = time.perf_counter()
         self._calls = 0
         self._every = 0  # steps between agreements; 0 until rank 0 has timed the first steps
-        for number in SIGNALS:
-            signal.signal(number, self._on_signal)
-        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # terminal closed; nohup ignores it
-            signal.signal(signal.SIGHUP, self._on_signal)
+        if threading.current_thread() is threading.main_thread():  # in another one, signals are for the program around us
+            for number in SIGNALS:
+                signal.signal(number, self._on_signal)
+            if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # terminal closed; nohup ignores it
+                signal.signal(signal.SIGHUP, self._on_signal)
 
     def _on_signal(self, number: int, _frame: object) -> None:
         now = time.monotonic()  # torchrun forwards a Ctrl-C that the terminal already sent to all ranks

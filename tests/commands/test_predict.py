@@ -11,12 +11,13 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from cifar10.commands.predict import files_in, probabilities, read_image, shown
+from cifar10.commands.predict import FORMATS, probabilities, read_image, shown
 from cifar10.data import registry, synthetic
 from cifar10.run.predictions import TEST_FILE, read
 from cifar10.run.trained import alone, load
@@ -200,28 +201,132 @@ def test_unreadable_files_are_named_and_the_others_answered(trained, tmp_path, c
     assert command("predict", trained / "color", *files, "--threads", 1) == 1
     printed = capsys.readouterr()
     complaints = printed.err.splitlines()
-    assert len(complaints) == len(bad)
-    for line, (name, (_, reason)) in zip(complaints, bad.items(), strict=True):
+    assert len(complaints) == len(bad) + 1
+    assert complaints[-1].startswith(f"1 of {len(files)} files")
+    for line, (name, (_, reason)) in zip(complaints, bad.items(), strict=False):
         assert line.startswith(f"{tmp_path / name}: ")
         assert reason in line
     assert printed.out.startswith(f"{tmp_path / 'good.png'}: ")
     assert len(printed.out.splitlines()) == 1
 
 
-def test_folders_are_searched_for_images_at_any_depth(trained, tmp_path, capsys):
-    for name in ("b.png", "a.JPG", "sub/c.png", ".hidden.png", ".hidden/d.png", "notes.txt", "empty/none.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        if name.endswith("txt"):
-            (tmp_path / name).touch()
-        else:
-            Image.fromarray(image()).save(tmp_path / name)
-    (tmp_path / "sub" / "up").symlink_to(tmp_path)
-    assert files_in(tmp_path) == [tmp_path / name for name in ("a.JPG", "b.png", "sub/c.png")]
-    assert [answer["file"] for answer in answers(capsys, trained / "color", tmp_path)] == [str(f) for f in files_in(tmp_path)]
+def saved(kind: str, **how: Any) -> bytes:
+    """A file's content; the image is red on its left and blue on its right, 64x48."""
+    mode = how.pop("mode", "RGB")
+    picture = Image.new("RGB", (64, 48), (220, 30, 30))
+    picture.paste((30, 30, 220), (32, 0, 64, 48))
+    file = io.BytesIO()
+    picture.convert(mode).save(file, kind, **how)
+    return file.getvalue()
+
+
+def turned() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return saved("JPEG", exif=exif)
+
+
+def animated(kind: str) -> bytes:
+    return saved(kind, save_all=True, append_images=[Image.new("RGB", (64, 48), color) for color in ("green", "white")])
+
+
+def deep() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.full((48, 64), 40_000, np.uint16)).save(file, "PNG")
+    return file.getvalue()
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200)
+# a file's name -> its content, and why it is left out, if it is
+PHONES = {
+    "browser.jfif": (lambda: saved("JPEG"), None),
+    "IMG_0001.JPG": (turned, None),
+    "IMG_0002.JPEG": (lambda: saved("MPO", save_all=True, append_images=[Image.new("RGB", (64, 48))]), None),
+    "image.webp": (lambda: saved("WEBP"), None),
+    "image.WEBP": (lambda: saved("WEBP", lossless=True), None),
+    "animated.webp": (lambda: animated("WEBP"), None),
+    "animated.gif": (lambda: animated("GIF"), None),
+    "animated.png": (lambda: animated("PNG"), None),
+    "web.avif": (lambda: saved("AVIF"), None),
+    "print.jpg": (lambda: saved("JPEG", mode="CMYK"), None),
+    "deep.png": (deep, None),
+    "deep.ppm": (lambda: b"P6 8 8 65535\n" + bytes(8 * 8 * 6), None),
+    "palette.png": (lambda: saved("PNG", mode="P", transparency=0), None),
+    "gray alpha.png": (lambda: saved("PNG", mode="LA"), None),
+    "scan.tif": (lambda: saved("TIFF", compression="tiff_lzw"), None),
+    "no suffix": (lambda: saved("PNG"), None),
+    "really a png.jpg": (lambda: saved("PNG"), None),
+    "really a jpeg.HEIC": (lambda: saved("JPEG"), None),
+    "a\udcffb.png": (lambda: saved("PNG"), None),
+    "IMG_0003.HEIC": (lambda: HEIC, "a HEIC image; save it as"),
+    "IMG_0004.heif": (lambda: HEIC.replace(b"heic", b"mif1"), "a HEIC image; save it as"),
+    "half.jpg": (lambda: saved("JPEG")[:400], "truncated"),
+    "half.png": (lambda: saved("PNG")[:80], "truncated"),
+    "half.webp": (lambda: saved("WEBP")[:40], ""),
+    "empty.jpg": (lambda: b"", "not an image"),
+    "page.html": (lambda: b"<html>404</html>", "not an image"),
+    "page.jpg": (lambda: b"<html>404</html>", "not an image"),
+    "drawing.svg": (lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+    "notes.txt": (lambda: b"notes", "not an image"),
+    "Thumbs.db": (lambda: bytes(64), "not an image"),
+    "clip.mov": (lambda: b"\0\0\0\x14ftypqt  " + bytes(64), "not an image"),
+}
+NEEDS_AVIF = [name for name in PHONES if name.endswith("avif") and "AVIF" not in FORMATS]
+
+
+def test_of_a_folder_every_file_is_answered_or_named(trained, tmp_path, capsys):
+    folder = tmp_path / "DCIM"
+    (folder / "100APPLE").mkdir(parents=True)
+    for name, (content, _) in PHONES.items():
+        if name not in NEEDS_AVIF:
+            (folder / "100APPLE" / name).write_bytes(content())
+    (folder / "linked.png").symlink_to(folder / "100APPLE" / "no suffix")
+    (folder / "dangling.png").symlink_to("nowhere")
+    (folder / "up").symlink_to(folder)
+    (folder / ".thumbnails").mkdir()
+    (folder / ".thumbnails" / "1.png").write_bytes(saved("PNG"))
+    (folder / "._IMG_0001.JPG").write_bytes(b"Mac OS X")
+    os.mkfifo(folder / "pipe.png")
+    due = {f"100APPLE/{name}": why for name, (_, why) in PHONES.items() if name not in NEEDS_AVIF}
+    due |= {"linked.png": None, "dangling.png": "no such file", "up": "a link to a folder", "pipe.png": "not a regular file"}
+    due = {shown(folder / name): why for name, why in due.items()}
+    assert command("predict", trained / "color", folder, "--threads", 1, "--format", "csv") == 1
+    printed = capsys.readouterr()
+    answered = {row["file"] for row in csv.DictReader(io.StringIO(printed.out))}
+    assert answered == {name for name, why in due.items() if why is None}
+    errors = printed.err.splitlines()
+    for name, why in due.items():
+        if why is not None:
+            (line,) = (line for line in errors if line.startswith(f"{name}: "))
+            assert why.lower() in line.lower()
+    assert any(f"{len(answered)} of {len(due)} files" in line for line in errors)
+    (hidden,) = (line for line in errors if "hidden" in line)
+    assert hidden.startswith("2 ")
+    assert str(folder / ".thumbnails") in hidden
+    assert str(folder / "._IMG_0001.JPG") in hidden
+
+
+@pytest.mark.parametrize("name", [name for name, (_, why) in PHONES.items() if why is None and name not in NEEDS_AVIF])
+def test_a_phones_or_browsers_image_is_what_it_shows(tmp_path, name):
+    """Its first frame, upright, on white: red before blue, or gray."""
+    (tmp_path / name).write_bytes(PHONES[name][0]())
+    seen = pixels(tmp_path / name)
+    first, last = (seen[4], seen[-5]) if name == "IMG_0001.JPG" else (seen[:, 4], seen[:, -5])
+    if name in ("deep.png", "deep.ppm", "gray alpha.png"):
+        assert np.ptp(seen, axis=2).max() == 0
+        assert name != "deep.png" or set(seen.ravel()) == {156}  # 40,000 / 257
+    else:
+        (red, _, blue), (red_last, _, blue_last) = first.mean(axis=0), last.mean(axis=0)
+        assert red > blue + 50 or name == "palette.png"
+        assert blue_last > red_last + 50
+
+
+def test_folders_without_a_file(trained, tmp_path, capsys):
+    (tmp_path / "empty" / "deeper").mkdir(parents=True)
     assert command("predict", trained / "color", tmp_path / "empty", "--threads", 1) == 1
     printed = capsys.readouterr()
-    assert printed.err.startswith(f"{tmp_path / 'empty'}: no image in this folder")
-    assert (printed.out, len(printed.err.splitlines())) == ("", 1)
+    assert printed.err.startswith(f"{tmp_path / 'empty'}: no file in this folder")
+    assert printed.out == ""
 
 
 def test_strange_names_stay_one_line(trained, tmp_path, capsys):

@@ -19,7 +19,7 @@ from torch import Tensor
 from cifar10.config import ds_config
 from cifar10.distributed import world as distributed
 from cifar10.distributed.world import World
-from cifar10.engine.engine import Engine
+from cifar10.engine.engine import Engine, leave
 from cifar10.engine.full_state import weights_sha256
 from cifar10.models.registry import build_model
 from tests.helpers import batch, largest_difference, make_engine, make_loader, one_step
@@ -117,7 +117,7 @@ def main() -> None:
         "fixed scale": {stage: scaled_run(world, stage, loss_scale=256) for stage in STAGES},
     }
     torch.save(measured, Path(sys.argv[1]) / f"rank_{world.rank}.pt")
-    distributed.leave()
+    leave()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from cifar10.config import ds_config
 from cifar10.data.loader import MicroBatch
 from cifar10.distributed import world as distributed
 from cifar10.distributed.world import World
-from cifar10.engine.engine import Engine, prepare
+from cifar10.engine.engine import Engine, leave, prepare
 from cifar10.engine.full_state import loss_scaler, weights_sha256
 from cifar10.models.registry import build_model
 from cifar10.run import checkpoint
@@ -230,7 +230,7 @@ def in_world(num_ranks: int, name: str, measure: Callable[[World, Path], Any], f
         become_rank(rank, num_ranks, port)
         world = distributed.join(threads=1)
         torch.save(measure(world, folder), folder / f"{name}_{num_ranks}.rank_{rank}.pt")
-        distributed.leave()
+        leave()
         return 0
 
     codes = ended([forked(one, rank) for rank in range(num_ranks)])

@@ -17,7 +17,7 @@ from cifar10.data import pixels, synthetic
 from cifar10.data.loader import EvaluationLoader
 from cifar10.distributed import world as distributed
 from cifar10.distributed.world import World
-from cifar10.engine.engine import Engine
+from cifar10.engine.engine import Engine, leave
 from cifar10.models.registry import build_model
 from cifar10.run import checkpoint
 from cifar10.run.evaluation import evaluate
@@ -151,7 +151,7 @@ def main() -> None:
     measured: dict[str, Any] = {**smooth_runs(world), "bn": batch_norm_runs(world), **evaluations(world), **buffer_rows(world)}
     measured |= lower_precision_runs(world)  # last: it sets flags for the whole process
     torch.save(measured, Path(sys.argv[1]) / f"rank_{world.rank}.pt")
-    distributed.leave()
+    leave()
 
 
 if __name__ == "__main__":
