@@ -28,6 +28,7 @@ from tests.launching import SHORT, summary
 BASE = Path(sys.argv[1])
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "WANDB_SERVICE", "MPLBACKEND")
 STEP = script.train_step
+ZERO = {"train_batch_size": 64, "optimizer": {"type": "AdamW", "params": {"lr": 0.001}}, "zero_optimization": {"stage": 1}}
 
 
 def short(name: str, *more: str) -> list[str]:
@@ -126,9 +127,7 @@ def outcome(start: Callable[[list[str]], None], argv: list[str]) -> dict[str, An
 if __name__ == "__main__":
     small_runs.shrink_the_data_sets()
     small_runs.stop.TIMED_STEPS, small_runs.stop.SECONDS_BETWEEN_AGREEMENTS = 2, 0.0
-    (BASE / "zero.json").write_text(
-        json.dumps({"optimizer": {"type": "AdamW", "params": {"lr": 0.001}}, "zero_optimization": {"stage": 1}})
-    )
+    (BASE / "zero.json").write_text(json.dumps(ZERO))
     sys.argv = ["/usr/lib/python3/dist-packages/ipykernel_launcher.py", "-f", "kernel.json"]
     outcomes = {name: outcome(*how) for name, how in STARTS.items()}
     (BASE / "outcomes.json").write_text(json.dumps(outcomes))
