@@ -30,6 +30,7 @@ from cifar10.data.loader import EvaluationLoader, MicroBatch, TrainLoader
 from cifar10.distributed import launchers
 from cifar10.distributed import world as distributed
 from cifar10.distributed.world import World
+from cifar10.engine import schedule
 from cifar10.engine.cuda_graphs import accelerate
 from cifar10.engine.engine import Engine, leave, own_optimizer, prepare
 from cifar10.engine.full_state import weights_sha256
@@ -316,6 +317,9 @@ def start_run(plan: Plan, world: World, folder: Path, model: nn.Module) -> tuple
     state = checkpoint.resume(folder / "checkpoints", start_from, engine, world, plan.settings)
     num_steps = total_steps(recipe, train.steps_per_epoch)
     last_step = min(num_steps, options.max_steps or num_steps)
+    if deepspeed_engine.lr_scheduler is not None:
+        note = schedule.describe(deepspeed_engine.scheduler_name(), schedule.learning_rates(deepspeed_engine, last_step))
+        plan = replace(plan, notes=[*plan.notes, note])
     run = Run(
         plan=plan,
         world=world,
@@ -334,11 +338,25 @@ def start_run(plan: Plan, world: World, folder: Path, model: nn.Module) -> tuple
     return run, state
 
 
+def not_begun(error: Exception, plan: Plan, world: World) -> Exception:
+    """What an error before the first step is raised as: a command that cannot be carried out, unless another rank is lost."""
+    if isinstance(error, UsageError):
+        return error
+    reason = text.failure(error, world.rank, 0, plan.batch.micro_images)
+    lost, alike = "another rank" in reason, isinstance(error, (ValueError, TypeError, AssertionError, ImportError))
+    if lost or not (alike or distributed.is_local_main()):  # else main() reports it, once
+        print(f"error: {reason}", file=sys.stderr)
+    return error if lost else UsageError(reason)
+
+
 def train_and_finish(plan: Plan, world: World, folder: Path, model: nn.Module, resume_command: str) -> None:
     """Take the run in `folder` from where it stands to its end, to a stop, or to a failure that is written down."""
-    run, state = start_run(plan, world, folder, model)
+    try:
+        run, state = start_run(plan, world, folder, model)
+    except Exception as error:
+        raise not_begun(error, plan, world) from error
     images, steps = (len(run.train.labels), len(run.val)), (state.step, run.last_step, run.total_steps)
-    run.metrics.say(text.opening_lines(plan, folder, world.description, run.model, images, steps))
+    run.metrics.say(text.opening_lines(run.plan, folder, world.description, run.model, images, steps))
     run.metrics.say(run.metrics.notes)
     write_summary(run, state, "running")
     try:
@@ -352,9 +370,11 @@ def train_and_finish(plan: Plan, world: World, folder: Path, model: nn.Module, r
             finish(run, state, ended_by)
     except Exception as error:
         reason = text.failure(error, world.rank, state.step, plan.batch.micro_images)
+        write_summary(run, state, "failed", reason=reason)
+        if not state.step:
+            raise not_begun(error, plan, world) from error
         if not isinstance(error, (UsageError, TooManySkippedSteps)):  # which main() reports, once
             print(f"error: {reason}", file=sys.stderr)
-        write_summary(run, state, "failed", reason=reason)
         raise
     finally:
         run.metrics.close()

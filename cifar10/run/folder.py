@@ -102,10 +102,17 @@ def read_recipe(folder: Path) -> dict[str, Any] | None:
     return content
 
 
+def holds_training(folder: Path) -> bool:
+    """Whether anything is left of a training in `folder`: a checkpoint, or a summary of more than 0 steps. A start that failed
+    before its first step leaves its settings, and no claim on the folder."""
+    saved = folder / "checkpoints"
+    return (saved.is_dir() and any(saved.iterdir())) or bool((read_json(folder / "summary.json") or {}).get("steps"))
+
+
 def refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Raise UsageError with the differences if `folder` holds a run with other settings, {"recipe": ..., "deepspeed": ...}."""
     recipe, config = read_recipe(folder), read_json(folder / "ds_config.json")
-    if recipe is None or config is None:
+    if recipe is None or config is None or not holds_training(folder):
         return
     if shown := differences({"recipe": recipe["settings"], "deepspeed": config}, settings):
         raise UsageError(f"--output-dir {folder} holds a run with other settings ({shown}); choose another --output-dir")
@@ -142,8 +149,11 @@ def refuse_other_position(source: Path, settings: dict[str, Any]) -> None:
 
 
 def refuse_if_never(folder: Path, resume: str) -> None:
-    """--resume never: raise UsageError if the folder has anything in it but a lock."""
-    if resume == "never" and folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
+    """--resume never: raise UsageError if the folder has anything in it but a lock, or what a start without a step leaves."""
+    if resume != "never" or not folder.is_dir():
+        return
+    allowed = {LOCK} if holds_training(folder) else {LOCK, "recipe.json", "ds_config.json", "environment.json", "checkpoints"}
+    if any(path.name not in allowed for path in folder.iterdir()):
         raise UsageError(f"--resume never, but --output-dir {folder} is not empty; choose another folder, or use --resume auto")
 
 
@@ -194,12 +204,12 @@ def let_go() -> None:
 
 
 def open_run(folder: Path, recipe_json: str, ds_config: dict[str, Any], resume: str, argv: list[str], **facts: Any) -> None:
-    """Create the folder, write its settings unless an earlier start did, and add this start to environment.json."""
+    """Create the folder, write its settings unless a training there has some, and add this start to environment.json."""
     refuse_if_never(folder, resume)
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         _hold(folder)
-        if not (folder / "recipe.json").exists():
+        if not (folder / "recipe.json").exists() or not holds_training(folder):
             write_json(folder / "ds_config.json", ds_config)
             write_json(folder / "recipe.json", json.loads(recipe_json))
         starts = (read_json(folder / "environment.json") or {}).get("starts", [])

@@ -40,6 +40,7 @@ def begin(folder: Path, *argv: str, world_size: int = 1, resume: str = "auto") -
     begun = plan(*argv, world_size=world_size)
     settings = as_json(begun.recipe, begun.options.recipe, {})
     run_folder.open_run(folder, settings, begun.ds_config, resume, ["cifar10_deepspeed.py", *argv], world_size=world_size)
+    (folder / "checkpoints" / "step_00000001").mkdir(exist_ok=True)  # something is saved
     return begun
 
 
