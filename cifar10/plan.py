@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from cifar10 import UsageError
-from cifar10.config import ds_config
+from cifar10.config import ds_check, ds_config
 from cifar10.config.cli import Options, parse, take_old_flags
 from cifar10.config.recipe import Precisions, Recipe, invalid, load
 from cifar10.data import augment, registry
 from cifar10.data.dataset import Description, Images, Split, about_model
 from cifar10.distributed import device
-from cifar10.engine import levels
+from cifar10.engine import kernels, levels
 from cifar10.models import weights
 from cifar10.models.registry import model_names, refuse_unknown_model
 from cifar10.run import folder as run_folder
@@ -91,6 +91,51 @@ def _resolve_augment(recipe: Recipe, old: dict[str, Any], dataset: Description) 
     return dataclasses.replace(recipe, augment=text), notes
 
 
+_OF_FLAGS = {  # paths of DeepSpeed's config, which --set must not set as well
+    "lr": ["optimizer.params.lr"],
+    "global_batch_size": ["train_batch_size"],
+    "micro_batch_size": ["train_micro_batch_size_per_gpu"],
+    "precision": [f"{section}.enabled" for section in ds_check.LOW_PRECISIONS],
+}
+
+
+def _given_config(options: Options) -> tuple[dict[str, Any], list[str]]:
+    """DeepSpeed's config from the recipe or a file, with --set and the flags that override it, and with the batch sizes of
+    the recipe where it says "auto"; and notes."""
+    own = ds_config.read(load(options.recipe).deepspeed)
+    given = ds_config.read(options.deepspeed_config) if options.deepspeed_config else own
+    given, notes = ds_config.with_values(given, options.set)
+    for flag, path in ((flag, path) for flag, paths in _OF_FLAGS.items() for path in paths if getattr(options, flag)):
+        if any(word.startswith(f"{path}=") for word in options.set):
+            raise UsageError(f"--{flag.replace('_', '-')} and --set {path} are the same setting; leave out one of them")
+    sizes = {"global_batch_size": options.global_batch_size, "micro_batch_size": options.micro_batch_size}
+    given = ds_config.override(given, lr=options.lr, **sizes)
+    known = {"train_batch_size": own.get("train_batch_size")}
+    sizes, auto = ds_config.without_auto({key: given.pop(key) for key in ds_check.BATCH_KEYS if key in given}, known)
+    return {**given, **sizes}, [*notes, *auto]
+
+
+def _without_auto(
+    given: dict[str, Any], recipe: Recipe, options: Options, dataset: Description, world_size: int
+) -> tuple[dict[str, Any], list[str]]:
+    """The config with "auto", as in Hugging Face's JSONs, replaced by what the recipe and the data set say; and a note.
+
+    The recipe's learning rate and weight decay are for its own optimizer; another one has PyTorch's default.
+    """
+    own, theirs = ds_config.read(load(options.recipe).deepspeed)["optimizer"], given["optimizer"]
+    params = own["params"] if own["type"].lower() == theirs["type"].lower() else {}
+    takes = ds_check.parameters_of(theirs["type"], theirs.get("params", {})) or {}
+    lr = theirs["params"]["lr"] if theirs["params"]["lr"] != "auto" else params.get("lr", takes["lr"].default or 1e-3)
+    per_epoch = max(1, (dataset.train_images - recipe.val_images) // ds_config.batch(given, world_size).global_images)
+    steps, warmup = (max(1, round(n * per_epoch)) for n in (recipe.epochs, min(recipe.warmup_epochs, recipe.epochs / 10)))
+    known = {"warmup_min_lr": 0, "warmup_max_lr": lr, "max_lr": lr, "warmup_num_steps": warmup}
+    known |= dict.fromkeys(("total_num_steps", "total_steps", "total_iters", "T_max"), steps)
+    optimizer = {"optimizer.params.lr": lr, "optimizer.params.weight_decay": params.get("weight_decay")}
+    filled, notes = ds_config.without_auto(given, {**optimizer, **{f"scheduler.params.{k}": n for k, n in known.items()}})
+    ds_check.check(filled)
+    return filled, notes
+
+
 def make_plan(
     argv: list[str],
     world_size: int | Callable[[int | None], int],
@@ -110,19 +155,21 @@ def make_plan(
     refuse_unknown_model(recipe.model)
     dataset = registry.find(recipe.dataset)
     facts = dataset.describe(options.data_dir)
-    sizes = {"global_batch_size": options.global_batch_size, "micro_batch_size": options.micro_batch_size}
-    given = ds_config.read(options.deepspeed_config or load(options.recipe).deepspeed)
-    given = ds_config.override(given, lr=options.lr, **sizes)
+    given, notes = _given_config(options)
     if not isinstance(world_size, int):
         world_size = world_size(given.get("train_batch_size"))
-    precision, notes = choose_precision(options.precision)
+    enabled = [ds_check.look_up(given, f"{section}.enabled") for section in ds_check.LOW_PRECISIONS]
+    wanted = options.precision or (load(options.recipe).precision if "auto" in enabled else ())
+    given, auto_notes = _without_auto(given, recipe, options, facts, world_size)
+    precision, precision_notes = choose_precision(wanted)
     chosen = ds_config.with_precision(given, precision) if precision else given
     config, batch, changes = ds_config.resolve(chosen, world_size)
-    notes = [*([device_note] if device_note else []), *notes, *changes]
+    notes = [*([device_note] if device_note else []), *notes, *auto_notes, *precision_notes, *changes]
     if precision_of(config) == "fp16" and not device.count_gpus():
         notes.append("fp16 on a CPU can take 400 times as long as fp32; --precision bf16 or --precision fp32 avoids that")
     recipe, augment_notes = _resolve_augment(recipe, old_flags, facts)
     log_every = options.log_every_steps or config.get("steps_per_print") or 100
+    kernels.refuse_missing_kernel(config)
     level = levels.resolve_level(options.engine_level, config, world_size, sync_bn=recipe.sync_bn)
     options = dataclasses.replace(options, log_every_steps=log_every, engine_level=level)
     _check_schedule(recipe, config)

@@ -15,13 +15,15 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from cifar10 import UsageError, nearest
+from cifar10 import UsageError
+from cifar10.config import habits
 from cifar10.config.recipe import Precisions, Recipe, check_recipe, check_values, is_positive, load
 from cifar10.distributed.device import Choice
 
 # Flags whose help text states the default itself.
 _Whole = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
 _Number = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="")]
+_Sets = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE ...", help_behavior_hint="")]
 _File = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
 _Precisions = Annotated[Precisions, tyro.conf.arg(metavar="P [P ...]", help_behavior_hint="")]
 _Name = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")]
@@ -36,6 +38,8 @@ class Options:
     """A recipe's name (recipes/ holds one file each), or the path of an earlier run's recipe.json."""
     deepspeed_config: _File = None
     """DeepSpeed config file in JSON (default: the recipe's own)."""
+    set: _Sets = ()
+    """Overrides keys of the JSON, as in --set optimizer.params.weight_decay=1e-3 zero_optimization.stage=1; values are JSON."""
     lr: _Number = None
     """Base learning rate; overrides the JSON."""
     micro_batch_size: _Whole = None
@@ -107,15 +111,24 @@ def check_options(options: Options) -> None:
 def without_launcher_flags(argv: list[str]) -> list[str]:
     """`argv` without flags that launchers and other scripts add: --local_rank[=]N, --deepspeed, and --num-workers[=]N, which
     has no meaning here (images are on the device). --no-amp becomes --precision fp32."""
-    kept, words = [], iter(argv)
-    for word in words:
+    kept, words = [], iter(zip_longest(argv, argv[1:], fillvalue="--"))
+    for word, following in words:
         if re.fullmatch("--(local[_-]rank|num[_-]workers)", word):
             next(words, None)
         elif word == "--no-amp":
             kept += ["--precision", "fp32"]
-        elif not re.match("--deepspeed$|--(local[_-]rank|num[_-]workers)=", word):
-            kept.append(word)
+        elif word != "--deepspeed" or not following.startswith("-"):  # with a file: refused, with what to type
+            kept += [] if re.match("--(local[_-]rank|num[_-]workers)=", word) else [word]
     return kept
+
+
+def _one_word_each(argv: list[str]) -> list[str]:
+    """`--set A B` as `--set A --set B`, so that both can be written."""
+    words: list[str] = []
+    for word in argv:
+        more = "=" in word and not word.startswith("-") and len(words) > 1 and words[-2] == "--set"
+        words += ["--set", word] if more else [word]
+    return words
 
 
 def _early_value(argv: list[str], flag: str) -> str | None:
@@ -165,11 +178,12 @@ def parse(
 
     `extra` is a dataclass of flags that `split_options` has already parsed, so that --help lists them too.
     """
-    argv = without_launcher_flags(argv)
+    argv = _one_word_each(without_launcher_flags(argv))
     _refuse_empty(argv)
     name = _early_value(argv, "--recipe")
     experiment = load(Options.recipe if name is None else name)
     names_a_json = any(_early_value(argv, flag) is not None for flag in ("--deepspeed_config", "--deepspeed-config"))
+    names_a_json |= any(re.match(r"(--set=)?(fp16|bf16|torch_autocast)\b.*=", word) for word in argv)
     options = Options(
         data_dir=Path(os.environ.get("CIFAR10_DIR") or "data"),
         precision=() if names_a_json else experiment.precision,
@@ -180,8 +194,7 @@ def parse(
     line, unknown = _tyro(kind, argv, default=kind(**tables), prog=program, description=description)
     if unknown:
         flags = ["--" + f.name.replace("_", "-") for values in tables.values() for f in fields(values)]
-        flag = unknown[0].split("=")[0]
-        raise UsageError(f"unknown flag {flag}{nearest(flag.replace('_', '-'), flags)}")
+        raise UsageError(habits.refusal(unknown, flags))
     check_recipe(line.experiment)
     check_options(line.run)
     return line.experiment, line.run

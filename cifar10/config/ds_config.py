@@ -5,6 +5,8 @@ asserts on batch sizes that do not fit the world size, which are resolved.
 """
 
 import copy
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,64 @@ def read(source: Path | dict[str, Any]) -> dict[str, Any]:
     raise UsageError(f"--deepspeed_config {path}: {problem}")
 
 
+def with_values(config: dict[str, Any], words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """A copy of `config` with --set's values, `optimizer.params.lr=0.1`, and a note for each. Raises UsageError."""
+    config, notes = copy.deepcopy(config), []
+    for word in words:
+        path, equals, text = word.partition("=")
+        *sections, key = path.split(".")
+        if not equals or not all((*sections, key)):
+            raise UsageError(f"invalid value for --set: {word}, expected KEY=VALUE, for example --set optimizer.params.lr=0.1")
+        try:
+            value = json.loads(text, object_pairs_hook=_refuse_duplicates)
+        except (ValueError, RecursionError):
+            value = text
+        inner = config
+        for name in sections:
+            inner = inner.setdefault(name, {})
+            if not isinstance(inner, dict):
+                raise UsageError(f"--set {word}: {name} is no object, so that it has no {key}")
+        if value is True and path in [f"{name}.enabled" for name in LOW_PRECISIONS]:  # instead of another precision
+            config.update(
+                {
+                    name: {**config[name], "enabled": False}
+                    for name in LOW_PRECISIONS
+                    if name in config and config[name] is not inner
+                }
+            )
+        was = f" instead of {json.dumps(inner[key])}" if key in inner else ""
+        inner[key] = value
+        notes.append(f"--set {path}: {json.dumps(value)}{was}")
+    try:
+        if is_deep(config):
+            raise UsageError("nested too deeply for a DeepSpeed config")
+        check(config)
+    except UsageError as error:
+        raise UsageError(f"--set {' '.join(words)}: {error}") from None
+    return config, notes
+
+
+def without_auto(config: dict[str, Any], known: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A copy of `config` with every "auto" replaced by what is `known` for its path, or left to the default, and a note."""
+    config, filled, left = copy.deepcopy(config), [], []
+
+    def fill(section: dict[str, Any], above: str) -> None:
+        for key, value in list(section.items()):
+            path = f"{above}{key}"
+            if isinstance(value, dict):
+                fill(value, f"{path}.")
+            elif value == "auto" and known.get(path) is not None:
+                section[key] = known[path]
+                filled.append(f"{path} {known[path]:g}")
+            elif value == "auto":
+                del section[key]
+                left.append(path)
+
+    fill(config, "")
+    defaults = [f"{', '.join(left)} left to {'their defaults' if len(left) > 1 else 'its default'}"] if left else []
+    return config, [f'"auto": {"; ".join([*filled, *defaults])}'] if filled or left else []
+
+
 def override(
     config: dict[str, Any], *, lr: float | None, global_batch_size: int | None, micro_batch_size: int | None = None
 ) -> dict[str, Any]:
@@ -92,7 +152,7 @@ def with_precision(config: dict[str, Any], precision: str) -> dict[str, Any]:
 
 
 def batch(config: dict[str, Any], world_size: int) -> Batch:
-    """The batch triple for `world_size` ranks; it keeps the global batch size, and the micro-batch size if that divides.
+    """The batch triple for `world_size` ranks; it keeps the global batch size, and the micro-batch size or its next divisor.
 
     Without a global batch size in the JSON, each rank trains on micro * accumulation images. Raises UsageError.
     """
@@ -108,8 +168,8 @@ def batch(config: dict[str, Any], world_size: int) -> Batch:
     per_rank = total // world_size
     if micro is None:
         micro = per_rank // accumulation if accumulation and per_rank % accumulation == 0 else per_rank
-    elif per_rank % micro:
-        micro = per_rank
+    elif per_rank % micro:  # never more than that, which may not fit into memory
+        micro = next(n for n in range(min(micro, per_rank), 0, -1) if per_rank % n == 0)
     return Batch(total, micro, per_rank // micro, world_size)
 
 
@@ -160,11 +220,21 @@ _NOT_IN_AUTOCAST = """hysteresis consecutive_hysteresis min_loss_scale fp16_mast
     bf16_master_weights_and_grads bf16_optimizer_states immediate_grad_update""".split()
 
 
+_OFFLOADS = {"offload_optimizer": 1, "offload_param": 3}  # and the least ZeRO stage
+
+
 def _resolve_zero(config: dict[str, Any], notes: list[str]) -> None:
     zero, optimizer = config.get("zero_optimization", {}), config["optimizer"]["type"]
-    if not zero.get("stage"):
+    for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
+        if zero.pop(old, None) and new not in zero:
+            zero[new] = {"device": "cpu"}
+            notes.append(f'zero_optimization: {old} is deprecated by DeepSpeed; read as {new}: {{"device": "cpu"}}')
+    stage, offloaded = zero.get("stage", 0), [key for key in _OFFLOADS if look_up(zero, f"{key}.device") == "cpu"]
+    if offloaded and stage < (least := _OFFLOADS[offloaded[-1]]):
+        raise UsageError(f"zero_optimization.{offloaded[-1]} needs ZeRO stage {least} at least; set zero_optimization.stage")
+    if not stage:
         return
-    if optimizer in OUR_OPTIMIZERS:
+    if optimizer in (*OUR_OPTIMIZERS, "Adafactor"):
         raise UsageError(f"{optimizer} needs whole matrices, which ZeRO partitions: set zero_optimization.stage to 0")
     for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
         zero.setdefault(bucket, 5_000_000)  # 20 MB instead of 2 GB

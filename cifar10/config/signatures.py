@@ -74,6 +74,7 @@ class Parameter:
     required: bool
     limits: dict[str, float] = field(default_factory=dict)  # of pydantic: gt, ge, le
     replaced_by: str = ""  # for a deprecated one
+    default: Any = None  # if it is a number, a text or a switch
 
     def wrong(self, value: Any) -> str:
         """What is expected instead of this value; empty if it is accepted."""
@@ -190,8 +191,8 @@ def arguments(where: Module, name: str) -> dict[str, Parameter]:
             *zip(words.args, [*missing, *words.defaults], strict=True),
             *zip(words.kwonlyargs, words.kw_defaults, strict=True),
         ]
-        kinds = [(word.arg, word.annotation or _kind_of(default), default is None) for word, default in pairs[2:]]
-        return {name: Parameter(there, kind, required) for name, kind, required in kinds}
+        kinds = [(word.arg, word.annotation or _kind_of(default), default) for word, default in pairs[2:]]
+        return {name: Parameter(there, kind, one is None, default=getattr(one, "value", None)) for name, kind, one in kinds}
     return {}
 
 

@@ -349,7 +349,8 @@ def test_the_batch_triple_of_every_kind_of_json_at_every_world_size(world_size):
         else:
             assert sizes.global_images == train
             if micro is not None:
-                assert sizes.micro_images == (micro if train // world_size % micro == 0 else train // world_size)
+                rank_images = train // world_size
+                assert sizes.micro_images == max(n for n in range(1, micro + 1) if rank_images % n == 0)
             elif accumulation is not None and train // world_size % accumulation == 0:
                 assert sizes.accumulation == accumulation
             else:

@@ -1,0 +1,74 @@
+"""The JSONs of DeepSpeedExamples' CIFAR example, and those with its offloading, train as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from cifar10.config import ds_check, ds_config
+from cifar10_deepspeed import CIFAR10CNNEnhanced
+from tests.helpers import batch, make_engine, one_rank, one_step
+
+
+def example(dtype: str, stage: int, **zero: Any) -> dict[str, Any]:
+    """What get_ds_config in training/cifar/cifar10_deepspeed.py returns."""
+    betas = {"lr": 0.001, "betas": [0.8, 0.999], "eps": 1e-8, "weight_decay": 3e-7}
+    fp16 = {"enabled": dtype == "fp16", "fp16_master_weights_and_grads": False, "loss_scale": 0, "loss_scale_window": 500}
+    fp16 |= {"hysteresis": 2, "min_loss_scale": 1, "initial_scale_power": 15}
+    partitions = {"stage": stage, "allgather_partitions": True, "reduce_scatter": True, "allgather_bucket_size": 50_000_000}
+    partitions |= {"reduce_bucket_size": 50_000_000, "overlap_comm": True, "contiguous_gradients": True, "cpu_offload": False}
+    return {
+        "train_batch_size": 16,
+        "steps_per_print": 2000,
+        "optimizer": {"type": "Adam", "params": betas},
+        "scheduler": {
+            "type": "WarmupLR",
+            "params": {"warmup_min_lr": 0, "warmup_max_lr": 0.001, "warmup_num_steps": 1000},
+        },
+        "gradient_clipping": 1.0,
+        "prescale_gradients": False,
+        "bf16": {"enabled": dtype == "bf16"},
+        "fp16": fp16,
+        "wall_clock_breakdown": False,
+        "zero_optimization": {**partitions, **zero},
+    }
+
+
+def train(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Two steps as this JSON says -> the notes on it."""
+    monkeypatch.setattr("deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED", False)  # and put back afterwards
+    ds_check.check(given)
+    notes = ds_config.resolve(given, 1)[2]
+    sizes = {"global_images": given.pop("train_batch_size")}
+    engine = make_engine(one_rank(), CIFAR10CNNEnhanced(), **sizes, **given)
+    for _ in range(2):
+        assert torch.isfinite(one_step(engine, [batch(16)]))
+    assert engine.grad_norm > 0
+    assert engine.deepspeed.global_steps == 2
+    return notes
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_example_trains(dtype: str, stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = train(example(dtype, stage), monkeypatch)
+    assert not any("prescale" in note or "offload" in note for note in notes)
+
+
+def test_the_example_in_fp16_is_resolved_to_autocast() -> None:
+    given = example("fp16", 2)
+    ds_check.check(given)
+    config, _, _ = ds_config.resolve(given, 1)
+    assert config["torch_autocast"] == {"enabled": True, "dtype": "float16"}
+    assert config["fp16"]["initial_scale_power"] == 15
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("old", [True, False])
+def test_the_optimizer_is_offloaded(stage: int, old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the old spelling and in the new one."""
+    zero = {"cpu_offload": True} if old else {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
+    notes = train(example("fp32", stage, **zero), monkeypatch)
+    assert any("cpu_offload is deprecated" in note for note in notes) == old
