@@ -70,7 +70,7 @@ def count_ranks(asked: int | None, gpus: int, global_images: int | None = None, 
     """
     if asked and gpus and asked > gpus:
         raise invalid("--num-gpus", asked, f"1 to {gpus}, the GPUs of this machine", gpus)
-    if asked or not gpus or not isinstance(global_images, int):  # or "auto"
+    if asked or not gpus or global_images is None:
         return asked or gpus or 1
     fitting = (n for n in range(gpus, 1, -1) if global_images % (n * machines) == 0)
     return next((n for n in fitting if global_images // (n * machines) >= LEAST_IMAGES), 1)
