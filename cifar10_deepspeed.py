@@ -32,7 +32,7 @@ from cifar10.distributed import world as distributed
 from cifar10.distributed.world import World
 from cifar10.engine import schedule
 from cifar10.engine.cuda_graphs import accelerate
-from cifar10.engine.engine import Engine, leave, own_optimizer, prepare
+from cifar10.engine.engine import Engine, leave, own_optimizer, prepare, synchronize_batch_norm
 from cifar10.engine.full_state import weights_sha256
 from cifar10.metrics import text
 from cifar10.metrics.open import open_sinks
@@ -164,7 +164,8 @@ def log_steps(run: Run, state: RunState) -> None:
 
 def train_one_epoch(run: Run, state: RunState) -> bool:
     """Train to the end of the epoch under way, or to the run's last step. True if the run was asked to stop on the way."""
-    recipe, every, stopping, started = run.plan.recipe, run.plan.options.log_every_steps, False, time.perf_counter()
+    recipe, every, stopping = run.plan.recipe, run.plan.options.log_every_steps, False
+    started = time.perf_counter() - run.engine.capture_seconds  # which are not training
     lr_scale = recipe.lr_scale(run.plan.batch.global_images) * state.lr_factor
     run.engine.deepspeed.train()
     for micro_batches in run.train.epoch(state.epoch, first_step=state.epoch_step):
@@ -179,7 +180,7 @@ def train_one_epoch(run: Run, state: RunState) -> bool:
             log_steps(run, state)
         stopping = run.stop.agreed()
     log_steps(run, state)
-    state.train_seconds += time.perf_counter() - started
+    state.train_seconds += time.perf_counter() - run.engine.capture_seconds - started
     return stopping and state.step < run.last_step
 
 
@@ -227,6 +228,7 @@ def finish_epoch(run: Run, state: RunState) -> None:
 def write_summary(run: Run, state: RunState, status: Status, **known: Any) -> Summary:
     """Write summary.json on rank 0: how the run stands, and what it has measured so far."""
     known |= {"recipe": run.plan.options.recipe, "seed": run.plan.recipe.seed, "world_size": run.world.size}
+    known["capture_seconds"] = run.engine.capture_seconds or None
     summary = summarize(state, run.train.steps_per_epoch, status, **known)
     if run.world.is_main:
         summary.write(run.folder)
@@ -304,11 +306,12 @@ def start_run(plan: Plan, world: World, folder: Path, model: nn.Module) -> tuple
     deepspeed = prepare()
     recipe, options, config = plan.recipe, plan.options, plan.ds_config
     train, val = get_cifar10_dataloaders(plan, world)
+    model = model.to(world.device)
     if recipe.weights == "none" and hasattr(model, "start_from_images"):
-        model.start_from_images(train.first_images(min(model.patch_images, len(train.labels))).cpu())
-    model, plain = model.to(world.device), deepcopy(model).to(world.device)
+        model.start_from_images(train.first_images(min(model.patch_images, len(train.labels))))
+    plain = deepcopy(model)
     if recipe.sync_bn:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        synchronize_batch_norm(model)
     own = own_optimizer(model, config)
     deepspeed_engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), optimizer=own, config=config)
     distributed.limit_waiting(options.timeout_minutes)

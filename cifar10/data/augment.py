@@ -96,15 +96,21 @@ class AlternatingFlip(RandomHorizontalFlip):
 GATHERED = (RandomCrop, RandomHorizontalFlip)
 
 
-def crop_and_flip(operations: tuple[Operation, ...], store: PixelStore, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each image is cropped, and whether it is flipped, from one draw per image: top, left, flipped, int64 [B] each."""
+def crop_and_flip(operations: tuple[Operation, ...], store: PixelStore, draws: Draws) -> Tensor:
+    """Where each image is cropped, and whether it is flipped, from one draw per image: top, left, flipped, int64 [3, B]."""
     crop, flip = find(operations, RandomCrop), find(operations, RandomHorizontalFlip)
     offsets, sides = store.side - store.size + 1 if crop else 1, 2 if flip else 1
-    cells = offsets * offsets * sides
-    cell = draws.below(cells, "crop")
-    flipped = flip.flipped(cell, cells, draws) if flip else cell * 0
-    place, center = cell // sides, 0 if crop else round((store.side - store.size) / 2)
-    return center + place // offsets, center + place % offsets, flipped
+    cells, center = offsets * offsets * sides, 0 if crop else round((store.side - store.size) / 2)
+
+    def cut(draws: Draws) -> Tensor:
+        from torch import stack
+
+        cell = draws.below(cells, "crop")
+        flipped = flip.flipped(cell, cells, draws) if flip else cell * 0
+        place = cell // sides
+        return stack((center + place // offsets, center + place % offsets, flipped))
+
+    return draws.once("crop and flip", cut)
 
 
 # --- the others, applied one after another ----------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -93,32 +93,30 @@ class TrainLoader:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[MicroBatch]]:
         """The micro-batches of each step of `epoch`, from `first_step` on."""
-        chunk_steps = max(1, at_once(CHUNK_IMAGES, self.store.size) * self.world_size // self.global_images)
-        rest = self.rank_indices(epoch)[first_step:]
-        for indices in rest.split(chunk_steps) if len(rest) else ():
-            yield from self._steps(indices.to(self.labels.device, non_blocking=True), epoch)
+        per_step = self.global_images // self.world_size
+        chunk = per_step * max(1, at_once(CHUNK_IMAGES, self.store.size) // per_step)  # whole steps
+        indices = self.rank_indices(epoch)[first_step:].reshape(-1)
+        draws, positions = self.draws(epoch, indices), rng.to_device(indices, self.labels.device)
+        for first in range(0, len(positions), chunk):
+            part = slice(first, first + chunk)
+            images, labels = self.augmented(positions[part], replace(draws, part=part)), self.labels[positions[part]]
+            micro_batches = list(zip(images.split(self.micro_images), labels.split(self.micro_images), strict=True))
+            for at in range(0, len(micro_batches), per_step // self.micro_images):
+                yield micro_batches[at : at + per_step // self.micro_images]
 
-    def augmented(self, positions: Tensor, epoch: int, indices: Tensor | None = None) -> Tensor:
-        """The stored images at `positions`, augmented as in `epoch`: int64 [B] -> normalized [B, C, S, S].
+    def draws(self, epoch: int, indices: Tensor) -> rng.Draws:
+        """The random numbers in `epoch` for images with these indices in the training split: int64 [N], on the CPU."""
+        black = self.normalize(torch.zeros(1, self.store.channels, 1, 1, dtype=torch.uint8, device=self.labels.device))
+        return rng.Draws(self.seed, epoch, indices, black[0, :, 0, 0], self.store.size)
 
-        The random numbers depend on `indices`, the images' indices in the training split (default: `positions`).
-        """
-        store = next((store for until, store in self.first_stores if epoch < until), self.store)
-        black = self.normalize(torch.zeros(1, store.channels, 1, 1, dtype=torch.uint8, device=positions.device))[0, :, 0, 0]
-        draws = rng.Draws(self.seed, epoch, positions if indices is None else indices, black, self.store.size)
+    def augmented(self, positions: Tensor, draws: rng.Draws) -> Tensor:
+        """The stored images at `positions`, augmented as drawn: int64 [B] -> normalized [B, C, S, S]."""
+        store = next((store for until, store in self.first_stores if draws.epoch < until), self.store)
         images = self.normalize(pixels.gather(store, positions, *augment.crop_and_flip(self.operations, store, draws)))
         for operation in self.operations:
             if not isinstance(operation, augment.GATHERED):
                 images = operation(images, draws)
         return images
-
-    def _steps(self, indices: Tensor, epoch: int) -> Iterator[list[MicroBatch]]:
-        flat = indices.reshape(-1)
-        images, labels = self.augmented(flat, epoch), self.labels[flat]
-        micro_batches = list(zip(images.split(self.micro_images), labels.split(self.micro_images), strict=True))
-        accumulation = indices.shape[1] // self.micro_images
-        for first in range(0, len(micro_batches), accumulation):
-            yield micro_batches[first : first + accumulation]
 
 
 @dataclass(frozen=True)

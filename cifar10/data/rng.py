@@ -5,7 +5,8 @@ arithmetic wraps the same way on CPU and GPU. There is no state to save for resu
 """
 
 import zlib
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -41,21 +42,42 @@ def permutation(num_images: int, seed: int, epoch: int) -> Tensor:
     return _hash(seed, epoch, "order", torch.arange(num_images)).argsort(stable=True)
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`, without a wait: what is on the CPU reaches a GPU from pinned memory."""
+    if tensor.device.type == device.type:
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Draws:
-    """Random numbers for the augmentation of a batch, with the facts about its images that operations need."""
+    """Random numbers for the augmentation of a batch, with the facts about its images that operations need.
+
+    What one batch asks for is drawn for all `indices`, such as an epoch's, on the CPU, and kept: batch by batch a GPU would run
+    fifty tiny kernels for each draw.
+    """
 
     seed: int
     epoch: int
-    indices: Tensor  # int64 [B], in the training split
-    black: Tensor  # a black pixel, normalized: [C]
+    indices: Tensor  # int64 [N], in the training split, on the CPU
+    black: Tensor  # a black pixel, normalized: [C], where the images are
     full_size: int  # height and width without --first-sizes
+    part: slice = field(default_factory=lambda: slice(None))  # of `indices`: the batch's, B of N
+    drawn: dict[Hashable, Tensor] = field(default_factory=dict)  # [..., N]
+
+    def once(self, name: Hashable, draw: Callable[["Draws"], Tensor]) -> Tensor:
+        """The batch's part [..., B] of what `draw` returns for all images: [..., N], on the CPU or where the images are."""
+        if name not in self.drawn:
+            self.drawn[name] = to_device(draw(replace(self, part=slice(None))), self.black.device)
+        return self.drawn[name][..., self.part]
 
     def below(self, limit: int, name: str, epoch: int | None = None) -> Tensor:
         """Random integers in 0 .. limit-1, one per image, from a named stream: int64 [B]. The bias is below limit / 2^28."""
-        bits = (_hash(self.seed, self.epoch if epoch is None else epoch, name, self.indices) >> 24) & 0xFFFFFFF  # 28 bits
-        return (bits * limit) >> 28
+        at = self.epoch if epoch is None else epoch
+        return self.once(
+            (limit, name, at), lambda _: ((_hash(self.seed, at, name, self.indices) >> 24 & 0xFFFFFFF) * limit) >> 28
+        )
 
     def uniform(self, name: str) -> Tensor:
         """Uniform random numbers in [-1, 1), one per image, in steps of 2^-23: float32 [B]."""
-        return self.below(2**24, name) / 2**23 - 1
+        return self.once(name, lambda draws: draws.below(2**24, name) / 2**23 - 1)

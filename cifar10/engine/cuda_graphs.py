@@ -6,6 +6,7 @@ replay. On a CPU, tests replace `CudaRecorder`. None of these graphs has been me
 """
 
 import copy
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,10 +38,10 @@ class CudaRecorder:
                 work()
         torch.cuda.current_stream().wait_stream(stream)
 
-    def capture(self, work: Work) -> Work:
-        """A function that repeats `work` and leaves its results in the same tensors."""
+    def capture(self, work: Work, pool: Any = None) -> Work:
+        """A function that repeats `work` and leaves its results in the same tensors. `pool`: memory that graphs share."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own thread queries the device
+        with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):  # NCCL's own thread queries the device
             results = work()
 
         def replay() -> Any:
@@ -50,25 +51,60 @@ class CudaRecorder:
         return replay
 
     def capture_forward(self, module: nn.Module, images: Tensor) -> Forward:
-        """The module's forward, and its backward, for images of this shape."""
-        on, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        with torch.autocast("cuda", dtype, enabled=on, cache_enabled=False):  # another graph's cast would be stale
-            return torch.cuda.make_graphed_callables(
-                module, (images.clone(),), num_warmup_iters=WARMUP_RUNS, capture_error_mode="thread_local"
-            )
+        """The module's forward, and its backward, for images of this shape.
+
+        Unlike torch.cuda.make_graphed_callables it captures with other leaves of the same memory: those of the parameters may
+        belong to the default stream, as where ZeRO has hooks on them, which breaks a capture, or costs waits at each replay.
+        """
+        parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+        place = images.clone()
+
+        def forward() -> Tensor:
+            on, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+            with torch.autocast("cuda", dtype, enabled=on, cache_enabled=False):  # another graph's cast would be stale
+                return torch.func.functional_call(module, leaves, place)
+
+        def backward(logits: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(logits, list(leaves.values()), gradient)
+
+        self.warm_up(lambda: backward(logits := forward(), torch.zeros_like(logits)))
+        pool = torch.cuda.graph_pool_handle()
+        replay_forward = self.capture(forward, pool)
+        logits = replay_forward()
+        arriving = torch.zeros_like(logits)
+        replay_backward = self.capture(lambda: backward(logits, arriving), pool)
+        results = logits.detach()
+
+        class Replay(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, images: Tensor, *parameters: Tensor) -> Tensor:
+                place.copy_(images)
+                replay_forward()
+                return results.detach()
+
+            @staticmethod
+            def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+                arriving.copy_(gradient)
+                return None, *(gradient.detach() for gradient in replay_backward())
+
+        return lambda images: Replay.apply(images, *parameters.values())
 
 
 @contextmanager
 def undone(engine: Engine) -> Iterator[None]:
-    """Undo what steps change, including the random state: warm-up and capture are not training."""
+    """Undo what steps change, including the random state: warm-up and capture are not training. Their time is counted apart."""
 
     def optimizer_state() -> list[Tensor]:
         return [value for state in engine.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
 
+    device = engine.world.device
+    if device.type == "cuda":
+        torch.cuda.synchronize()  # earlier steps are not a part of it
+    started = time.perf_counter()
     before = optimizer_state()
     tensors = [*engine.module.parameters(), *engine.module.buffers(), *before]
     values, counters = [t.detach().clone() for t in tensors], {name: getattr(engine.deepspeed, name) for name in COUNTERS}
-    device = engine.world.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             yield
@@ -82,6 +118,7 @@ def undone(engine: Engine) -> Iterator[None]:
                     tensor.copy_(value)
             for name, count in counters.items():
                 setattr(engine.deepspeed, name, count)
+            engine.capture_seconds += time.perf_counter() - started
 
 
 class CapturedStep:

@@ -55,6 +55,16 @@ def own_optimizer(model: nn.Module, config: dict[str, Any]) -> torch.optim.Optim
     return MuonWithSGD(muon.parameter_groups(model, optimizer["params"])) if optimizer["type"] == muon.NAME else None
 
 
+def synchronize_batch_norm(model: nn.Module) -> None:
+    """Let every BatchNorm use the statistics of all ranks.
+
+    In place: torch's convert_sync_batchnorm fails where the scale is a buffer instead of a parameter, as speednet's is.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.__class__, module.process_group = nn.SyncBatchNorm, None
+
+
 class Engine:
     """One model in training: learning rate, forward, backward, step; and its full weights and state on every rank.
 
@@ -75,6 +85,7 @@ class Engine:
         self.grad_norm = torch.zeros((), device=world.device)  # of the last step, over all ranks, before clipping
         self.skipped = torch.zeros((), device=world.device)  # 1.0 if the last step was skipped, else 0.0
         self.seeds_dropout = any(isinstance(module, nn.modules.dropout._DropoutNd) for module in self.module.modules())
+        self.capture_seconds = 0.0  # spent so far to capture CUDA graphs
         self._accumulation = deepspeed_engine.gradient_accumulation_steps()
         self._micro_batch = 0  # of the current step
         self._seed = seed
@@ -148,8 +159,7 @@ class Engine:
         if last:
             self._micro_batch = 0
             if self.stage:  # ZeRO measures, clips and skips by itself, and synchronizes to do so
-                norm = self.deepspeed.get_global_grad_norm()
-                self.grad_norm = torch.as_tensor(norm, dtype=torch.float32, device=self.world.device)
+                self.grad_norm.fill_(self.deepspeed.get_global_grad_norm())  # a copy from the host would be one more wait
                 self.skipped.fill_(0.0 if self.deepspeed.was_step_applied() else 1.0)
             skipped = self.skipped.bool()
             for buffer, saved in zip(self._buffers, self._saved_buffers, strict=True):

@@ -81,7 +81,7 @@ class SpeedNet(nn.Module):
         """
         images = images[: self.patch_images].float()
         patches = F.unfold(images, PATCH).transpose(1, 2).reshape(-1, 3 * PATCH**2)
-        values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+        values, vectors = torch.linalg.eigh((patches.T @ patches / len(patches)).cpu())  # 12 x 12
         filters = (vectors / torch.sqrt(values + 5e-4)).T.reshape(-1, 3, PATCH, PATCH)
         self.whitening.copy_(torch.cat((filters, -filters)))
 

@@ -43,7 +43,7 @@ def first_augmented(recipe: Recipe, images: Images, count: int = SHOWN) -> tuple
     places = rng.permutation(len(train), recipe.seed, 0)[:count]  # in the training split
     few, world = train[places.numpy()], World(0, 0, 1, 1, torch.device("cpu"), "python")
     loader = TrainLoader.of(images.pixels[few], images.labels[few], recipe, Batch(1, 1, 1, 1), world)
-    seen = loader.normalize.to_pixels(loader.augmented(torch.arange(len(few)), epoch=0, indices=places))
+    seen = loader.normalize.to_pixels(loader.augmented(torch.arange(len(few)), loader.draws(0, places)))
     return in_color(seen.permute(0, 2, 3, 1).numpy()), images.labels[few]
 
 

@@ -58,6 +58,7 @@ class Summary:
     val_accuracy: float | None = None  # of best_model
     best_step: int | None = None
     train_seconds: float = 0.0  # of training steps
+    capture_seconds: float | None = None  # of this process, beside them: to capture CUDA graphs
     process_seconds: float = 0.0  # since the process started, imports included
     images_per_second: float | None = None
     resumed_at_steps: list[int] | None = None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cifar10.distributed import device
 from cifar10.engine.cuda_graphs import accelerate
-from cifar10.engine.engine import Engine
+from cifar10.engine.engine import Engine, synchronize_batch_norm
 from cifar10.engine.levels import Level
 from cifar10.models.registry import build_model
 from cifar10.run.metric_buffer import MetricBuffer
@@ -102,7 +102,9 @@ def test_every_precision_trains_at_every_stage(precision: str, stage: int) -> No
 
 def test_sync_bn_of_one_rank_is_batch_norm() -> None:
     plain = make_engine(one_rank(), build_model("bn_cnn", 0, 10))
-    synced = make_engine(one_rank(), nn.SyncBatchNorm.convert_sync_batchnorm(build_model("bn_cnn", 0, 10)))
+    model = build_model("bn_cnn", 0, 10)
+    synchronize_batch_norm(model)
+    synced = make_engine(one_rank(), model)
     for step in range(5):
         for engine in (plain, synced):
             one_step(engine, [data(32, seed=step)], 0.1)
