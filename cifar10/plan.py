@@ -112,7 +112,7 @@ def _given_config(options: Options) -> tuple[dict[str, Any], list[str]]:
     given = ds_config.override(given, lr=options.lr, **sizes)
     known = {"train_batch_size": own.get("train_batch_size")}
     sizes, auto = ds_config.without_auto({key: given.pop(key) for key in ds_check.BATCH_KEYS if key in given}, known)
-    return {**given, **sizes}, [*notes, *auto]
+    return {**sizes, **given}, [*notes, *auto]
 
 
 def _without_auto(
