@@ -20,6 +20,7 @@ COMMANDS = {  # each is the `run` of a file in cifar10/commands
     "doctor": "check whether this machine can train, and suggest fixes",
     "bench": "images per second, compared to a plain PyTorch loop and a stock DeepSpeed loop",
     "scaling": "speedup with more ranks, and the engine's overhead at each ZeRO stage and precision",
+    "schedule": "draw the learning rate over a run: a picture, and a line in the terminal",
     "recipes": "Markdown table of the recipes: model, parameters, measured results",
 }
 PROGRAM = "python -m cifar10"
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise UsageError(f"unknown command {command}; commands: {', '.join(COMMANDS)}")
-        code = _called(importlib.import_module(f"cifar10.commands.{command}").run, rest, command)
+        code = _called(importlib.import_module(f"cifar10.commands.{command.replace('-', '_')}").run, rest, command)
         sys.stdout.flush()
         return code
     except UsageError as error:

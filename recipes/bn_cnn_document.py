@@ -9,7 +9,7 @@ The document expects "81% test accuracy", which is its accuracy on training imag
 from cifar10.config.recipe import Experiment, Recipe
 
 EXPERIMENT = Experiment(
-    Recipe(epochs=50, warmup_epochs=5, val_images=0, lr_moves="per-epoch"),
+    Recipe(epochs=50, warmup_epochs=5, val_images=0, lr_schedule="cosine(per_epoch=True)"),
     deepspeed={
         "train_batch_size": 32,
         "train_micro_batch_size_per_gpu": 32,

@@ -17,7 +17,7 @@ EXPERIMENT = Experiment(
         bn_cnn.EXPERIMENT.recipe,
         epochs=30,
         warmup_epochs=0,
-        lr_shape="linear",
+        lr_schedule="linear",
         augment="RandomCrop(3, reflect) AlternatingFlip",
     ),
     deepspeed={

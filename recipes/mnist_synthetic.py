@@ -17,7 +17,7 @@ EXPERIMENT = Experiment(
         epochs=50,
         warmup_epochs=5,
         val_images=1_000,
-        lr_moves="per-epoch",
+        lr_schedule="cosine(per_epoch=True)",
         mean=(0.1307,),
         std=(0.3081,),
         augment="none",

@@ -37,7 +37,13 @@ def test_lenet():
 
 def test_mnist():
     data = {"dataset": "synthetic_mnist", "mean": (0.1307,), "std": (0.3081,), "val_images": 1_000, "augment": "none"}
-    schedule = {"epochs": 50, "warmup_epochs": 5, "lr_moves": "per-epoch", "patience": 15, "min_improvement": 1e-5}
+    schedule = {
+        "epochs": 50,
+        "warmup_epochs": 5,
+        "lr_schedule": "cosine(per_epoch=True)",
+        "patience": 15,
+        "min_improvement": 1e-5,
+    }
     config = config_of("mnist_synthetic", model="mnist_cnn", weights="none", **data, **schedule)
     assert (config["optimizer"]["type"], config["optimizer"]["params"]["lr"]) == ("Adam", 1e-3)
     assert [config[key] for key in ds_config.BATCH_KEYS] == [32, 32, 1]

@@ -17,7 +17,8 @@ import tyro
 
 from cifar10 import UsageError
 from cifar10.config import habits
-from cifar10.config.recipe import Precisions, Recipe, check_recipe, check_values, is_positive, load
+from cifar10.config.recipe import Precisions, Recipe, check_recipe, check_values, load
+from cifar10.config.values import is_positive
 from cifar10.distributed.device import Choice
 
 # Flags whose help text states the default itself.
@@ -201,11 +202,12 @@ def parse(
 
 
 def take_old_flags(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Split off the flags of 0.1 that --augment replaces, and their values; to be removed after 0.2."""
+    """Split off the flags of 0.1 that --augment replaces, to be removed after 0.2, and those that --lr-schedule replaces."""
     switch = {"action": argparse.BooleanOptionalAction}
     options: dict[str, dict[str, Any]] = {"flip": switch, "alternate-flip": switch, "padding-mode": {}}
     options |= {"crop-padding": {"type": int}, "cutout": {"type": int}}
     options |= {"brightness": {"type": float}, "contrast": {"type": float}}
+    options |= {"lr-shape": {"choices": ("cosine", "linear")}, "lr-moves": {"choices": ("per-step", "per-epoch")}}
     parser = argparse.ArgumentParser(
         add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS, exit_on_error=False
     )
@@ -214,5 +216,5 @@ def take_old_flags(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     try:
         old, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
-        raise UsageError(f"{error}; use --augment instead") from None
+        raise UsageError(f"{error}; use --augment or --lr-schedule instead") from None
     return rest, vars(old)

@@ -10,16 +10,18 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 
 from cifar10 import UsageError, nearest
+from cifar10.config import schedule
+from cifar10.config.values import is_a, is_positive
 
 PROJECT = Path(__file__).resolve().parents[2]
 
 # Shorter metavars in the help text.
+_Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
 _Channels = Annotated[tuple[float, ...], tyro.conf.arg(metavar="X")]
 _Sizes = Annotated[tuple[int, ...], tyro.conf.arg(metavar="N")]
 Precisions = tuple[Literal["fp32", "bf16", "fp16"], ...]
@@ -36,10 +38,10 @@ class Recipe:
     val_images: int
     """Training images held out for validation, stratified by class. With 0, all are trained on, the last model is the best,
     and early stopping monitors the training loss."""
-    lr_moves: Literal["per-step", "per-epoch"] = "per-step"
-    """Whether the learning rate changes at every step, or once per epoch as in the reference document."""
-    lr_shape: Literal["cosine", "linear"] = "cosine"
-    """How the learning rate decays to zero after the warmup."""
+    lr_schedule: _Name = "cosine"
+    """How the learning rate changes after the warmup: constant, cosine, linear, polynomial(power), exponential(gamma),
+    step(step_size, gamma), multistep(milestones, gamma), one-cycle or restarts(T_0, T_mult), named as in torch, in epochs.
+    "cosine(per_epoch=True)" changes only between epochs, as any of them can. "python -m cifar10 schedule" draws it."""
     model: str = "bn_cnn"
     """Name of the network, one of cifar10/models."""
     weights: str = "none"
@@ -129,10 +131,6 @@ def check_values(settings: Any, *checks: tuple[str, Callable[[Any], bool], str])
                 raise invalid("--" + name.replace("_", "-"), value, expected, example)
 
 
-def is_positive(value: float) -> bool:
-    return 0 < value < math.inf  # false for nan
-
-
 def check_recipe(recipe: Recipe) -> None:
     """Validate ranges. Raises UsageError, which names the flag and an example."""
     sizes = len(recipe.first_sizes)
@@ -151,8 +149,7 @@ def check_recipe(recipe: Recipe) -> None:
         ("mean", lambda ns: len(ns) in (1, 3) and all(map(math.isfinite, ns)), "3 finite numbers, or 1 for gray images"),
         ("std", lambda ns: len(ns) in (1, 3) and all(map(is_positive, ns)), "3 numbers above 0, or 1 for gray images"),
     )
-    if recipe.lr_shape == "linear" and recipe.lr_moves == "per-epoch":
-        raise UsageError("--lr-shape linear is not supported with --lr-moves per-epoch; use --lr-moves per-step")
+    schedule.parse(recipe.lr_schedule)
 
 
 def recipe_names() -> list[str]:
@@ -169,25 +166,12 @@ def load(name: str) -> Experiment:
     return importlib.import_module(f"recipes.{name}").EXPERIMENT
 
 
-def is_a(value: Any, kind: Any) -> bool:
-    """Whether a value has this type; an int is a float too, and a bool is neither."""
-    origin, args = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return any(is_a(value, one) for one in args)
-    if origin is Literal:
-        return value in args
-    if origin in (tuple, list):
-        return isinstance(value, origin) and all(is_a(one, args[0]) for one in value)
-    if isinstance(value, bool) or kind is bool:
-        return isinstance(value, bool) and kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
 def from_settings(values: dict[str, Any]) -> Recipe:
     """A recipe from JSON values; missing fields get their defaults.
 
     Raises UsageError for invalid values, and ValueError, TypeError, AttributeError or OverflowError for anything else.
     """
+    values = schedule.modern(values)
     recipe = Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     for name, kind in get_type_hints(Recipe).items():
         if not is_a(getattr(recipe, name), kind):

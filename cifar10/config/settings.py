@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from cifar10.config.schedule import modern
+
 # These may change when a run resumes: micro-batches follow from the number of ranks, and ZeRO does not change the result.
 FREE = ("deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps", "deepspeed.zero_")
 
@@ -22,7 +24,7 @@ def flattened(values: dict[str, Any], above: str = "") -> dict[str, Any]:
 
 def differences(saved: dict[str, Any], ours: dict[str, Any]) -> str:
     """Up to four differences, `epochs 5 there, 6 here; ...`, of two {"recipe": ..., "deepspeed": ...}; empty if none."""
-    there, here = flattened(saved), flattened(ours)
+    there, here = flattened({**saved, "recipe": modern(saved.get("recipe", {}))}), flattened(ours)
     keys = sorted(key for key in there.keys() | here.keys() if not key.startswith(FREE) and there.get(key) != here.get(key))
     names = (key.partition(".")[2] or key for key in keys[:4])
     shown = ((_short(name), _short(there.get(key)), _short(here.get(key))) for name, key in zip(names, keys, strict=False))

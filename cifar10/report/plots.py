@@ -125,6 +125,14 @@ def optimization(record: Record) -> Figure:
     return figure
 
 
+def schedule(rates: Sequence[float], steps_per_epoch: int, title: str) -> Figure:
+    """The learning rate at each step of a run."""
+    figure, axes = _figure(3.2)
+    axes.plot((np.arange(len(rates)) + 0.5) / steps_per_epoch, rates, color=SERIES[0], linewidth=1.8)
+    axes.set(title=title, xlabel="epoch", ylabel="learning rate", ylim=(0, None))
+    return figure
+
+
 # --- the model's predictions ------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar10 import UsageError, reason
+from cifar10.config.schedule import modern
 from cifar10.config.settings import FREE, flattened
 from cifar10.data.dataset import Description, description_from
 from cifar10.run.folder import damaged, read_json, read_recipe, title
@@ -119,7 +120,7 @@ def open_record(folder: Path) -> Record:
     record = Record(
         folder,
         recipe=str(recipe.get("recipe", "?")),
-        settings=recipe["settings"],
+        settings=modern(recipe["settings"]),
         dataset=dataset,
         ds_config=read_json(folder / "ds_config.json") or {},
         summary=summary or {},

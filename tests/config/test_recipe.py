@@ -96,10 +96,6 @@ def test_switches_and_triples():
     assert recipe.mean == (0.5, 0.4, 0.3)
 
 
-def test_a_line_moves_at_every_step():
-    assert "--lr-moves per-step" in refusal(*"--lr-shape linear --lr-moves per-epoch".split())
-
-
 def test_first_sizes_and_their_epochs():
     recipe, _ = parse("--first-sizes 24 28 --first-epochs 2 1".split())
     assert (recipe.first_sizes, recipe.first_epochs) == ((24, 28), (2, 1))
@@ -156,7 +152,6 @@ def test_every_number_that_a_flag_takes_is_tried_above():
         ("--epochs", ["--epochs"]),
         ("--seed 1.5", ["--seed", "1.5"]),
         ("--mean 0.5 0.5", ["--mean", "3"]),
-        ("--lr-moves weekly", ["--lr-moves", "per-step", "per-epoch"]),
         ("--recipe", ["--recipe"]),
         ("words", ["words"]),
         ("-x", ["-x"]),
@@ -213,7 +208,7 @@ def test_bn_cnn_document_holds_the_documents_numbers():
     experiment = load("bn_cnn_document")
     recipe, config = experiment.recipe, ds_config.read(experiment.deepspeed)
     assert (recipe.model, recipe.dataset) == ("bn_cnn", "cifar10")
-    assert (recipe.epochs, recipe.warmup_epochs, recipe.lr_moves) == (50, 5, "per-epoch")
+    assert (recipe.epochs, recipe.warmup_epochs, recipe.lr_schedule) == (50, 5, "cosine(per_epoch=True)")
     assert (recipe.val_images, recipe.patience, recipe.min_improvement) == (0, 15, 1e-5)
     assert (recipe.mean, recipe.std) == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
     assert (recipe.augment, recipe.label_smoothing) == ("RandomCrop(4) RandomHorizontalFlip", 0)
