@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from cifar10 import UsageError, streams
 from cifar10.config.cli import without_launcher_flags
 from cifar10.config.recipe import Recipe, as_json
+from cifar10.config.schedule import parse as lr_schedule
 from cifar10.data.dataset import stratified_split
 from cifar10.data.loader import EvaluationLoader, MicroBatch, TrainLoader
 from cifar10.distributed import launchers
@@ -74,7 +75,8 @@ def get_cifar10_dataloaders(plan: Plan, world: World) -> tuple[TrainLoader, Eval
     images = plan.images("train")
     train, val = stratified_split(images.labels, plan.recipe.val_images, plan.recipe.split_seed)
     bf16 = plan.precision == "bf16"
-    train_loader = TrainLoader.of(images.pixels[train], images.labels[train], plan.recipe, plan.batch, world, bf16=bf16)
+    classes, pixels, labels = len(plan.dataset.classes), images.pixels[train], images.labels[train]
+    train_loader = TrainLoader.of(pixels, labels, plan.recipe, plan.batch, world, bf16=bf16, classes=classes)
     return train_loader, EvaluationLoader.of(images.pixels[val], images.labels[val], plan.recipe, world)
 
 
@@ -99,27 +101,28 @@ def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
 
 
 def lr_multiplier(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    """What the base learning rate is multiplied by at `step`, a pure function of it.
+    """What the base learning rate is multiplied by at `step`, a pure function of it: a linear warmup, then --lr-schedule.
 
-    Moving per step, a step counts as its middle, e = (step + 1/2) / steps_per_epoch epochs, so that the first and the last
-    step both learn: min(1, e / warmup), then a cosine or a line to 0. The warmup is at most a tenth of the run.
+    A step counts as its middle, (step + 1/2) / steps_per_epoch epochs, so that the first and the last step both learn. With
+    `per_epoch`, an epoch counts from its start, and in the warmup from its end, as in `get_lr_schedule`.
     """
+    schedule = lr_schedule(recipe.lr_schedule)
     epochs = total_steps(recipe, steps_per_epoch) / steps_per_epoch  # those of whole steps, so that no step lies behind the end
-    warmup = min(recipe.warmup_epochs, epochs / 10)
-    if recipe.lr_moves == "per-epoch":
-        return get_lr_schedule(step // steps_per_epoch, 1.0, warmup, epochs)
-    epoch = (step + 0.5) / steps_per_epoch
+    warmup = schedule.warmup(recipe.warmup_epochs, epochs)
+    epoch = step // steps_per_epoch if schedule.per_epoch else (step + 0.5) / steps_per_epoch
     if epoch < warmup:
-        return epoch / warmup
-    progress = (epoch - warmup) / (epochs - warmup)
-    return 1 - progress if recipe.lr_shape == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        return min(1.0, (epoch + schedule.per_epoch) / warmup)
+    return schedule.factor(epoch, warmup, epochs)
 
 
 # --- one step, one epoch ------------------------------------------------------------------------------------------------
 
 
 def train_step(engine: Engine, micro_batches: list[MicroBatch], smoothing: float) -> tuple[Tensor, Tensor]:
-    """One update of the weights: the mean loss of this rank's images, and how many of them were classified correctly."""
+    """One update of the weights: the mean loss of this rank's images, and how many of them were classified correctly.
+
+    Labels are classes, int64 [B], or their probabilities, float32 [B, classes], of which the dominant one counts.
+    """
     losses, corrects = [], []
     for images, labels in micro_batches:
         logits = engine.forward(images).float()
@@ -127,7 +130,8 @@ def train_step(engine: Engine, micro_batches: list[MicroBatch], smoothing: float
         engine.backward(loss)
         engine.step()  # updates the weights after the last micro-batch
         losses.append(loss.detach())
-        corrects.append((logits.detach().argmax(dim=1) == labels).sum())
+        classes = labels if labels.dim() == 1 else labels.argmax(dim=1)
+        corrects.append((logits.detach().argmax(dim=1) == classes).sum())
     return (losses[0], corrects[0]) if len(losses) == 1 else (torch.stack(losses).mean(), torch.stack(corrects).sum())
 
 

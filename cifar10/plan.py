@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cifar10 import UsageError
-from cifar10.config import ds_check, ds_config
+from cifar10.config import ds_check, ds_config, schedule, values
 from cifar10.config.cli import Options, parse, take_old_flags
 from cifar10.config.recipe import Precisions, Recipe, invalid, load
 from cifar10.data import augment, registry
@@ -148,9 +148,11 @@ def make_plan(
     `world_size` may be a function of the global batch, in images; it is given None if the batch grows with the ranks.
     """
     argv, old_flags = take_old_flags(argv)
-    known = {"models": model_names(), "data sets": registry.DATASETS, "augmentations": augment.classes()}
+    old_schedule = [old_flags.pop(name, None) for name in ("lr_shape", "lr_moves")]
+    known = {"models": model_names(), "data sets": registry.DATASETS, "augmentations": values.classes(augment.Operation)}
     names = "\n\n".join(f"{kind}: {', '.join(listed)}" for kind, listed in known.items())
     recipe, options = parse(argv, program, f"{description}\n\n{names}" if description else names, extra)
+    recipe = dataclasses.replace(recipe, lr_schedule=schedule.with_old_settings(recipe.lr_schedule, *old_schedule))
     device_note = device.choose(options.device)
     refuse_unknown_model(recipe.model)
     dataset = registry.find(recipe.dataset)
@@ -172,7 +174,7 @@ def make_plan(
     kernels.refuse_missing_kernel(config)
     level = levels.resolve_level(options.engine_level, config, world_size, sync_bn=recipe.sync_bn)
     options = dataclasses.replace(options, log_every_steps=log_every, engine_level=level)
-    _check_schedule(recipe, config)
+    _check_schedule(recipe, config, load(options.recipe).recipe.lr_schedule)
     _check_sizes(recipe, options, batch, facts)
     _check_images(recipe, facts)
     if recipe.lr_reference_batch:
@@ -193,10 +195,16 @@ def make_plan(
     return plan
 
 
-def _check_schedule(recipe: Recipe, config: dict[str, Any]) -> None:
-    """Refuse what a scheduler in the config would silently ignore."""
-    for name, flag in (("lr_reference_batch", "--lr-reference-batch"), ("plateau_lr_factor", "--plateau-lr-factor")):
-        if config.get("scheduler") and getattr(recipe, name) != getattr(Recipe, name):
+def _check_schedule(recipe: Recipe, config: dict[str, Any], own: str) -> None:
+    """Refuse what a scheduler in the config would silently ignore; it may replace the recipe's `own` schedule."""
+    unused = {
+        "lr_reference_batch": Recipe.lr_reference_batch,
+        "plateau_lr_factor": Recipe.plateau_lr_factor,
+        "lr_schedule": own,
+    }
+    for name, value in unused.items():
+        flag = "--" + name.replace("_", "-")
+        if config.get("scheduler") and getattr(recipe, name) != value:
             scheduler = config["scheduler"].get("type")
             raise UsageError(f"{flag} is not supported with the config's scheduler, {scheduler}; leave out one of them")
 

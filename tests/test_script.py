@@ -141,8 +141,9 @@ def test_a_warmup_shorter_than_a_tenth_is_kept():
 
 
 def test_without_a_warmup_the_run_starts_at_the_full_rate():
-    for moves in ("per-step", "per-epoch"):
-        found = multipliers(Recipe(epochs=2, warmup_epochs=0, val_images=0, lr_moves=moves), 100)
+    for per_epoch in (False, True):
+        schedule = f"cosine(per_epoch={per_epoch})"
+        found = multipliers(Recipe(epochs=2, warmup_epochs=0, val_images=0, lr_schedule=schedule), 100)
         assert max(found) == found[0] == pytest.approx(1, abs=1e-4)
 
 
@@ -219,7 +220,8 @@ def finished_summary(state: RunState | None = None, **changes: Any) -> Summary:
 
 
 def closing_lines(summary: Summary, val_images: int = 5_000, dataset: str = "cifar10", is_augmented: bool = True) -> list[str]:
-    plan = SimpleNamespace(dataset=describe(dataset), recipe=SimpleNamespace(is_augmented=is_augmented))
+    recipe = SimpleNamespace(is_augmented=is_augmented, augment="none")
+    plan = SimpleNamespace(dataset=describe(dataset), recipe=recipe)
     return text.closing_lines(summary, val_images, plan)
 
 

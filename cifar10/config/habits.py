@@ -49,7 +49,7 @@ _TABLE = """
 --epochs {}: num-epochs n-epochs max-epochs num-train-epochs nb-epochs e ep
 --max-steps {}: steps num-steps max-iters iters iterations max-iterations num-iterations max-train-steps total-steps
 --warmup-epochs {}: warmup num-warmup-epochs warmup-epoch lr-warmup-epochs
---lr-shape {}: lr-scheduler scheduler sched lr-schedule schedule lr-scheduler-type
+--lr-schedule {}: lr-scheduler scheduler sched schedule lr-scheduler-type
 --seed {}: random-seed manual-seed rng-seed
 --log-every-steps {}: log-interval print-freq logging-steps log-freq log-every print-every p
 --save-every-epochs {}: save-freq save-interval save-every checkpoint-freq save-epochs

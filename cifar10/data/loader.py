@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cifar10.config.ds_config import Batch
@@ -19,7 +20,7 @@ from cifar10.distributed.world import World
 CHUNK_IMAGES = 512  # images gathered at once: small steps share the launch overhead of a dozen operations
 FULL_SIZE = 32  # height and width; larger images are gathered in smaller chunks
 
-MicroBatch = tuple[Tensor, Tensor]  # float32 [B, C, S, S] channels last, int64 [B]
+MicroBatch = tuple[Tensor, Tensor]  # float32 [B, C, S, S] channels last, int64 [B] or, mixed, float32 [B, classes]
 
 
 def at_once(num_images: int, size: int) -> int:
@@ -45,14 +46,23 @@ class TrainLoader:
     rank: int
     world_size: int
     first_stores: tuple[tuple[int, PixelStore], ...] = ()  # progressive resizing: (end epoch, smaller images)
+    classes: int = 10  # of probabilities, for MixUp and CutMix
 
     @classmethod
     def of(
-        cls, images: np.ndarray, labels: np.ndarray, recipe: Recipe, batch: Batch, world: World, *, bf16: bool = False
+        cls,
+        images: np.ndarray,
+        labels: np.ndarray,
+        recipe: Recipe,
+        batch: Batch,
+        world: World,
+        *,
+        bf16: bool = False,
+        classes: int = 10,
     ) -> TrainLoader:
         """A loader for images uint8 [N, S, S, C] and labels int64 [N], augmented as the recipe says.
 
-        For training in `bf16` on a CPU, RGB images are stored as bf16.
+        For training in `bf16` on a CPU, RGB images are stored as bf16, unless an operation needs their pixels.
         """
         on_device, untils = torch.from_numpy(images).to(world.device), itertools.accumulate(recipe.first_epochs)
         normalize, operations = Normalize(recipe.mean, recipe.std, world.device), augment.parse(recipe.augment)
@@ -62,6 +72,7 @@ class TrainLoader:
             reflect = crop.padding_mode == "reflect"
             store = pixels.pack(on_device, crop.padding, resize, image_size, reflect=reflect)
             once = bf16 and world.device.type == "cpu" and store.channels == 3 and not store.resize
+            once = once and not any(operation.on_pixels for operation in operations)
             return pixels.normalized(store, normalize) if once else store
 
         return cls(
@@ -75,6 +86,7 @@ class TrainLoader:
             micro_images=batch.micro_images,
             rank=world.rank,
             world_size=world.size,
+            classes=classes,
         )
 
     def first_images(self, num_images: int) -> Tensor:
@@ -86,23 +98,31 @@ class TrainLoader:
         return len(self.labels) // self.global_images
 
     def rank_indices(self, epoch: int) -> Tensor:
-        """Indices of this rank's images: int64 [steps, images per rank and step]."""
+        """Indices of this rank's images: int64 [steps, images per rank and step].
+
+        To be mixed, they follow the image before them in the global batch, and the first one follows the last.
+        """
         order = rng.permutation(len(self.labels), self.seed, epoch)
-        steps = order[: self.steps_per_epoch * self.global_images].view(self.steps_per_epoch, self.world_size, -1)
-        return steps[:, self.rank]
+        steps = order[: self.steps_per_epoch * self.global_images].view(self.steps_per_epoch, self.global_images)
+        share = self.global_images // self.world_size
+        first = self.rank * share
+        if not augment.mixing(self.operations):
+            return steps[:, first : first + share]
+        return torch.cat((steps[:, first - 1 :][:, :1], steps[:, first : first + share]), dim=1)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[MicroBatch]]:
         """The micro-batches of each step of `epoch`, from `first_step` on."""
-        per_step = self.global_images // self.world_size
+        rest, mixing = self.rank_indices(epoch)[first_step:], augment.mixing(self.operations)
+        per_step, indices = rest.shape[1], rest.reshape(-1)
         chunk = per_step * max(1, at_once(CHUNK_IMAGES, self.store.size) // per_step)  # whole steps
-        indices = self.rank_indices(epoch)[first_step:].reshape(-1)
         draws, positions = self.draws(epoch, indices), rng.to_device(indices, self.labels.device)
         for first in range(0, len(positions), chunk):
             part = slice(first, first + chunk)
             images, labels = self.augmented(positions[part], replace(draws, part=part)), self.labels[positions[part]]
-            micro_batches = list(zip(images.split(self.micro_images), labels.split(self.micro_images), strict=True))
-            for at in range(0, len(micro_batches), per_step // self.micro_images):
-                yield micro_batches[at : at + per_step // self.micro_images]
+            steps = zip(images.split(per_step), labels.split(per_step), strict=True)
+            for step, seen in enumerate(steps, first_step + first // per_step):
+                seen = self.mixed(*seen, epoch, step) if mixing else seen
+                yield list(zip(*(half.split(self.micro_images) for half in seen), strict=True))
 
     def draws(self, epoch: int, indices: Tensor) -> rng.Draws:
         """The random numbers in `epoch` for images with these indices in the training split: int64 [N], on the CPU."""
@@ -112,11 +132,25 @@ class TrainLoader:
     def augmented(self, positions: Tensor, draws: rng.Draws) -> Tensor:
         """The stored images at `positions`, augmented as drawn: int64 [B] -> normalized [B, C, S, S]."""
         store = next((store for until, store in self.first_stores if draws.epoch < until), self.store)
-        images = self.normalize(pixels.gather(store, positions, *augment.crop_and_flip(self.operations, store, draws)))
+        images = pixels.gather(store, positions, *augment.crop_and_flip(self.operations, store, draws))
         for operation in self.operations:
-            if not isinstance(operation, augment.GATHERED):
-                images = operation(images, draws)
-        return images
+            if isinstance(operation, augment.GATHERED + augment.MIXING):
+                continue
+            if operation.on_pixels and images.dtype != torch.uint8:
+                images = self.normalize.to_pixels(images)
+            images = operation(images if operation.on_pixels else self._normalized(images), draws)
+        return self._normalized(images).contiguous(memory_format=torch.channels_last)
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        return images if images.dtype == torch.float32 else self.normalize(images)
+
+    def mixed(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> MicroBatch:
+        """[1 + B, C, S, S], led by the image before them in the global batch, and labels -> [B, ...], float32 [B, classes]."""
+        random = rng.of_step(self.seed, epoch, step)
+        operation = random.choice(augment.mixing(self.operations))
+        mixed, share = operation.mix(images[1:], images[:-1], random)
+        targets = F.one_hot(labels, self.classes).float()
+        return mixed, targets[1:] * share + targets[:-1] * (1 - share)
 
 
 @dataclass(frozen=True)

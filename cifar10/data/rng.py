@@ -4,6 +4,7 @@ The hash is the finalizer of splitmix64 (Steele, Lea, Flood 2014, "Fast splittab
 arithmetic wraps the same way on CPU and GPU. There is no state to save for resuming in mid-epoch.
 """
 
+import random
 import zlib
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,11 @@ def _hash(seed: int, epoch: int, name: str, indices: Tensor) -> Tensor:
     for word in (seed, epoch, stream(name)):
         key = _mix(key + word + _GOLDEN)
     return _mix(indices * _GOLDEN + key)
+
+
+def of_step(seed: int, epoch: int, step: int) -> random.Random:
+    """Random numbers for a whole global batch, drawn on the host: the same on every rank."""
+    return random.Random(f"{seed} {epoch} {step}")
 
 
 def permutation(num_images: int, seed: int, epoch: int) -> Tensor:
@@ -81,3 +87,7 @@ class Draws:
     def uniform(self, name: str) -> Tensor:
         """Uniform random numbers in [-1, 1), one per image, in steps of 2^-23: float32 [B]."""
         return self.once(name, lambda draws: draws.below(2**24, name) / 2**23 - 1)
+
+    def between(self, low: float, high: float, name: str) -> Tensor:
+        """Uniform random numbers from low to high, one per image: float32 [B]."""
+        return low + (high - low) * (self.uniform(name) + 1) / 2

@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cifar10.config import schedule
 from cifar10.config.recipe import Recipe
 from cifar10.data import augment
 from cifar10.metrics.sink import Section
@@ -125,9 +126,10 @@ def _learning_rate(plan: Plan) -> str:
     recipe = plan.recipe
     if scheduler := plan.ds_config.get("scheduler"):
         return f"set by the config's {scheduler.get('type')}"
-    warmup = min(recipe.warmup_epochs, recipe.epochs / 10)
+    found = schedule.parse(recipe.lr_schedule)
+    warmup = found.warmup(recipe.warmup_epochs, recipe.epochs)
     rises = f"linear warmup over {warmup:g} epoch{'' if warmup == 1 else 's'}, then " if warmup else ""
-    return f"{rises}{recipe.lr_shape} decay to 0, updated {recipe.lr_moves.replace('-', ' ')}"
+    return f"{rises}{found.describe()}, updated per {'epoch' if found.per_epoch else 'step'}"
 
 
 def training_section(plan: Plan) -> Section:
@@ -145,10 +147,11 @@ def training_section(plan: Plan) -> Section:
     watched = "validation" if recipe.val_images else "training"
     patience = f"after {recipe.patience} epochs without an improvement of the {watched} loss by {recipe.min_improvement:g}"
     smoothing = f", label smoothing {recipe.label_smoothing:g}" if recipe.label_smoothing else ""
+    mixed = "; mixed images have mixed targets" if augment.mixing(augment.parse(recipe.augment)) else ""
     precision = "fp32" if plan.precision == "fp32" else f"{plan.precision} (torch_autocast), weights in fp32"
     rows = [
         ("batch", f"{batch.global_images} images per step = {ranks}"),
-        ("loss", f"cross-entropy{smoothing}"),
+        ("loss", f"cross-entropy{smoothing}{mixed}"),
         ("optimizer", ": ".join(filter(None, (optimizer.get("type", "none in the config"), ", ".join(shown))))),
         ("learning rate", _learning_rate(plan)),
         ("precision", f"{precision}; ZeRO stage {stage}; {clipped}"),
@@ -182,6 +185,12 @@ def opening_lines(
         yield f"stops at step {last_step} (--max-steps) of a schedule of {total_steps:,} steps"
 
 
+def train_images(recipe: Recipe) -> str:
+    """What the train accuracy is measured on, if the images are augmented."""
+    mixed = augment.mixing(augment.parse(recipe.augment))
+    return "augmented images, " + ("mixed two by two, of which the larger share's class counts, " if mixed else "")
+
+
 def _since_first(summary: Summary, split: str) -> str:
     """How much an accuracy has gained since the first epoch, in percentage points."""
     first, now = getattr(summary, f"first_{split}_accuracy"), getattr(summary, f"{split}_accuracy")
@@ -200,7 +209,7 @@ def closing_lines(summary: Summary, val_images: int, plan: Plan) -> list[str]:
     ]
     since = ""
     if summary.train_accuracy is not None:
-        images, since = "augmented images, " if plan.recipe.is_augmented else "", _since_first(summary, "train")
+        images, since = train_images(plan.recipe) if plan.recipe.is_augmented else "", _since_first(summary, "train")
         lines.append(f"train accuracy {summary.train_accuracy:.2%}  (last epoch: {images}measured during training{since})")
     if summary.train_loss is not None:
         first = f"; first epoch {summary.first_train_loss:.4f}" if since else ""

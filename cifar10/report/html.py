@@ -126,10 +126,15 @@ def _headline(record: Record) -> str:
     return ", ".join(words)
 
 
+def _is_mixed(settings: dict[str, Any]) -> bool:
+    return any(kind.__name__ in str(settings.get("augment")) for kind in augment.MIXING)
+
+
 def _train_means(record: Record) -> str:
     """What the train accuracy is measured on."""
     settings, smoothing = record.settings, record.settings.get("label_smoothing")
     words = ["augmented images"] if settings.get("augment") != "none" or settings.get("first_sizes") else []
+    words += ["mixed two by two, of which the larger share's class counts"] if _is_mixed(settings) else []
     words += ["measured during training"]
     words += [f"targets smoothed by {smoothing:g}"] if isinstance(smoothing, float) and smoothing else []
     return ", ".join(words)
@@ -179,10 +184,11 @@ def _sheets(record: Record, data_dir: Path, plot: Plot) -> tuple[dict[str, Any],
                 ]
                 plot("mistakes", plots.sheet, [one.pixels for one in mistakes], captions)
                 values["mistakes"] = [(one, tile(one.pixels)) for one in mistakes]
-        pixels, labels = samples.first_augmented(recipe, registry.images(recipe, "train", data_dir))
+        batch, train = record.ds_config.get("train_batch_size"), registry.images(recipe, "train", data_dir)
+        pixels, labels = samples.first_augmented(recipe, train, batch if isinstance(batch, int) else samples.SHOWN)
     except UsageError as error:
         return values, [f"images: {error}"]
-    names = [classes[label] for label in labels]
+    names = [classes[label] if label.ndim == 0 else f"{label.max():.0%} {classes[label.argmax()]}" for label in labels]
     plot("augmented", plots.sheet, pixels, [(plots.short(name),) for name in names])
     values["augmented"] = [(name, tile(image)) for name, image in zip(names, pixels, strict=True)]
     return values | {"augmentation": augment.describe(augment.parse(recipe.augment))}, []

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_type_hints
 
 import psutil
 
-from cifar10.config.recipe import is_a
+from cifar10.config.values import is_a
 from cifar10.data.dataset import Description
 from cifar10.run.folder import damaged, read_json, write_json
 from cifar10.run.state import RunState

@@ -15,6 +15,7 @@ from torchvision.transforms import functional as tv
 from torchvision.transforms import v2
 
 from cifar10 import UsageError
+from cifar10.config import values
 from cifar10.data import augment, rng
 from cifar10.data import pixels as pixels_
 from cifar10.plan import make_plan
@@ -197,12 +198,11 @@ def test_each_image_has_one_brightness_and_one_contrast() -> None:
 
 
 def test_rotated_images_are_torchvisions(images: Tensor) -> None:
-    normalized = pixels_.Normalize(MEAN, STD, CPU)(images.permute(0, 3, 1, 2)).repeat(10, 1, 1, 1)
+    pixels = images.permute(0, 3, 1, 2).repeat(10, 1, 1, 1)
     some, operation = draws(torch.arange(40), 3, 1), augment.RandomRotation(30)
     angles = (some.uniform("RandomRotation") * 30).tolist()
-    fill = some.black.tolist()
-    theirs = [v2.functional.rotate(one, angle, fill=fill) for one, angle in zip(normalized, angles, strict=True)]
-    same = (operation(normalized, some) == torch.stack(theirs)).float().mean()
+    theirs = [v2.functional.rotate(one, angle) for one, angle in zip(pixels, angles, strict=True)]
+    same = (operation(pixels, some) == torch.stack(theirs)).float().mean()
     assert same > 0.999, "but for pixels half way between two"
     assert max(map(abs, angles)) <= 30
     assert min(angles) < -20 < 20 < max(angles)
@@ -332,9 +332,9 @@ def test_cutout_blacks_out_a_whole_square_anywhere(dtype: torch.dtype) -> None:
 
 def every_operation() -> list[augment.Operation]:
     """One of each class, with valid arguments."""
-    arguments = {int: 4, float: 0.25, "degrees": 15.0}
+    arguments = {int: 4, float: 0.25, tuple[float, float]: (0.25, 0.5), "degrees": 15.0, "num_magnitude_bins": 31, "p": 0.9}
     made = []
-    for kind in augment.classes().values():
+    for kind in values.classes(augment.Operation).values():
         types = get_type_hints(kind)
         made.append(kind(*(arguments.get(f.name, arguments.get(types[f.name], "reflect")) for f in dataclasses.fields(kind))))
     return made
@@ -347,17 +347,20 @@ def test_an_operation_is_written_read_and_described(operation: augment.Operation
     operation.check(32)
 
 
-@pytest.mark.parametrize(
-    "operation", [one for one in every_operation() if not isinstance(one, augment.GATHERED)], ids=lambda one: type(one).__name__
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+APPLIED = [one for one in every_operation() if not isinstance(one, augment.GATHERED + augment.MIXING)]
+CASES = [(one, dtype) for one in APPLIED for dtype in ((torch.uint8,) if one.on_pixels else (torch.float32, torch.bfloat16))]
+
+
+@pytest.mark.parametrize(("operation", "dtype"), CASES, ids=lambda one: getattr(one, "name", one.__str__)())
 def test_an_operation_is_a_function_of_seed_epoch_and_image(operation: augment.Operation, dtype: torch.dtype) -> None:
-    images = torch.randn(50, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    images = torch.randn(50, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = (images * 60 + 120).clamp(0, 255).to(dtype) if operation.on_pixels else images.to(dtype)
     given, indices = images.clone(), torch.arange(50)
     together = operation(images, draws(indices, 1, 2))
     assert (together.shape, together.dtype) == (images.shape, dtype)
     assert torch.equal(images, given), "the input is unchanged"
     assert torch.equal(operation(images[7:9], draws(indices[7:9], 1, 2)), together[7:9])
+    assert torch.equal(operation(images[7:8], draws(indices[7:8], 1, 2)), together[7:8])
     for other in ((2, 2), (1, 3)):
         assert not torch.equal(operation(images, draws(indices, *other)), together)
 
@@ -370,6 +373,8 @@ def test_an_operation_is_a_function_of_seed_epoch_and_image(operation: augment.O
         (" RandomCrop( 4 )  RandomHorizontalFlip() ", "RandomCrop(4) RandomHorizontalFlip"),
         ("RandomCrop(padding=2, padding_mode=reflect)", "RandomCrop(2, reflect)"),
         ("BrightnessContrast(1)", "BrightnessContrast(1)"),
+        ("ColorJitter(hue=0.1) RandomAffine(0,[0.1, 0.2])", "ColorJitter(0, 0, 0, 0.1) RandomAffine(0, (0.1, 0.2))"),
+        ("MixUp(0.2) CutMix(alpha=1.0)", "MixUp(0.2) CutMix"),
     ],
 )
 def test_an_augmentation_has_one_spelling(text: str, due: str) -> None:
@@ -387,7 +392,9 @@ def test_an_augmentation_has_one_spelling(text: str, due: str) -> None:
         ("__import__('os')", "__import__"),
         ("Cutout(4) Cutout(5)", "Cutout is given twice"),
         ("RandomHorizontalFlip AlternatingFlip", "twice"),
-        ("Cutout(4) RandomCrop(4)", "must come first"),
+        ("Cutout(4) RandomCrop(4)", "come first"),
+        ("MixUp Cutout(4)", "MixUp and CutMix last"),
+        ("RandomAffine(10, 0.1)", "two numbers in brackets"),
     ],
 )
 def test_an_invalid_augmentation_is_refused_in_one_line(text: str, named: str) -> None:
@@ -402,6 +409,12 @@ def test_an_invalid_augmentation_is_refused_in_one_line(text: str, named: str) -
         ("RandomCrop(28, reflect)", 28, "27"),
         ("RandomCrop(-1)", 32, "32"),
         ("BrightnessContrast(2)", 9, "1"),
+        ("RandomAffine(0, (0.1, 2))", 32, "0 to 1"),
+        ("RandomAffine(0, (0, 0), (2, 1))", 32, "lowest"),
+        ("ColorJitter(0, 0, 0, 0.6)", 32, "0.5"),
+        ("RandomErasing(0)", 32, "above 0"),
+        ("RandAugment(2, 31)", 32, "30"),
+        ("MixUp(0)", 32, "above 0"),
     ],
 )
 def test_an_argument_out_of_range_is_refused_with_the_range(text: str, size: int, named: str) -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from torchvision.transforms import v2
 
 from cifar10.config.ds_config import Batch
 from cifar10.config.recipe import Recipe
@@ -130,6 +131,67 @@ def test_evaluation_sees_every_image_exactly_once(pixels: Tensor, num_images: in
     assert seen.sort().values.tolist() == list(range(num_images))
     for images, labels in batches:
         assert torch.equal(images, normalize(pixels_.center(store, labels)))
+
+
+EVERY = (  # in an order that goes from pixels to normalized images and back
+    "RandomCrop(4) RandomHorizontalFlip Cutout(8) RandomRotation(15) RandomAffine(10, (0.1, 0.1)) RandomGrayscale"
+    " ColorJitter(0.2, 0.2, 0.2, 0.1) RandAugment TrivialAugmentWide AutoAugment BrightnessContrast(0.1) RandomErasing"
+    " MixUp CutMix(0.5)"
+)
+
+
+def mixing_loader(pixels: Tensor, text: str, **how: int) -> TrainLoader:
+    return dataclasses.replace(train_loader(pixels, **how), operations=augment.parse(text), classes=NUM_IMAGES)
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 3), (2, 1), (4, 3)])
+def test_every_augmentation_is_the_same_at_any_world_size_and_after_a_resume(
+    pixels: Tensor, world_size: int, accumulation: int
+) -> None:
+    alone = list(mixing_loader(pixels, EVERY).epoch(2))
+    ranks = [mixing_loader(pixels, EVERY, rank=r, world_size=world_size, accumulation=accumulation) for r in range(world_size)]
+    shares = [list(rank.epoch(2, first_step=7)) for rank in ranks]
+    for step, (expected,) in enumerate(alone[7:]):
+        images, targets = one([micro for share in shares for micro in share[step]])
+        assert torch.equal(images, expected[0])
+        assert torch.equal(targets, expected[1])
+        assert images.is_contiguous(memory_format=torch.channels_last)
+    assert not torch.equal(alone[0][0][0], next(mixing_loader(pixels, EVERY).epoch(3))[0][0])
+
+
+@pytest.mark.parametrize("name", ["MixUp", "CutMix"])
+def test_neighbors_are_mixed_as_by_torchvision(pixels: Tensor, name: str) -> None:
+    train = mixing_loader(pixels, f"RandomCrop(4) {name}(0.7)")
+    plain = dataclasses.replace(train, operations=train.operations[:1])
+    shares = []
+    for step, (((images, targets),), ((whole, labels),)) in enumerate(zip(train.epoch(1), plain.epoch(1), strict=True)):
+        shares.append(targets[0, labels[0]].item())
+        assert (targets.argmax(dim=1) == (labels if shares[-1] > 0.5 else labels.roll(1))).all(), "the dominant label"
+        theirs = getattr(v2, name)(alpha=0.7, num_classes=NUM_IMAGES)
+        random = rng.of_step(4, 1, step)
+        random.choice([name])
+        share = random.betavariate(0.7, 0.7)
+        if name == "MixUp":
+            params = {"lam": share}
+        else:  # the box is where the image was replaced
+            changed = (images != whole).any(dim=1).any(dim=0)
+            rows, columns = changed.any(dim=1).nonzero().flatten().tolist(), changed.any(dim=0).nonzero().flatten().tolist()
+            box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if rows else (0, 0, 0, 0)
+            params = {"box": box, "lam_adjusted": 1 - (box[2] - box[0]) * (box[3] - box[1]) / 32**2}
+            assert params["lam_adjusted"] >= share - 1e-6, "smaller only at the border"
+        params |= {"labels": labels, "batch_size": len(labels)}
+        assert torch.allclose(images, theirs.transform(whole, params), atol=1e-6)
+        assert torch.allclose(targets, theirs.transform(labels, params), atol=1e-6)
+    assert max(shares) > 0.9
+    assert min(shares) < 0.4
+
+
+def test_with_several_ways_of_mixing_each_step_uses_one(pixels: Tensor) -> None:
+    both, kinds = mixing_loader(pixels, "MixUp CutMix"), set()
+    for ((images, _),) in both.epoch(0):
+        pixels_seen = both.normalize.to_pixels(images).float()
+        kinds.add(bool(((both.normalize(pixels_seen.to(torch.uint8)) - images).abs() < 1e-4).all()))
+    assert kinds == {True, False}, "whole pixels, and means of pixels"
 
 
 def test_the_first_epochs_are_on_smaller_images(pixels: Tensor) -> None:

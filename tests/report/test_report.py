@@ -115,6 +115,8 @@ RECIPES = [
     "--dataset synthetic --first-sizes 16 --first-epochs 1 --augment 'RandomCrop(3) RandomHorizontalFlip Cutout(10)'",
     "--dataset synthetic --augment 'RandomCrop(3, reflect) BrightnessContrast(0.2, 0.3) Cutout(5)'",
     "--dataset synthetic --first-sizes 16 24 --first-epochs 1 1 --augment 'RandomCrop(2) AlternatingFlip'",
+    "--dataset synthetic --augment 'RandomCrop(4) ColorJitter(0.2, 0.2) RandAugment RandomErasing CutMix'",
+    "--dataset synthetic --first-sizes 16 --first-epochs 1 --augment 'TrivialAugmentWide MixUp'",
 ]
 
 
@@ -127,11 +129,11 @@ def test_the_augmented_images_are_those_that_training_sees(flags, ranks, small):
         train, _ = script.get_cifar10_dataloaders(plan, World(rank, rank, ranks, ranks, torch.device("cpu"), "test"))
         seen += next(train.epoch(0))
     images, labels = torch.cat([images for images, _ in seen])[:24], torch.cat([labels for _, labels in seen])[:24]
-    pixels, its_labels = samples.first_augmented(plan.recipe, plan.images("train"))
+    pixels, its_labels = samples.first_augmented(plan.recipe, plan.images("train"), 32)
     shown = torch.from_numpy(pixels).permute(0, 3, 1, 2)[:, : images.shape[1]]
     normalize = pixels_of.Normalize(plan.recipe.mean, plan.recipe.std, torch.device("cpu"))
     assert its_labels.tolist() == labels.tolist()
-    if "Brightness" in plan.recipe.augment:
+    if any(name in plan.recipe.augment for name in ("Brightness", "Erasing", "Mix")):
         assert torch.equal(shown, normalize.to_pixels(images))
     else:
         assert torch.equal(normalize(shown), images)
