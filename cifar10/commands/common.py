@@ -8,7 +8,9 @@ from typing import Annotated, Any
 import tyro
 from rich.table import Table
 
+from cifar10 import UsageError
 from cifar10.distributed import device
+from cifar10.files import written_whole
 from cifar10.run.trained import Which
 
 _arg, RUNS = tyro.conf.arg, "A run's folder, its checkpoints/best_model or checkpoints/final, a file of weights, or an export."
@@ -24,6 +26,15 @@ def settle(asked: device.Choice) -> None:
     """Take --device, and say on stderr if the environment asks for the CPU. Raises UsageError for GPUs that cannot be used."""
     if note := device.choose(asked):
         print(note, file=sys.stderr)
+
+
+def write_picture(output: Path, png: bytes) -> None:
+    """Write a PNG. Raises UsageError if it cannot be written."""
+    try:
+        with written_whole(output) as file:
+            file.write(png)
+    except OSError as error:
+        raise UsageError(f"--output {output} cannot be written ({error.strerror}); choose another file") from None
 
 
 def as_flags(settings: dict[str, Any]) -> list[str]:

@@ -8,11 +8,10 @@ from typing import Annotated
 import tyro
 
 from cifar10 import UsageError
-from cifar10.commands.common import as_flags
+from cifar10.commands.common import as_flags, write_picture
 from cifar10.config import cli, ds_config, recipe
 from cifar10.config.schedule import parse
 from cifar10.data import registry
-from cifar10.files import written_whole
 from cifar10.report import plots
 from cifar10_deepspeed import lr_multiplier, total_steps
 
@@ -63,11 +62,6 @@ def run(
     """
     flags = {"--recipe": recipe, "--lr-schedule": lr_schedule, "--epochs": epochs, "--warmup-epochs": warmup_epochs, "--lr": lr}
     rates, per_epoch, what = rates_of(as_flags(flags))
-    picture = plots.png(plots.schedule, rates, per_epoch, what)
-    try:
-        with written_whole(output) as file:
-            file.write(picture)
-    except OSError as error:
-        raise UsageError(f"--output {output} cannot be written ({error.strerror}); choose another file") from None
+    write_picture(output, plots.png(plots.schedule, rates, per_epoch, what))
     print(f"{drawn(rates)}\n{0:>9} {len(rates):,} steps of {per_epoch:,} an epoch: {what}")
     print(f"first {rates[0]:.4g}, highest {max(rates):.4g}, last {rates[-1]:.4g}; written to {output}")

@@ -17,7 +17,7 @@ from cifar10.launch.command import split_launch_options
 
 FLAGS = {"--" + field.name.replace("_", "-") for kind in (Recipe, Options) for field in fields(kind)}
 VALUES = {
-    "--lr-shape": "linear",
+    "--lr-schedule": "linear",
     "--precision": "bf16",
     "--wandb": "off",
     "--augment": "Cutout(3)",
