@@ -4,8 +4,6 @@ A character that their encoding lacks is escaped. In a run, whatever happens to 
 disk under `> log`), what is printed then is lost and the run goes on; a reader that sleeps (`| less`, Ctrl-S) delays it once.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import select

@@ -4,8 +4,6 @@ The names are those of PyTorch's and DeepSpeed's examples, timm, Lightning and H
 for the value that was given.
 """
 
-from __future__ import annotations
-
 import re
 
 from cifar10 import nearest

@@ -1,7 +1,5 @@
 """DeepSpeed's own kernels, which it compiles when they are first used: what that needs is checked before any rank starts."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from importlib.util import find_spec

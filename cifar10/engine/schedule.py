@@ -1,7 +1,5 @@
 """A scheduler of DeepSpeed's JSON, tried out before training: DeepSpeed steps it after every step, whatever it was made for."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 
