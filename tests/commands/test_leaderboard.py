@@ -67,8 +67,10 @@ def test_the_command_prints_or_writes_the_same(tmp_path, capsys, monkeypatch):
     sys.argv += ["--output", str(tmp_path / "page.md")]
     assert main() == 0
     assert (tmp_path / "page.md").read_text(encoding="utf-8") == printed.replace("](./)", "](runs/)")
-    sys.argv[-1] = str(tmp_path / "nowhere" / "page.md")
-    assert main() == 2
+    sys.argv[-1] = str(tmp_path / "new" / "page.md")
+    assert main() == 0
+    sys.argv[-1] = str(tmp_path / "page.md" / "page.md")
+    assert main() == 2, "a file is in the way"
 
 
 def test_the_commits_of_a_row_are_all_named(tmp_path):
