@@ -407,7 +407,7 @@ def carry_out(argv: list[str]) -> None:
     options = plan.options
     world = distributed.join(options.threads, options.timeout_minutes, deterministic=options.deterministic)
     model, notes = initial_model(plan)
-    plan = replace(plan, notes=[*plan.notes, *notes])
+    plan = replace(plan, notes=[*launchers.notes(options.output_dir), *plan.notes, *notes])
     folder = world.from_main(lambda: run_folder.choose(options.output_dir, options.recipe))
     summary = world.from_main(lambda: read_summary(folder))
     if summary and summary.is_complete(options.max_steps):

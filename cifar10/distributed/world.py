@@ -159,9 +159,9 @@ def join(threads: int | None = None, timeout_minutes: float = 10.0, *, determini
     """
     if dist.is_initialized():
         raise UsageError("this process is in a process group already; call torch.distributed.destroy_process_group() first")
-    alone = "RANK" not in os.environ
-    rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or (1 if alone else size))
+    size = launchers.world_size()
+    rank, local_rank = (int(os.environ.get(name) or 0) if size > 1 else 0 for name in ("RANK", "LOCAL_RANK"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size) if size > 1 else 1
     launcher = launchers.name(dict(os.environ))
     torch.set_num_threads(threads or max(1, cores() // local_size))
     device = _device(local_rank, local_size, launcher)
@@ -180,9 +180,19 @@ def join(threads: int | None = None, timeout_minutes: float = 10.0, *, determini
     os.environ["LOCAL_RANK"] = str(device.index or 0 if device.type == "cuda" else local_rank)  # DeepSpeed's device index
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
-    single = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}  # a single process needs no port
+    single = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}  # a single process needs no port
     on = {"device_id": device} if device.type == "cuda" else {}  # or torch guesses it from the rank
-    dist.init_process_group(backend, timeout=timeout, **single, **on)
+    if size > 1:
+        launchers.wait_for_name(os.environ["MASTER_ADDR"])
+    try:
+        dist.init_process_group(backend, timeout=timeout, **single, **on)
+    except dist.DistNetworkError as error:
+        if "address already in use" not in str(error).lower():
+            raise
+        port = os.environ["MASTER_PORT"]
+        raise UsageError(
+            f"port {port} is in use on this machine; choose another, for example MASTER_PORT={int(port) + 1}"
+        ) from None
     control = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
     return World(rank, local_rank, size, local_size, device, launcher, control)
 

@@ -57,7 +57,11 @@ def split_launch_options(argv: list[str]) -> tuple[LaunchOptions, list[str]]:
         raise UsageError("--num-nodes needs --master-addr, the first machine's address, for example --master-addr 10.0.0.1")
     if options.num_nodes > 1 and options.seeds:
         raise UsageError("--seeds is not supported with --num-nodes; start each seed as a run of its own, for example --seed 1")
-    if options.num_nodes == 1 and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" and "RANK" not in os.environ:
+    if (
+        options.num_nodes == 1
+        and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+        and not {"RANK", "SLURM_PTY_PORT"} & {*os.environ}
+    ):
         raise UsageError("main.py starts all ranks itself; use srun python cifar10_deepspeed.py, or sbatch run_deepspeed.sh")
     return options, flags
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import sys
 from pathlib import Path
 
@@ -11,8 +12,18 @@ import pytest
 
 from cifar10 import UsageError
 from cifar10.distributed import launchers
-from tests.launching import run
+from tests.launching import PROJECT, run
 
+GIVEN = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+JOINS = """
+from cifar10 import UsageError
+from cifar10.distributed import launchers, world
+launchers.SECONDS_TO_RESOLVE = 0
+try:
+    world.join()
+except UsageError as error:
+    print(error)
+"""
 DERIVED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SCONTROL = """#!/bin/sh
 case "$1 $2 $3" in
@@ -224,6 +235,116 @@ def test_the_program_refuses_it_in_one_line_from_one_rank_of_each_machine(local_
     assert not (tmp_path / "run").exists()
 
 
+# --- other MPI libraries -----------------------------------------------------------------------------------------------
+
+FAMILIES = {
+    "Intel MPI, MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    "MVAPICH": tuple(f"MV2_COMM_WORLD_{word}" for word in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+    "Cray": ("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_ranks_of_other_mpi_libraries(environment, family):
+    names = FAMILIES[family]
+    for rank in range(3):
+        found = derived(environment, dict(zip(names, (str(rank), "3", str(rank), "3"), strict=True)))
+        assert [found[name] for name in DERIVED[:5]] == [str(rank), "3", str(rank), "3", "127.0.0.1"]
+    several = dict(zip(names, ("3", "4", "1", "2"), strict=True))
+    with pytest.raises(UsageError, match="MASTER_ADDR"):
+        derived(environment, several)
+    environment.clear()
+    given = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    inside = {**slurm_step(1, 2, 2, 1, 0, "1(x2)", "a,b"), **several, **given}  # Hydra starts its proxies with srun
+    assert derived(environment, inside)["RANK"] == "3"
+    assert derived(environment, dict(zip(names, ("0", "1", "0", "1"), strict=True))) == {}
+
+
+def test_pmi_variables_of_srun_are_left_to_slurm(environment):
+    found = derived(environment, {**slurm_step(1, 2, 1, 0, 1, "2", "a"), "PMI_RANK": "1", "PMI_SIZE": "2"})
+    assert (found["RANK"], found["LOCAL_RANK"]) == ("1", "1")
+    with pytest.raises(UsageError, match="torchrun"):  # not one run of two ranks, and not two runs in silence
+        derived(environment, {"PMI_RANK": "1", "PMI_SIZE": "2"})
+
+
+# --- what a shell has left over, and what contradicts itself ----------------------------------------------------------------
+
+STEP = slurm_step(0, 4, 1, 0, 0, "4", "gpu03")
+ALONE = {  # variables -> a part of the note
+    "nothing": ({}, None),
+    "WORLD_SIZE": ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2"),
+    "WORLD_SIZE of one": ({"WORLD_SIZE": "1"}, None),
+    "all but RANK": ({name: value for name, value in GIVEN.items() if name != "RANK"}, "WORLD_SIZE=2"),
+    "LOCAL_RANK": ({"LOCAL_RANK": "3"}, None),
+    "MASTER_ADDR": ({"MASTER_ADDR": "nowhere", "MASTER_PORT": "29500"}, None),
+    "a shell in a step of one": ({**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PTY_PORT": "5"}, None),
+    "a shell in a step of four": ({**STEP, "SLURM_PTY_PORT": "5"}, "srun --pty"),
+    "a shell in an allocation": ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"}, None),
+    "PMI of one": ({"PMI_RANK": "0", "PMI_SIZE": "1"}, None),
+    "one rank of a launcher": ({**GIVEN, "WORLD_SIZE": "1"}, None),
+    "one rank without an address": ({"RANK": "0", "WORLD_SIZE": "1"}, None),
+    "torchrun's restart": ({**GIVEN, "WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "1"}, "--output-dir"),
+    "torchrun's first start": ({**GIVEN, "WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "0"}, None),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_process_alone(environment, name):
+    variables, note = ALONE[name]
+    environment.update(variables)
+    assert launchers.world_size() == 1
+    found = launchers.notes(None)
+    assert note in found[0] if note else found == []
+    assert not launchers.notes(Path("run")) or "TORCHELASTIC_RESTART_COUNT" not in variables
+    assert "RANK" in environment or "LOCAL_RANK" not in environment
+
+
+CONTRADICTIONS = {
+    "RANK alone": ({"RANK": "0"}, "WORLD_SIZE"),
+    "RANK empty": ({**GIVEN, "RANK": ""}, "RANK"),
+    "RANK beyond": ({**GIVEN, "RANK": "2"}, "RANK is 2"),
+    "RANK negative": ({**GIVEN, "RANK": "-1"}, "RANK is -1"),
+    "RANK in words": ({**GIVEN, "RANK": "zero"}, "RANK is zero"),
+    "WORLD_SIZE in words": ({**GIVEN, "WORLD_SIZE": "two"}, "two"),
+    "LOCAL_RANK beyond": ({**GIVEN, "LOCAL_RANK": "2"}, "LOCAL_RANK is 2"),
+    "LOCAL_RANK beyond its machine": (
+        {**GIVEN, "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "3"},
+        "LOCAL_RANK is 3",
+    ),
+    "LOCAL_WORLD_SIZE beyond": ({**GIVEN, "LOCAL_WORLD_SIZE": "8"}, "LOCAL_WORLD_SIZE is 8"),
+    "no address": ({**GIVEN, "MASTER_ADDR": ""}, "MASTER_ADDR"),
+    "no port": ({name: value for name, value in GIVEN.items() if name != "MASTER_PORT"}, "MASTER_PORT"),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_what_contradicts_itself_is_refused(environment, name):
+    variables, words = CONTRADICTIONS[name]
+    environment.update(variables)
+    with pytest.raises(UsageError, match=words):
+        launchers.world_size()
+
+
+def test_an_address_that_does_not_resolve(names, monkeypatch):
+    monkeypatch.setattr(launchers, "SECONDS_TO_RESOLVE", 1)
+    monkeypatch.setattr(launchers.time, "sleep", lambda _: names.add("late"))
+    launchers.wait_for_name("late")
+    launchers.wait_for_name("127.0.0.1")
+    with pytest.raises(UsageError, match="MASTER_ADDR=nowhere"):
+        launchers.wait_for_name("nowhere")
+
+
+@pytest.mark.parametrize(("address", "words"), [("127.0.0.1", "MASTER_PORT="), ("nowhere.invalid", "MASTER_ADDR=nowhere")])
+def test_a_port_in_use_and_a_wrong_address_end_in_one_line(address, words):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        variables = {**GIVEN, "LOCAL_RANK": "0", "MASTER_ADDR": address, "MASTER_PORT": str(taken.getsockname()[1])}
+        process = run([sys.executable, "-c", JOINS], PYTHONPATH=str(PROJECT), **variables)
+    assert (process.returncode, len(process.stdout.splitlines())) == (0, 1), process.stderr
+    assert words in process.stdout
+
+
 # --- the launcher's name ----------------------------------------------------------------------------------------------
 
 
@@ -231,12 +352,12 @@ def test_the_program_refuses_it_in_one_line_from_one_rank_of_each_machine(local_
     ("variables", "due"),
     [
         ({}, "python"),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "python"),
-        ({"RANK": "0", "TORCHELASTIC_RUN_ID": "none"}, "torchrun"),
-        ({"RANK": "0", "CROSS_SIZE": "1", "LOCAL_SIZE": "2"}, "deepspeed"),
+        ({**GIVEN}, "python"),
+        ({**GIVEN, "TORCHELASTIC_RUN_ID": "none"}, "torchrun"),
+        ({**GIVEN, "CROSS_SIZE": "1", "LOCAL_SIZE": "2"}, "deepspeed"),
         (slurm_step(0, 2, 1, 0, 0, "2", "a"), "srun"),
         (mpi(0, 2, 0, 2), "mpirun"),
-        ({**slurm_step(0, 2, 1, 0, 0, "2", "a"), "RANK": "0", "TORCHELASTIC_RUN_ID": "none"}, "torchrun"),
+        ({**slurm_step(0, 2, 1, 0, 0, "2", "a"), **GIVEN, "TORCHELASTIC_RUN_ID": "none"}, "torchrun"),
     ],
 )
 def test_the_launcher_by_name(environment, variables, due):
