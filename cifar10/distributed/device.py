@@ -46,6 +46,8 @@ def choose(asked: Choice = "auto") -> str | None:
 
     It is kept in DS_ACCELERATOR, which DeepSpeed reads too. Returns a note if the environment asks for the CPU.
     """
+    if sys.platform == "win32":
+        raise UsageError("Windows is not supported, only its Linux: run the same command in WSL 2 (wsl --install)")
     if asked != "auto":
         os.environ["DS_ACCELERATOR"] = asked
     wanted = os.environ.get("DS_ACCELERATOR") or "auto"
@@ -58,6 +60,8 @@ def choose(asked: Choice = "auto") -> str | None:
         raise UsageError(f"a GPU was asked for, and {name}={value} hides all of them; unset {name}, {OR_CPU}")
     if count_gpus() == 0 and wanted == "cuda":
         raise UsageError(f"a GPU was asked for, and there is no sign of one on this machine; install its driver, {OR_CPU}")
+    if wanted == "auto" and sys.platform == "darwin":
+        return "device: the CPU; this program does not use a Mac's GPU"
     if wanted == "auto" and _hides_all():
         return "device: the CPU, since {}={} hides all GPUs".format(*selection())
     if asked == "auto" and wanted == "cpu" and "RANK" not in os.environ and (sign := sign_of_gpu()):

@@ -6,6 +6,7 @@ and mpirun they are derived from SLURM's and the MPI library's variables; every 
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from cifar10 import UsageError
 
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))  # ask for a stop
 DERIVED = "CIFAR10_LAUNCHER"  # names the launcher whose variables were translated
 PORTS = range(10_000, 60_000)  # the job ID selects one
 SECONDS_TO_RESOLVE = 30

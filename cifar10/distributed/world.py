@@ -1,7 +1,6 @@
 """Process groups: this process's rank, world size, device and threads, and the collectives that a run needs."""
 
 import os
-import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -126,6 +125,8 @@ def _peak_resident_mib() -> int:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) >> 10
     except (OSError, StopIteration):
+        import resource  # Windows has none
+
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
 

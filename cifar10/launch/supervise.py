@@ -15,11 +15,11 @@ from types import FrameType
 import psutil
 
 from cifar10.distributed import device
+from cifar10.distributed.launchers import SIGNALS
 from cifar10.launch.command import SCRIPT, LaunchOptions, deepspeed_command, start_command
 from cifar10.run.summary import Summary, read_summary
 
 FINISHED, FAILED, REFUSED, RESUMABLE = 0, 1, 2, 75  # 75 is sysexits.h's EX_TEMPFAIL: try again
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SECONDS_TO_SAVE = 60  # from a signal until the remaining processes are killed; DeepSpeed's launcher gives each rank 30
 SECONDS_TO_FAIL = 5  # from the death of a rank until the others are killed, which may be waiting for it on the GPU
 

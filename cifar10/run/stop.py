@@ -10,9 +10,10 @@ from pathlib import Path
 
 import psutil
 
+from cifar10.distributed.launchers import SIGNALS
 from cifar10.distributed.world import World
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
 SECONDS_BETWEEN_AGREEMENTS = 1.0
 TIMED_STEPS = 20  # the first half is warmup
 LAUNCHERS = {*"deepspeed deepspeed.launcher.runner deepspeed.launcher.launch torchrun torch.distributed.run main.py".split()}
@@ -39,7 +40,7 @@ def _launchers_above() -> list[psutil.Process]:
 @contextmanager
 def handlers_given_back() -> Iterator[None]:
     """Whatever handles signals afterwards is what handled them before."""
-    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGHUP)}
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, HANGUP)}
     try:
         yield
     finally:
@@ -70,8 +71,8 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():  # in another one, signals are for the program around us
             for number in SIGNALS:
                 signal.signal(number, self._on_signal)
-            if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # terminal closed; nohup ignores it
-                signal.signal(signal.SIGHUP, self._on_signal)
+            if signal.getsignal(HANGUP) is signal.SIG_DFL:  # terminal closed; nohup ignores it
+                signal.signal(HANGUP, self._on_signal)
 
     def _on_signal(self, number: int, _frame: object) -> None:
         now = time.monotonic()  # torchrun forwards a Ctrl-C that the terminal already sent to all ranks
