@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 from tests.helpers import WORKERS, launch
+from tests.launching import DEADLINE_SECONDS, PROJECT, environment, run, summary
 
 pytestmark = pytest.mark.slow
 FINISHED = (
@@ -63,3 +67,28 @@ def test_a_notebooks_run_says_how_to_continue_it_in_a_shell(outcomes: dict[str, 
     assert Path(program).name == "cifar10_deepspeed.py"
     assert Path(program).is_file()
     assert flags[-1] == str(base / "stopped")
+
+
+def test_the_notebook_of_the_documentation_runs_in_a_jupyter_kernel(tmp_path: Path) -> None:
+    """Every cell; as in a shell started from it, Jupyter's MPLBACKEND and FORCE_COLOR are set."""
+    notebook = nbformat.read(PROJECT / "docs" / "notebook.ipynb", as_version=4)
+    kernel = {"cwd": str(PROJECT / "docs"), "env": environment(NOTEBOOK_RUN=str(tmp_path), CIFAR10_REPORT="1")}
+    NotebookClient(notebook, timeout=DEADLINE_SECONDS).execute(**kernel)
+    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    assert printed.count("finished (max_steps)") == 2
+    assert "\x1b" not in printed
+    assert "failed" not in printed
+    for name in ("first", "second"):
+        assert summary(tmp_path / name)["status"] == "finished"
+        assert (tmp_path / name / "report.html").exists()
+    assert "image/png" in notebook.cells[-1].outputs[0].data
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense", "TkAgg", "module://nowhere"])
+def test_a_report_does_not_use_the_environments_backend(backend: str) -> None:
+    """Nor does it take it away from the program around it."""
+    code = "import os; from cifar10.report import plots; print(len(plots.png(plots.Figure)), os.environ['MPLBACKEND'])"
+    process = run([sys.executable, "-c", code], PYTHONPATH=str(PROJECT), MPLBACKEND=backend)
+    assert process.returncode == 0, process.stderr
+    size, kept = process.stdout.split()
+    assert (int(size) > 500, kept) == (True, backend)

@@ -13,6 +13,7 @@ Every row has `step`, the x-axis of all charts; accuracies are fractions.
 A run keeps its id in wandb_run.json, so that a resume continues it and sends no row twice. It never prompts for an API key.
 """
 
+import csv
 import json
 import math
 import netrc
@@ -129,9 +130,10 @@ class WandbSink(Sink):
         self._wandb, self._steps, self._report, self._has_finished = wandb, context.steps, folder / "report", False
         self._file = folder / "wandb_run.json"
         self._id, self._step = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4), -1  # a sweep's agent chooses one
+        was_closed = True
         with suppress(OSError, ValueError, TypeError, KeyError):
             saved = json.loads(self._file.read_text(encoding="utf-8"))
-            self._id, self._step = str(saved["id"]), int(saved["step"])
+            self._id, self._step, was_closed = str(saved["id"]), int(saved["step"]), bool(saved.get("closed", True))
         init_seconds = float(os.environ.get("WANDB_INIT_TIMEOUT") or INIT_SECONDS)
         finish_seconds = float(os.environ.get("WANDB_FINISH_TIMEOUT") or FINISH_SECONDS)
         timeouts = {"login_timeout": 1, "init_timeout": init_seconds, "finish_timeout": finish_seconds}  # a login may prompt
@@ -156,12 +158,25 @@ class WandbSink(Sink):
         self._run.define_metric("*", step_metric="step")
         sync = f"`wandb sync {folder}/wandb/offline-run-*` uploads it"
         self.note = f"W&B: {self._run.url if mode == 'online' else sync}"
+        if mode == "online":
+            self._step = min(self._step, self._run.starting_step - 1)  # what has arrived of what was sent
+            self._send_again(folder / "steps.csv", context.state.step)
+        elif not was_closed:
+            self.note += f"; an earlier start was killed, and its last rows up to step {self._step} may be in steps.csv only"
 
-    def _keep(self, step: int) -> None:
+    def _send_again(self, steps_csv: Path, last: int) -> None:
+        """Send the rows up to the checkpoint that W&B did not get from a start that was killed."""
+        with suppress(FileNotFoundError), steps_csv.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                whole = {name: int(row[name]) for name in ("step", "epoch", "skipped")}
+                if whole["step"] <= last:
+                    self.step(StepRow(**whole, **{name: float(row[name]) for name in row.keys() - whole.keys()}))
+
+    def _keep(self, step: int, *, closed: bool = False) -> None:
         """Save the run's id and the last step whose row was sent."""
         self._step = step
         temporary = self._file.with_name(f".{self._file.name}.tmp")
-        temporary.write_text(json.dumps({"id": self._id, "step": step}) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps({"id": self._id, "step": step, "closed": closed}) + "\n", encoding="utf-8")
         os.replace(temporary, self._file)  # no fsync: a lost write costs one row at most
 
     def _log(self, step: int, values: Mapping[str, Any], *, is_whole: bool = True) -> None:
@@ -200,6 +215,7 @@ class WandbSink(Sink):
         """Send the remaining rows, within FINISH_SECONDS, and end wandb's own process."""
         try:
             self._run.finish(exit_code=0 if self._has_finished else NOT_FINISHED)
+            self._keep(self._step, closed=True)
         finally:
             self._keeper.end(self._wandb)
 
