@@ -19,6 +19,7 @@ COMMANDS = {  # each is the `run` of a file in cifar10/commands
     "leaderboard": "Markdown table of all finished runs in some folders",
     "doctor": "check whether this machine can train, and suggest fixes",
     "bench": "images per second, compared to a plain PyTorch loop and a stock DeepSpeed loop",
+    "gpu-check": "what to try first on a GPU, in stages that each leave their results, in about half an hour",
     "scaling": "speedup with more ranks, and the engine's overhead at each ZeRO stage and precision",
     "schedule": "draw the learning rate over a run: a picture, and a line in the terminal",
     "recipes": "Markdown table of the recipes: model, parameters, measured results",

@@ -1,8 +1,73 @@
 """The program on GPUs that compute nothing (see stand_in.py): what it asks of a GPU, and that it runs to its end."""
 
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.launching import SHORT, summary
 from tests.stand_in import StandIn
 
+# The most that a case may cost: launches, nodes of graphs and waits of the host in a step, launches of the loader for a step.
+FAST = {"bn_cnn eager": (114, 0, 0, 2.1), "bn_cnn graph": (70, 48, 0, 2.1), "bn_cnn captured": (7, 111, 0, 2.1)}
+SLOW = {  # under ZeRO with room for what DeepSpeed does after a step that it skips, as garbage makes it
+    "bn_cnn_fast eager --precision bf16": (333, 0, 0, 16.7),
+    "bn_cnn_fast graph --precision bf16": (272, 67, 0, 16.7),
+    "bn_cnn_fast captured --precision bf16": (9, 335, 0, 16.7),
+    "speedrun94 eager": (495, 0, 0, 24.3),
+    "speedrun94 graph": (377, 122, 0, 24.3),
+    "speedrun94 captured": (9, 500, 0, 24.3),
+    "bn_cnn eager --set zero_optimization.stage=1": (195, 0, 5, 2.1),
+    "bn_cnn eager --set zero_optimization.stage=2": (195, 0, 5, 2.1),
+    "bn_cnn eager --set zero_optimization.stage=3": (195, 0, 5, 2.1),
+    "bn_cnn graph --set zero_optimization.stage=1": (170, 48, 5, 2.1),
+    "bn_cnn graph --set zero_optimization.stage=2": (170, 48, 5, 2.1),
+    "bn_cnn_document captured": (7, 92, 0, 1.1),
+    "lenet graph": (41, 39, 0, 0.1),
+    "mnist_synthetic graph --dataset synthetic_mnist": (52, 46, 0, 1.1),
+    "speedrun94_cpu captured": (9, 501, 0, 23.1),
+    "speedrun96 captured": (9, 713, 0, 30.5),
+    "speedrun81_cpu captured": (9, 560, 0, 16.7),
+    "slurm_zero2 graph --micro-batch-size 128": (170, 67, 5, 4.3),
+}
 
-def test_the_stand_in_is_found_by_torch() -> None:
-    ended = StandIn.or_skip()("-c", "import torch; print(torch.cuda.device_count())", gpus=3)
-    assert (ended.returncode, ended.stdout) == (0, "3\n"), ended.stderr
+
+def check(python: StandIn, most: dict[str, tuple[float, float, float, float]]) -> None:
+    """Count all cases in one process; none is over its limits, breaks a rule of CUDA, or lets the loader wait."""
+    ended = python("tests/workers/gpu_counts.py", *most, FAKE_QUIET="1")
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    counts = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
+    assert [one["case"] for one in counts] == list(most)
+    for one in counts:
+        assert not one.get("failed")
+        assert not one["broken"]
+        assert one["loader"]["waits"] == 0
+        counted = one["launches"], one["nodes"], one["waits"], one["loader"]["launches"]
+        assert all(number <= limit for number, limit in zip(counted, most[one["case"]], strict=True)), one
+
+
+def test_a_step_of_each_level_costs_no_more_and_never_waits() -> None:
+    check(StandIn.or_skip(), FAST)
+
+
+@pytest.mark.slow
+def test_every_recipe_and_zero_stage_costs_no_more() -> None:
+    check(StandIn.or_skip(), SLOW)
+
+
+@pytest.mark.slow
+def test_the_lowest_torch_costs_no_more() -> None:
+    """With CIFAR10_TESTS_TORCH_211, the Python of an environment that has torch 2.11."""
+    if "CIFAR10_TESTS_TORCH_211" not in os.environ:
+        pytest.skip("CIFAR10_TESTS_TORCH_211 names no Python with torch 2.11")
+    check(StandIn.or_skip(os.environ["CIFAR10_TESTS_TORCH_211"]), {**FAST, **SLOW})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2])
+def test_two_ranks_train_to_the_end(tmp_path: Path, stage: int) -> None:
+    flags = [*SHORT, "--set", f"zero_optimization.stage={stage}", "--output-dir", str(tmp_path / "run")]
+    ended = StandIn.or_skip()("main.py", "--num-gpus", "2", *flags, gpus=2)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert summary(tmp_path / "run")["world_size"] == 2

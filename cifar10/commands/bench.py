@@ -203,12 +203,15 @@ def run(
     if gpu:
         if not count_gpus():
             raise UsageError("--gpu needs a GPU, and PyTorch sees none on this machine; leave it out to measure the CPU")
+        settings = {"recipe": bench_levels.RECIPE, "dataset": dataset, **sizes}
         with measuring(threads, console) as (world, environment):
-            cells = bench_levels.measure(images, world, **sizes)
+
+            def write(cells: dict[str, bench_levels.Rows]) -> None:
+                if json_file is not None:
+                    run_folder.write_json(json_file, {"environment": environment, "settings": settings, "cells": cells})
+
+            cells = bench_levels.measure(images, world, after_each=write, **sizes)
         bench_levels.show("the engine's levels beside plain PyTorch", cells, console)
-        if json_file is not None:
-            settings = {"recipe": bench_levels.RECIPE, "dataset": dataset, **sizes}
-            run_folder.write_json(json_file, {"environment": environment, "settings": settings, "cells": cells})
         return
     flags = as_flags({**images, "--threads": threads})
     plan, fast = (make_plan([*flags, f"--recipe={name}"], 1, "bench") for name in (RECIPE, FAST_RECIPE))

@@ -179,6 +179,7 @@ def measure(
     world: World,
     precisions: tuple[str, ...] = PRECISIONS,
     batches: tuple[int, ...] = BATCHES,
+    after_each: Callable[[dict[str, Rows]], None] = lambda cells: None,
     **sizes: int,
 ) -> dict[str, Rows]:
     """Every level that this machine supports, beside plain PyTorch: {"fp32, batch 64": {"eager": {...}, ...}, ...}."""
@@ -189,4 +190,5 @@ def measure(
         loader, _ = get_cifar10_dataloaders(plans["eager"], world)
         ways = {PLAIN: plain_step(plans["eager"], world)} | {name: engine_step(plan, world) for name, plan in plans.items()}
         cells[f"{precision}, batch {batch}"] = take_turns(ways, loader, **sizes)
+        after_each(cells)
     return cells

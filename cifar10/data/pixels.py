@@ -80,6 +80,8 @@ def _cut(store: PixelStore, indices: Tensor, rows: Tensor, columns: Tensor) -> T
 
 def _resize(images: Tensor, size: int) -> Tensor:
     """uint8 [B, C, S, S] -> uint8 [B, size, size, C]: torchvision's Resize, antialiased as by default."""
+    if not len(images):  # which a GPU refuses to resize
+        return images.new_empty(0, size, size, images.shape[1])
     images = images.to(torch.float32, memory_format=torch.contiguous_format)
     images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
     return images.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

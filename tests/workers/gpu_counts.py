@@ -1,6 +1,6 @@
 """What training asks of a GPU, counted by the stand-in for CUDA: a line of JSON for each case, such as `bn_cnn captured`.
 
-python tests/workers/gpu_counts.py "bn_cnn eager" "speedrun94 captured --precision bf16"     (see tests/stand_in.py)
+python tests/workers/gpu_counts.py "bn_cnn eager" "bn_cnn eager --set zero_optimization.stage=2"     (see tests/stand_in.py)
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import stand_in
 import torch
 
 from cifar10.commands.bench_levels import engine_step
+from cifar10.config.recipe import load
 from cifar10.distributed.world import World
 from cifar10.engine.engine import leave
 from cifar10.plan import make_plan
@@ -36,8 +37,9 @@ def counted(per: int) -> dict[str, float]:
 def count(case: str, world: World) -> dict[str, Any]:
     """Of a step, and of the loader over an epoch of 45,000 images, in all."""
     recipe, level, *flags = case.split()
-    sized = ["--first-epochs", "1", "1"] if recipe.startswith("speedrun9") else []
-    words = ["--recipe", recipe, "--engine-level", level, "--val-images", "0", "--weights", "none", *sized, *flags]
+    smaller = load(recipe).recipe.first_sizes
+    sized = ["--first-epochs", *["1"] * len(smaller)] if smaller else []
+    words = ["--recipe", recipe, "--dataset", "synthetic", "--engine-level", level, "--val-images", "0", *sized, *flags]
     plan = make_plan(words, 1, "count")
     step, loader = engine_step(plan, world), get_cifar10_dataloaders(plan, world)[0]
     sizes = len(loader.first_stores)
