@@ -33,7 +33,7 @@ from cifar10.distributed import world as distributed
 from cifar10.distributed.world import World
 from cifar10.engine import schedule
 from cifar10.engine.cuda_graphs import accelerate
-from cifar10.engine.engine import Engine, leave, own_optimizer, prepare, synchronize_batch_norm
+from cifar10.engine.engine import Engine, checkpoint_blocks, leave, own_optimizer, prepare, synchronize_batch_norm
 from cifar10.engine.full_state import weights_sha256
 from cifar10.metrics import text
 from cifar10.metrics.open import open_sinks
@@ -42,7 +42,7 @@ from cifar10.models.bn_cnn import CIFAR10CNNEnhanced
 from cifar10.models.lenet import Net
 from cifar10.models.mnist_cnn import CNNModelEnhanced
 from cifar10.models.registry import build_model
-from cifar10.models.weights import check_initial_weights, check_shapes, load
+from cifar10.models.weights import check_initial_weights, check_shapes, freeze, load
 from cifar10.plan import Plan, make_plan
 from cifar10.run import checkpoint, patience
 from cifar10.run import folder as run_folder
@@ -62,11 +62,14 @@ __all__ = ["CIFAR10CNNEnhanced", "CNNModelEnhanced", "Net", "calculate_accuracy"
 def initial_model(plan: Plan) -> tuple[nn.Module, list[str]]:
     """The recipe's network with the weights that training starts from, and what to know of them. Raises UsageError."""
     recipe = plan.recipe
-    model = build_model(recipe.model, recipe.seed, len(plan.dataset.classes))
-    notes = load(model, recipe.model, recipe.weights)
+    classes, options = len(plan.dataset.classes), recipe.network_options
+    model = build_model(recipe.model, recipe.seed, classes, plan.image_shape, **options)
+    notes = [*load(model, recipe.model, recipe.weights), *freeze(model, recipe.train_only)]
     check_initial_weights(model, recipe.model)
     for shape in (plan.image_shape, *((plan.dataset.channels, size, size) for size in recipe.first_sizes)):
-        check_shapes(model, recipe.model, shape, len(plan.dataset.classes))
+        check_shapes(model, recipe.model, shape, classes)
+    if plan.options.gradient_checkpointing:
+        checkpoint_blocks(model, recipe.model)
     return model, notes
 
 
@@ -171,7 +174,7 @@ def train_one_epoch(run: Run, state: RunState) -> bool:
     recipe, every, stopping = run.plan.recipe, run.plan.options.log_every_steps, False
     started = time.perf_counter() - run.engine.capture_seconds  # which are not training
     lr_scale = recipe.lr_scale(run.plan.batch.global_images) * state.lr_factor
-    run.engine.deepspeed.train()
+    run.engine.train()
     for micro_batches in run.train.epoch(state.epoch, first_step=state.epoch_step):
         if state.step == run.last_step or stopping:
             break
@@ -317,7 +320,8 @@ def start_run(plan: Plan, world: World, folder: Path, model: nn.Module) -> tuple
     if recipe.sync_bn:
         synchronize_batch_norm(model)
     own = own_optimizer(model, config)
-    deepspeed_engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), optimizer=own, config=config)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    deepspeed_engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, optimizer=own, config=config)
     distributed.limit_waiting(options.timeout_minutes)
     engine = Engine(deepspeed_engine, world, recipe.seed)
     start_from = None if options.resume in ("auto", "never") else run_folder.find_checkpoint(options.resume)

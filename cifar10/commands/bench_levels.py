@@ -82,7 +82,9 @@ class Loop:
 
 
 def network(plan: Plan, world: World) -> nn.Module:
-    return build_model(plan.recipe.model, plan.recipe.seed, len(plan.dataset.classes)).to(world.device).train()
+    recipe, classes = plan.recipe, len(plan.dataset.classes)
+    model = build_model(recipe.model, recipe.seed, classes, plan.image_shape, **recipe.network_options)
+    return model.to(world.device).train()
 
 
 def plain_step(plan: Plan, world: World) -> Step:

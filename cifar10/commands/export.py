@@ -40,7 +40,7 @@ from cifar10.commands.evaluate import answers, first_images, split_images
 from cifar10.data.dataset import Images
 from cifar10.data.loader import EvaluationLoader, at_once
 from cifar10.distributed.world import World
-from cifar10.models.registry import build_model, source_file
+from cifar10.models.registry import arguments_of, build_model, source_file
 from cifar10.models.weights import METADATA_KEY, read_weights
 from cifar10.run import folder as run_folder
 from cifar10.run import trained
@@ -104,12 +104,14 @@ def how_to_feed(found: Trained) -> dict[str, str]:
     cut = f"cut to its middle {size}x{size}" if size != (resize or found.dataset_size) else ""
     made = ", then ".join(word for word in (fitted, cut) if word) or "taken as it is"
     whole = f"{found.dataset_size}x{found.dataset_size}"
+    chosen = arguments_of(found.recipe.model, len(found.classes), found.image_shape, **found.recipe.network_options)
+    arguments = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
     shape = f"float32 [N, {channels}, {size}, {size}], {kind}, 0..1"
     return {
         "images": f"{shape} (a byte divided by 255); an image of {whole} is {made}",
         "model.pt2, model.onnx, model_int8.onnx": "take such images: the normalization is inside",
         "model.safetensors, state_dict.pt": "are the bare network's: normalize first, (images - mean) / std for each channel",
-        "network.py": f"builds that network: network.{found.recipe.model}(num_classes={len(found.classes)}).eval()",
+        "network.py": f"builds that network: network.{found.recipe.model.partition(':')[0]}({arguments}).eval()",
         "logits": f"float32 [N, {len(found.classes)}], in the order of classes; softmax turns them into probabilities",
     }
 
@@ -192,7 +194,8 @@ def write_onnx_int8(job: Job) -> None:
 def read_back(name: str, job: Job) -> Classifier:
     path = job.path(name)
     if name in ("safetensors", "state_dict"):
-        model = build_model(job.found.recipe.model, job.found.recipe.seed, len(job.found.classes))
+        recipe, classes = job.found.recipe, len(job.found.classes)
+        model = build_model(recipe.model, recipe.seed, classes, job.found.image_shape, **recipe.network_options)
         model.load_state_dict(read_weights(path, str(path), "export again")[0])
         return WithNormalization(replace(job.found, model=model))
     if name == "torch_export":

@@ -75,6 +75,8 @@ class Options:
     engine_level: Literal["auto", "eager", "compile", "graph", "captured"] = "auto"
     """How a step runs: eager; compile, with torch.compile; graph, forward and backward as CUDA graphs; captured, the whole step
     as one CUDA graph (one GPU, no ZeRO). auto is eager, on GPUs too: the others have not been measured there yet."""
+    gradient_checkpointing: bool = False
+    """Save memory: keep only each block's input for the backward pass, which computes the rest again with the same results."""
     deterministic: bool = False
     """Use deterministic algorithms on a GPU, where PyTorch has them; runs on a CPU are deterministic anyway."""
     log_every_steps: _Whole = None

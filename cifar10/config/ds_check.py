@@ -42,7 +42,7 @@ _TYPES: dict[str, Any] = {  # a type; or DeepSpeed's file and class for a sectio
 
 _LR_ALONE = "DeepSpeed would log the learning rate alone; this run's metrics go to "
 LEFT_OUT = {  # what would have no effect here is not passed on to DeepSpeed, and there is a note
-    "activation_checkpointing": "the networks here do not use DeepSpeed's activation checkpointing",
+    "activation_checkpointing": "use --gradient-checkpointing, which saves the same memory",
     "aio": "it is for offloading to NVMe",
     "checkpoint": "checkpoints are written by this program",
     "comet": _LR_ALONE + "TensorBoard and, with --wandb, to W&B",

@@ -23,6 +23,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 # Shorter metavars in the help text.
 _Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
 _Channels = Annotated[tuple[float, ...], tyro.conf.arg(metavar="X")]
+_Share = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="")]
 _Sizes = Annotated[tuple[int, ...], tyro.conf.arg(metavar="N")]
 Precisions = tuple[Literal["fp32", "bf16", "fp16"], ...]
 
@@ -43,10 +44,16 @@ class Recipe:
     step(step_size, gamma), multistep(milestones, gamma), one-cycle or restarts(T_0, T_mult), named as in torch, in epochs.
     "cosine(per_epoch=True)" changes only between epochs, as any of them can. "python -m cifar10 schedule" draws it."""
     model: str = "bn_cnn"
-    """Name of the network, one of cifar10/models."""
+    """Name of the network, one of cifar10/models; or torchvision:NAME or timm:NAME, any classifier of these libraries."""
+    dropout: _Share = None
+    """Share of the values that dropout removes, in networks that have it (default: the network's own)."""
+    drop_path: _Share = None
+    """Stochastic depth: the probability of leaving out the last block for an image (default: the network's own)."""
     weights: str = "none"
     """Initial weights: none (random), imagenet (torchvision's pretrained weights, downloaded), or a file: a plain state dict,
     or a best_model or final file of an earlier run."""
+    train_only: Annotated[str | None, tyro.conf.arg(metavar="NAMES", help_behavior_hint="")] = None
+    """Train only these parameters: head (the last layer), or patterns of names such as "layer4.* fc.*" (default: all)."""
     dataset: str = "cifar10"
     """Name of the data set, listed above."""
     mean: _Channels = (0.4914, 0.4822, 0.4465)
@@ -93,6 +100,11 @@ class Recipe:
     def is_augmented(self) -> bool:
         """Whether training images differ from those of evaluation."""
         return self.augment != "none" or bool(self.first_sizes)
+
+    @property
+    def network_options(self) -> dict[str, float | None]:
+        """What can be chosen of some networks; None is the network's own value."""
+        return {"dropout": self.dropout, "drop_path": self.drop_path}
 
     def network_size(self, size: int) -> int:
         """Side in pixels of the model's input, for images of `size`."""
@@ -145,7 +157,7 @@ def check_recipe(recipe: Recipe) -> None:
         ("first_sizes", lambda ns: all(8 <= n <= 1024 for n in ns), "integers from 8 to 1024"),
         ("first_epochs", lambda ns: len(ns) == sizes and all(n >= 1 for n in ns), f"{sizes} integers >= 1, as --first-sizes"),
         ("warmup_epochs", lambda n: 0 <= n < math.inf, "a number >= 0"),
-        ("label_smoothing", lambda n: 0 <= n < 1, "a number from 0 to below 1"),
+        ("label_smoothing dropout drop_path", lambda n: 0 <= n < 1, "a number from 0 to below 1"),
         ("mean", lambda ns: len(ns) in (1, 3) and all(map(math.isfinite, ns)), "3 finite numbers, or 1 for gray images"),
         ("std", lambda ns: len(ns) in (1, 3) and all(map(is_positive, ns)), "3 numbers above 0, or 1 for gray images"),
     )

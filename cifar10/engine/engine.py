@@ -15,12 +15,18 @@ import inspect
 import logging
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
+from cifar10 import UsageError
 from cifar10.distributed.device import count_gpus
 from cifar10.distributed.world import World
 from cifar10.engine import full_state, muon
@@ -65,6 +71,55 @@ def synchronize_batch_norm(model: nn.Module) -> None:
             module.__class__, module.process_group = nn.SyncBatchNorm, None
 
 
+def _is_random(module: nn.Module) -> bool:
+    """Whether a module draws random numbers in training: dropout, stochastic depth, and layers that call dropout themselves."""
+    rates = (getattr(module, name, 0.0) for name in ("dropout", "drop_rate"))
+    drops = "Drop" in type(module).__name__ or type(module).__name__ == "StochasticDepth"
+    return drops or any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+def checkpoint_blocks(model: nn.Module, model_name: str) -> None:
+    """Let a model's blocks keep only their inputs, and compute the rest again in backward. Raises UsageError if it has none.
+
+    A block is a member of a Sequential or ModuleList that has layers of its own. In the second pass dropout draws the same
+    numbers, and BatchNorm leaves its running statistics alone.
+    """
+    lists, blocks, inside = (nn.Sequential, nn.ModuleList), [], set()
+    for parent in model.modules():  # a parent comes before its children
+        for child in parent.children() if isinstance(parent, lists) else ():
+            if any(child.children()) and not isinstance(child, lists) and child not in inside:
+                blocks.append(child)
+                inside.update(child.modules())
+    for block in blocks:
+        block.forward = partial(_checkpointed, block, block.forward)
+    if not blocks:
+        raise UsageError(f"--gradient-checkpointing: --model {model_name} has no blocks to compute again; leave it out")
+
+
+def _checkpointed(block: nn.Module, forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+    if not (block.training and torch.is_grad_enabled()):
+        return forward(*inputs, **named)
+    contexts = partial(_first_and_second_pass, block)
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts, **named)
+
+
+def _first_and_second_pass(block: nn.Module) -> tuple[Any, Any]:
+    return nullcontext(), _without_running_statistics(block)
+
+
+@contextmanager
+def _without_running_statistics(block: nn.Module) -> Iterator[None]:
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+    kept = [dict(norm._buffers) for norm in norms]
+    for norm, buffers in zip(norms, kept, strict=True):  # the pass works on copies, which are thrown away
+        norm._buffers.update({name: buffer.clone() for name, buffer in buffers.items() if buffer is not None})
+    try:
+        yield
+    finally:
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update(buffers)
+
+
 class Engine:
     """One model in training: learning rate, forward, backward, step; and its full weights and state on every rank.
 
@@ -84,8 +139,10 @@ class Engine:
         self.lrs = list(self.base_lrs)  # as last set by set_lr
         self.grad_norm = torch.zeros((), device=world.device)  # of the last step, over all ranks, before clipping
         self.skipped = torch.zeros((), device=world.device)  # 1.0 if the last step was skipped, else 0.0
-        self.seeds_dropout = any(isinstance(module, nn.modules.dropout._DropoutNd) for module in self.module.modules())
         self.capture_seconds = 0.0  # spent so far to capture CUDA graphs
+        self.seeds_dropout = any(map(_is_random, self.module.modules()))
+        norms = {m: [p.requires_grad for p in m.parameters()] for m in self.module.modules() if isinstance(m, _BatchNorm)}
+        self._frozen_norms = [norm for norm, trained in norms.items() if trained and not any(trained)]
         self._accumulation = deepspeed_engine.gradient_accumulation_steps()
         self._micro_batch = 0  # of the current step
         self._seed = seed
@@ -121,6 +178,12 @@ class Engine:
             if group.get("momentum") and not group.get("dampening") and group.get("fused"):
                 for parameter in group["params"]:
                     self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    def train(self) -> None:
+        """Training mode, but for BatchNorm whose parameters are frozen, which keeps to its running statistics."""
+        self.deepspeed.train()
+        for norm in self._frozen_norms:
+            norm.eval()
 
     # --- one step, in order -----------------------------------------------------------------------------------------
 

@@ -110,7 +110,7 @@ def weights_sha256(state: dict[str, Tensor]) -> str:
 def _check(engine: Engine, saved: dict[str, Any]) -> None:
     if not isinstance(saved, dict) or not saved.keys() >= STATE:
         raise UsageError("the checkpoint was written by another program or version")
-    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+    shapes, trained = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in engine.module.named_parameters()}, _trained(engine)
     theirs = {name: tuple(value.shape) for name, value in saved["parameters"].items()}
     if shapes != theirs:
         name = next(name for name in {**shapes, **theirs} if shapes.get(name) != theirs.get(name))
@@ -127,7 +127,7 @@ def _check(engine: Engine, saved: dict[str, Any]) -> None:
     for key, values in saved["optimizer"].items():  # a fused optimizer would read past the end of a tensor that is too short
         for name, value in values.items():
             fits = value.dim() == 0 or tuple(value.shape) == shapes.get(name) or optimizer == "Adafactor"  # rows and columns
-            if name not in shapes or not fits:
+            if name not in trained or not fits:
                 raise UsageError(f"the checkpoint's {key} of {name} does not fit the model")
     if any(type(saved["counters"][name]) is not int for name in COUNTERS):
         raise UsageError("the checkpoint's counters are not numbers")
@@ -136,11 +136,19 @@ def _check(engine: Engine, saved: dict[str, Any]) -> None:
 # --- parameters ---------------------------------------------------------------------------------------------------------
 
 
+def _trained(engine: Engine) -> dict[str, nn.Parameter]:
+    """The parameters that the optimizer has, by name."""
+    return {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+
+
 def _gathered(engine: Engine, parameter: nn.Parameter) -> Tensor:
+    from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
 
-    full = safe_get_full_fp32_param(parameter) if engine.stage else parameter.detach()
-    return full.to("cpu", torch.float32, copy=True).contiguous()
+    if engine.stage and parameter.requires_grad:
+        return safe_get_full_fp32_param(parameter).to("cpu", torch.float32, copy=True).contiguous()
+    with GatheredParameters([parameter], enabled=engine.stage == 3):
+        return parameter.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
 def _set(engine: Engine, parameter: nn.Parameter, value: Tensor) -> None:
@@ -149,6 +157,8 @@ def _set(engine: Engine, parameter: nn.Parameter, value: Tensor) -> None:
 
     with GatheredParameters([parameter], modifier_rank=0, enabled=engine.stage == 3), torch.no_grad():
         parameter.copy_(value)
+    if not parameter.requires_grad:
+        return
     if engine.stage == 3:
         safe_set_local_fp32_param(parameter, _own_part(engine, parameter, value))
     elif engine.stage:
@@ -183,7 +193,7 @@ def _gathered_optimizer_state(engine: Engine, key: str) -> dict[str, Tensor]:
     """{parameter name: its state}; a step count is 0-dim."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    named, state = dict(engine.module.named_parameters()), engine.optimizer.state
+    named, state = _trained(engine), engine.optimizer.state
     if not engine.stage:
         return {name: state[p][key].to("cpu", copy=True) for name, p in named.items() if key in state.get(p, {})}
     first = state[_flat_partitions(engine)[0]][key]
@@ -196,7 +206,7 @@ def _gathered_optimizer_state(engine: Engine, key: str) -> dict[str, Tensor]:
 
 
 def _set_optimizer_state(engine: Engine, saved: dict[str, dict[str, Tensor]]) -> None:
-    named = dict(engine.module.named_parameters())
+    named = _trained(engine)
     if not engine.stage:
         for key, values in saved.items():
             for name, value in values.items():

@@ -6,6 +6,7 @@ check without it that there is one.
 
 from __future__ import annotations
 
+import fnmatch
 import http.client
 import json
 import os
@@ -32,7 +33,7 @@ def _imagenet_url(model_name: str) -> str:
     from torchvision.models import get_model_weights
 
     try:
-        return get_model_weights(model_name).DEFAULT.url
+        return get_model_weights(model_name.removeprefix("torchvision:")).DEFAULT.url
     except ValueError:
         raise UsageError(
             f"--weights imagenet: torchvision has none for --model {model_name}; choose --weights none or a file"
@@ -126,6 +127,14 @@ def first_difference(ours: dict[str, Tensor], saved: dict[str, Tensor], *, finit
     return f"it holds {extra}, which the model does not have" if extra else None
 
 
+def head_of(model: nn.Module) -> list[str]:
+    """The names of the head's parameters: those of the last linear layer or convolution."""
+    from torch import nn
+
+    name, layer = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))][-1]
+    return [f"{name}.{parameter}" for parameter, _ in layer.named_parameters()]
+
+
 def load(model: nn.Module, model_name: str, weights: str) -> list[str]:
     """Load the weights that --weights names into `model`, after `ensure`; returns lines about them for the console.
 
@@ -134,13 +143,10 @@ def load(model: nn.Module, model_name: str, weights: str) -> list[str]:
     """
     if weights == "none":
         return []
-    from torch import nn
-
     file = _cached(_imagenet_url(model_name)) if weights == "imagenet" else Path(weights)
     saved, _ = read_weights(file, f"--weights {weights}", "choose another file")
     ours, notes = model.state_dict(), [f"initial weights: {weights}"]
-    name, layer = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1]
-    head = [f"{name}.{parameter}" for parameter, _ in layer.named_parameters()]
+    head = head_of(model)
     shapes = [(saved[name].shape, ours[name].shape) for name in head if name in saved]
     if len(shapes) == len(head) and all(theirs[1:] == own[1:] and theirs != own for theirs, own in shapes):
         (theirs, *_), (own, *_) = shapes[0]
@@ -152,6 +158,31 @@ def load(model: nn.Module, model_name: str, weights: str) -> list[str]:
         )
     model.load_state_dict(saved)
     return notes
+
+
+def freeze(model: nn.Module, train_only: str | None) -> list[str]:
+    """Leave only the parameters trainable that --train-only names, by patterns or as `head`; returns lines for the console.
+
+    Raises UsageError for a pattern without a parameter.
+    """
+    if train_only is None:
+        return []
+    patterns = [pattern for word in train_only.split() for pattern in (head_of(model) if word == "head" else [word])]
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns or [train_only]:
+        if not fnmatch.filter(names, pattern):
+            first = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
+            raise UsageError(
+                f"--train-only {train_only}: no parameter is called {pattern}; for example head or {names[-1]};"
+                f" the names begin with {first}"
+            )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())]
+    norms = (
+        "; BatchNorm of frozen layers keeps its running statistics" if "running_mean" in " ".join(model.state_dict()) else ""
+    )
+    return [f"{counts[0]:,} of {counts[1]:,} parameters are trained (--train-only {train_only}){norms}"]
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -172,8 +203,8 @@ def check_shapes(model: nn.Module, model_name: str, shape: tuple[int, int, int],
         with torch.no_grad():
             outputs: Any = model.eval()(torch.zeros(1, *shape)).shape[-1]
         fault = "" if outputs == num_classes else f"its output has {outputs} classes, expected {num_classes}"
-    except RuntimeError as error:  # from a layer
-        fault = str(error).strip().splitlines()[0].split("; ")[0]
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:  # from a layer
+        fault = (str(error).strip() or type(error).__name__).splitlines()[0].split("; ")[0]
     model.train(was_training)
     if fault:
         channels, size, _ = shape

@@ -115,12 +115,13 @@ def load(where: Path, which: Which = "best_model", world: World | None = None) -
     except Exception as error:  # a corrupt or foreign file
         raise UsageError(f"{file} is not a trained model of this program ({reason(error)}); {HOW}") from None
     recipe, num_classes = facts["recipe"], len(facts["classes"])
-    model = build_model(recipe.model, recipe.seed, num_classes)
+    size = recipe.network_size(facts["dataset_size"])
+    shape = facts["channels"], size, size
+    model = build_model(recipe.model, recipe.seed, num_classes, shape, **recipe.network_options)
     if difference := first_difference(model.state_dict(), weights):
         raise UsageError(f"{file} does not hold weights of {recipe.model}: {difference}; choose another file")
     model.load_state_dict(weights)
-    size = recipe.network_size(facts["dataset_size"])
-    check_shapes(model, recipe.model, (facts["channels"], size, size), num_classes)
+    check_shapes(model, recipe.model, shape, num_classes)
     model = model.eval().to(world.device if world else "cpu").requires_grad_(False)
     folder, is_in_checkpoints = file.parent.parent.parent, file.parent.parent.name == "checkpoints"
     run = folder if file.name == PORTABLE_FILE and is_in_checkpoints and (folder / "recipe.json").is_file() else None

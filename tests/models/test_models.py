@@ -32,7 +32,7 @@ def test_a_network_has_the_parameters_that_its_docstring_states_and_a_logit_per_
         assert sum(p.numel() for p in model.parameters()) == int(stated[1].replace(",", ""))
     accepted = []
     for images in batches:
-        with contextlib.suppress(RuntimeError):  # of another size or number of channels
+        with contextlib.suppress(RuntimeError, AssertionError):  # of another size or number of channels
             accepted.append(model(images).shape)
     assert accepted
     assert set(accepted) == {(2, 10)}
