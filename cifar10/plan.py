@@ -50,7 +50,8 @@ class Plan:
     @property
     def settings(self) -> dict[str, Any]:
         """What makes two runs the same experiment, as read back from JSON."""
-        return json.loads(json.dumps({"recipe": dataclasses.asdict(self.recipe), "deepspeed": self.ds_config}))
+        data = {"data": {"manifest": self.dataset.manifest}} if self.dataset.manifest else {}
+        return json.loads(json.dumps({"recipe": dataclasses.asdict(self.recipe), "deepspeed": self.ds_config, **data}))
 
     @property
     def about_the_model(self) -> dict[str, Any]:
@@ -154,9 +155,11 @@ def make_plan(
     recipe, options = parse(argv, program, f"{description}\n\n{names}" if description else names, extra)
     recipe = dataclasses.replace(recipe, lr_schedule=schedule.with_old_settings(recipe.lr_schedule, *old_schedule))
     device_note = device.choose(options.device)
-    refuse_unknown_model(recipe.model)
-    dataset = registry.find(recipe.dataset)
+    refuse_unknown_model(recipe.model, **recipe.network_options)
+    dataset = registry.of(recipe)
     facts = dataset.describe(options.data_dir)
+    if facts.manifest and all(getattr(recipe, name) == getattr(Recipe, name) for name in ("mean", "std")):
+        recipe = dataclasses.replace(recipe, mean=facts.mean, std=facts.std)  # of its training images
     given, notes = _given_config(options)
     if not isinstance(world_size, int):
         world_size = world_size(given.get("train_batch_size"))
@@ -173,6 +176,8 @@ def make_plan(
     log_every = options.log_every_steps or config.get("steps_per_print") or 100
     kernels.refuse_missing_kernel(config)
     level = levels.resolve_level(options.engine_level, config, world_size, sync_bn=recipe.sync_bn)
+    if options.gradient_checkpointing and level != "eager":
+        raise UsageError(f"--gradient-checkpointing is not supported with --engine-level {level}; use --engine-level eager")
     options = dataclasses.replace(options, log_every_steps=log_every, engine_level=level)
     _check_schedule(recipe, config, load(options.recipe).recipe.lr_schedule)
     _check_sizes(recipe, options, batch, facts)
@@ -188,6 +193,13 @@ def make_plan(
     if options.output_dir is not None:
         run_folder.refuse_unwritable(options.output_dir)
         run_folder.refuse_if_never(options.output_dir, options.resume)
+        then = run_folder.manifest_of(options.output_dir)
+        if then and facts.manifest and then != facts.manifest:
+            changes = dataset.changes(options.data_dir, then)
+            raise UsageError(
+                f"the images in {options.data_dir} are not those that the run in {options.output_dir} began with: {changes};"
+                " restore them, or choose another --output-dir"
+            )
         run_folder.refuse_other_settings(options.output_dir, plan.settings)
         read_summary(options.output_dir)  # raises UsageError if it is corrupt
     dataset.ensure(options.data_dir, need_test=options.test_images != 0)

@@ -44,6 +44,16 @@ TIED = {  # a line of shell, or the first line of another block -> the test in t
     TORCHRUN: "test_two_hosts.py test_torchrun",
     "sbatch run_deepspeed.sh --epochs 10": "test_slurm.py test_sbatch_as_the_document_types_it_trains_on_both_gpus",
     "sbatch --nodes=2 --gres=gpu:4 run_deepspeed.sh": "test_slurm.py test_sbatch_on_two_nodes",
+    **dict.fromkeys(
+        (
+            "photos/cat/holiday.jpg",
+            "uv run python main.py --dataset folder --data-dir photos --val-images 60 --epochs 30 --output-dir runs/photos",
+            "uv run python -m cifar10 evaluate runs/photos --data-dir photos",
+            "uv run python -m cifar10 predict runs/photos new.jpg",
+            "uv run python -m cifar10 export runs/photos --data-dir photos",
+        ),
+        "test_own_data.py test_a_stranger_gets_from_a_folder_of_photos_to_a_model_that_answers",
+    ),
 }
 OTHERS = "--nnodes --nproc_per_node --no_ssh --hostfile --nodes --gres --logdir --check"  # flags of other programs
 OTHERS += " --deepspeed --no-amp --num-workers --extra --gpus --torch-backend"  # read before our own flags are

@@ -35,13 +35,16 @@ CONFUSIONS = 5  # pairs that are shown
 
 def split_images(found: Trained, split: Split, data_dir: Path | None) -> Images:
     """All images of a split as the run had it, in their fixed order. Raises UsageError if there are none."""
-    recipe, folder = found.recipe, registry.folder(data_dir)
+    recipe, folder = found.recipe, registry.data_folder(data_dir)
     if split == "val" and not recipe.val_images:
         raise UsageError("invalid value for --split: val, but this run held no images out; expected train or test")
-    dataset = registry.find(recipe.dataset)
+    dataset = registry.of(recipe)
     facts = dataset.describe(folder)
     if (facts.classes, facts.channels, facts.size) != (found.classes, found.channels, found.dataset_size):
         raise UsageError(f"{found.file} was trained on other images or classes than those of {recipe.dataset} in {folder}")
+    if found.run and (then := run_folder.manifest_of(found.run)) not in (None, facts.manifest):
+        changes = dataset.changes(folder, then)
+        raise UsageError(f"the images in {folder} are not those of {found.run}: {changes}; restore them, or use predict")
     dataset.ensure(folder, need_test=split == "test")
     images = registry.images(recipe, "test" if split == "test" else "train", folder)
     if split == "test":
@@ -121,7 +124,7 @@ def measure(
         "per_class": per_class(predictions, found.classes),
         "confusions": confusions(predictions, found.classes),
         "written": written,
-        "note": registry.find(found.recipe.dataset).describe(registry.folder(data_dir)).note,
+        "note": registry.of(found.recipe).describe(registry.data_folder(data_dir)).note,
     }
 
 

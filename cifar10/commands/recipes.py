@@ -32,7 +32,7 @@ def table() -> str:
     for name in recipe_names():
         what = importlib.import_module(f"recipes.{name}").__doc__.splitlines()[0].rstrip(".")
         recipe = load(name).recipe
-        classes = registry.find(recipe.dataset).describe(registry.folder(None)).classes
+        classes = registry.of(recipe).describe(registry.data_folder(None)).classes
         model = build_model(recipe.model, 0, len(classes))
         parameters = sum(parameter.numel() for parameter in model.parameters())
         rows.append(f"| `--recipe {name}` | {what} | {parameters:,} | {_measured(name)} |")

@@ -25,7 +25,7 @@ def run(
     if not runs:
         raise UsageError("no RUN is given, expected folders of runs, for example runs/mine")
     if len(runs) == 1 and output is None:
-        made = html.make_report(runs[0], registry.folder(data_dir))
+        made = html.make_report(runs[0], registry.data_folder(data_dir))
     else:
         made = html.make_comparison(runs, output or Path("compare.html"))
     print(f"report: {made}")

@@ -42,12 +42,12 @@ class Archived(DataSet):
         return self.description
 
     def archive_of(self, file: str) -> Archive:
-        """The archive that holds `file`."""
-        raise NotImplementedError
+        """The archive that holds `file`: itself, of a data set whose files are used as they were downloaded."""
+        return next(archive for archive in self.archives if archive.name == file)
 
     def unpacked(self, archive: Path) -> Iterator[tuple[str, bytes]]:
         """The names and contents of the files in an archive, one after another."""
-        raise NotImplementedError
+        yield archive.name, archive.read_bytes()
 
     def urls(self, archive: Archive) -> list[str]:
         """Where an archive can be had: what the environment says, a file's URL or a folder's, then the known sources."""

@@ -38,6 +38,7 @@ class Description:
     std: tuple[float, ...]
     tiers: tuple[float, float, float] | None = None  # lowest test accuracies of Excellent, Good and Fair
     note: str | None = None  # shown at the start of a run
+    manifest: str | None = None  # identifies images that are not always the same, a user's own
 
     def num_images(self, split: Split) -> int:
         return self.train_images if split == "train" else self.test_images
@@ -57,6 +58,10 @@ def description_from(values: dict[str, Any]) -> Description:
 class DataSet:
     """One data set; `describe` may look into `data_dir`."""
 
+    def of(self, recipe: Recipe) -> "DataSet":
+        """The data set as this recipe has it, if that makes a difference."""
+        return self
+
     def describe(self, data_dir: Path) -> Description:
         raise NotImplementedError
 
@@ -66,6 +71,10 @@ class DataSet:
 
     def ensure(self, data_dir: Path, *, need_test: bool) -> None:
         """Return once `data_dir` holds intact files, downloaded if needed; else raise UsageError."""
+
+    def changes(self, data_dir: Path, manifest: str) -> str:
+        """What differs from the images that had this manifest."""
+        raise NotImplementedError
 
 
 def about_model(recipe: Recipe, classes: Sequence[str], channels: int, size: int) -> dict[str, Any]:

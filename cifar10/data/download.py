@@ -24,16 +24,16 @@ SLOW = 500_000  # bytes per second below which a source is left while there is a
 SECONDS_TO_JUDGE = 10.0
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where stderr is not a terminal
 TRIES = 3  # of a source whose connection breaks, as long as each brings some bytes
-GZIP = b"\x1f\x8b"  # what every archive begins with, and no web page
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A .gz file whose content is known; any server that has it will do."""
+    """A file whose content is known; any server that has it will do."""
 
     name: str
     num_bytes: int
     md5: str
+    begins: bytes = b"\x1f\x8b"  # a .gz file's first bytes; no web page has them
 
 
 class TooSlow(ConnectionError):
@@ -125,7 +125,7 @@ def _transfer(url: str, part: Path, archive: Archive, slow: float) -> None:
                     chunk = response.read1(CHUNK_BYTES)  # read() would lose what has arrived if the rest never comes
                 if not chunk:
                     break
-                if position == 0 and not chunk.startswith(GZIP[: len(chunk)]):
+                if position == 0 and not chunk.startswith(archive.begins[: len(chunk)]):
                     raise ConnectionError(f"it sends something else ({response.headers.get_content_type()})")
                 file.write(chunk[skip:])
                 skip, position = max(0, skip - len(chunk)), position + len(chunk)

@@ -5,16 +5,19 @@ from pathlib import Path
 
 from cifar10 import UsageError, nearest
 from cifar10.config.recipe import Recipe
-from cifar10.data import cifar, cifar100, mnist, synthetic
+from cifar10.data import cifar, cifar100, fashion_mnist, folder, mnist, svhn, synthetic
 from cifar10.data.dataset import DataSet, Images, Split
 
 DATASETS: dict[str, DataSet] = {
     "cifar10": cifar.CIFAR10,
     "cifar100": cifar100.CIFAR100,
     "synthetic": synthetic.SYNTHETIC,
+    "svhn": svhn.SVHN,
     "mnist": mnist.MNIST,
+    "fashion_mnist": fashion_mnist.FASHION_MNIST,
     "synthetic_mnist": synthetic.SYNTHETIC_MNIST,
     "random_mnist": synthetic.RANDOM_MNIST,
+    "folder": folder.FOLDER,
 }
 
 
@@ -25,11 +28,16 @@ def find(name: str) -> DataSet:
     return DATASETS[name]
 
 
-def folder(data_dir: Path | None) -> Path:
+def of(recipe: Recipe) -> DataSet:
+    """The recipe's data set. Raises UsageError for an unknown one."""
+    return find(recipe.dataset).of(recipe)
+
+
+def data_folder(data_dir: Path | None) -> Path:
     """--data-dir, else $CIFAR10_DIR, else data/."""
     return data_dir or Path(os.environ.get("CIFAR10_DIR") or "data")
 
 
 def images(recipe: Recipe, split: Split, data_dir: Path) -> Images:
     """A whole split of the recipe's data set, in its fixed order; nothing is downloaded. Raises UsageError if it is missing."""
-    return find(recipe.dataset).load(split, data_dir, recipe.split_seed)
+    return of(recipe).load(split, data_dir, recipe.split_seed)

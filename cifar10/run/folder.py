@@ -109,12 +109,18 @@ def holds_training(folder: Path) -> bool:
     return (saved.is_dir() and any(saved.iterdir())) or bool((read_json(folder / "summary.json") or {}).get("steps"))
 
 
+def manifest_of(folder: Path) -> str | None:
+    """What identifies the images of the run in `folder`, if they are a user's own."""
+    dataset = (read_recipe(folder) or {}).get("dataset") if holds_training(folder) else None
+    return dataset.get("manifest") if isinstance(dataset, dict) else None
+
+
 def refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Raise UsageError with the differences if `folder` holds a run with other settings, {"recipe": ..., "deepspeed": ...}."""
     recipe, config = read_recipe(folder), read_json(folder / "ds_config.json")
     if recipe is None or config is None or not holds_training(folder):
         return
-    if shown := differences({"recipe": recipe["settings"], "deepspeed": config}, settings):
+    if shown := differences({"recipe": recipe["settings"], "deepspeed": config}, {**settings, "data": {}}):
         raise UsageError(f"--output-dir {folder} holds a run with other settings ({shown}); choose another --output-dir")
 
 

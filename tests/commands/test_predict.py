@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifar10.commands.predict import FORMATS, probabilities, read_image, shown
+from cifar10.commands.predict import probabilities
 from cifar10.data import registry, synthetic
+from cifar10.data.image_files import FORMATS, read_image, shown
 from cifar10.run.predictions import TEST_FILE, read
 from cifar10.run.trained import alone, load
 from tests.launching import PROJECT, environment
