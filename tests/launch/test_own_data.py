@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.launching import PROJECT, run
+from tests.launching import PROJECT, environment
 
 
 def photograph(folder: Path, number: int, color: tuple[int, int, int], kind: str) -> None:
@@ -22,6 +23,13 @@ def photograph(folder: Path, number: int, color: tuple[int, int, int], kind: str
     pixels = (np.array(color) + rng.integers(-40, 40, (height, width, 3))).clip(0, 255).astype(np.uint8)
     folder.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(folder / f"{number:03}.{kind}")
+
+
+def typed(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """`python WORDS` in a folder of the user's."""
+    variables = environment(PYTHONPATH=str(PROJECT), CUDA_VISIBLE_DEVICES="")
+    command = [sys.executable, *words]
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
@@ -39,7 +47,7 @@ def test_a_stranger_gets_from_a_folder_of_photos_to_a_model_that_answers(tmp_pat
         words = shlex.split(line.removeprefix("uv run python "))
         program = str(PROJECT / words[0]) if words[0].endswith(".py") else words[0]
         more = next((flags for name, flags in shorter.items() if name in words), [])
-        done = run([sys.executable, program, *words[1:], *more], cwd=tmp_path, PYTHONPATH=str(PROJECT))
+        done = typed(tmp_path, program, *words[1:], *more)
         assert done.returncode == 0, done.stderr
         if "main.py" in words:
             assert "cat/broken.jpg" in done.stderr
@@ -51,6 +59,6 @@ def test_a_stranger_gets_from_a_folder_of_photos_to_a_model_that_answers(tmp_pat
     assert summary["test_accuracy"] == 1
     assert json.loads((tmp_path / "runs/photos/export/export.json").read_text())["about"]["classes"] == ["cat", "dog"]
     photograph(tmp_path / "photos" / "dog", 999, (0, 0, 0), "png")
-    again = run([sys.executable, str(PROJECT / "main.py"), *shlex.split(lines[0])[4:], *shorter["main.py"]], cwd=tmp_path)
+    again = typed(tmp_path, str(PROJECT / "main.py"), *shlex.split(lines[0])[4:], *shorter["main.py"])
     assert again.returncode == 2
     assert "1 added (dog/999.png)" in again.stderr
