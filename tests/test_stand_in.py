@@ -2,11 +2,9 @@
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 
-from tests.launching import SHORT, summary
 from tests.stand_in import StandIn
 
 # The most that a case may cost: launches, nodes of graphs and waits of the host in a step, launches of the loader for a step.
@@ -62,12 +60,3 @@ def test_the_lowest_torch_costs_no_more() -> None:
     if "CIFAR10_TESTS_TORCH_211" not in os.environ:
         pytest.skip("CIFAR10_TESTS_TORCH_211 names no Python with torch 2.11")
     check(StandIn.or_skip(os.environ["CIFAR10_TESTS_TORCH_211"]), {**FAST, **SLOW})
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 2])
-def test_two_ranks_train_to_the_end(tmp_path: Path, stage: int) -> None:
-    flags = [*SHORT, "--set", f"zero_optimization.stage={stage}", "--output-dir", str(tmp_path / "run")]
-    ended = StandIn.or_skip()("main.py", "--num-gpus", "2", *flags, gpus=2)
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    assert summary(tmp_path / "run")["world_size"] == 2
