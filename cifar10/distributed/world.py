@@ -182,11 +182,10 @@ def join(threads: int | None = None, timeout_minutes: float = 10.0, *, determini
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
     single = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}  # a single process needs no port
-    on = {"device_id": device} if device.type == "cuda" else {}  # or torch guesses it from the rank
     if size > 1:
         launchers.wait_for_name(os.environ["MASTER_ADDR"])
     try:
-        dist.init_process_group(backend, timeout=timeout, **single, **on)
+        dist.init_process_group(backend, timeout=timeout, **single)
     except dist.DistNetworkError as error:
         if "address already in use" not in str(error).lower():
             raise
