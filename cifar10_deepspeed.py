@@ -8,6 +8,7 @@
 Read it from top to bottom: the network and its images, the learning rate, one step, one epoch, the whole run.
 """
 
+import json
 import math
 import shlex
 import sys
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar10 import UsageError, streams
+from cifar10 import RunFailed, UsageError, streams
 from cifar10.config.cli import without_launcher_flags
 from cifar10.config.recipe import Recipe, as_json
 from cifar10.config.schedule import parse as lr_schedule
@@ -44,10 +45,10 @@ from cifar10.models.mnist_cnn import CNNModelEnhanced
 from cifar10.models.registry import build_model
 from cifar10.models.weights import check_initial_weights, check_shapes, freeze, load
 from cifar10.plan import Plan, make_plan
-from cifar10.run import checkpoint, patience
+from cifar10.run import checkpoint, patience, probe
 from cifar10.run import folder as run_folder
 from cifar10.run.evaluation import Augmented, calculate_accuracy, evaluate
-from cifar10.run.metric_buffer import MetricBuffer, TooManySkippedSteps, count_steps
+from cifar10.run.metric_buffer import MetricBuffer, count_steps
 from cifar10.run.predictions import TEST_FILE, save_predictions
 from cifar10.run.state import RunState, Sums
 from cifar10.run.stop import StopRequest, handlers_given_back
@@ -259,7 +260,7 @@ def train(run: Run, state: RunState) -> EndedBy | Literal["stopped"]:
     """Train until the schedule's end, --max-steps, early stopping or a stop request; returns which it was."""
     options = run.plan.options
     while state.step < run.last_step and not patience.is_over(run.plan.recipe, state):
-        if train_one_epoch(run, state):
+        if (train_one_epoch(run, state), run.stop.check_folder())[0]:
             return "stopped"
         finish_epoch(run, state)
         at_end = state.step == run.last_step or patience.is_over(run.plan.recipe, state)
@@ -300,8 +301,9 @@ def finish(run: Run, state: RunState, ended_by: EndedBy) -> None:
         state.best_step = state.step
         written = save_portable(run, "best_model", weights, {"step": state.step, "val_accuracy": None}) and written
     if not written or state.best_step < 0:
-        raise OSError("the trained weights could not be written; make room on the disk and run the same command again")
+        raise RunFailed("the trained weights could not be written; make room on the disk and run the same command again")
     tested = test_fields(measure_best_model(run, state), run.plan.dataset)
+    run.stop.check_folder()
     known = {**run.world.peak_memory, "weights_sha256": weights_sha256(weights), "ended_by": ended_by}
     summary = write_summary(run, state, "finished", **tested, **known)
     run.metrics.say([*text.closing_lines(summary, len(run.val), run.plan), f"written to {run.folder}"])
@@ -325,7 +327,8 @@ def start_run(plan: Plan, world: World, folder: Path, model: nn.Module) -> tuple
     distributed.limit_waiting(options.timeout_minutes)
     engine = Engine(deepspeed_engine, world, recipe.seed)
     start_from = None if options.resume in ("auto", "never") else run_folder.find_checkpoint(options.resume)
-    state = checkpoint.resume(folder / "checkpoints", start_from, engine, world, plan.settings)
+    place = folder / "checkpoints", start_from, engine, world, plan.settings
+    state = RunState() if options.dry_run else checkpoint.resume(*place)
     num_steps = total_steps(recipe, train.steps_per_epoch)
     last_step = min(num_steps, options.max_steps or num_steps)
     if deepspeed_engine.lr_scheduler is not None:
@@ -360,6 +363,24 @@ def not_begun(error: Exception, plan: Plan, world: World) -> Exception:
     return error if lost else UsageError(reason)
 
 
+def dry_run(plan: Plan, world: World, model: nn.Module) -> None:
+    """Say what a run would do, and measure some of its steps on random images; nothing is written."""
+    folder = plan.options.output_dir or Path("runs") / f"{plan.options.recipe}-<time>"
+    run, _ = start_run(plan, world, folder, model)
+    first = world.from_main(lambda: getattr(read_summary(folder), "steps", 0))
+    images, steps = (len(run.train.labels), len(run.val)), (first, run.last_step, run.total_steps)
+    run.metrics.say(text.opening_lines(run.plan, folder, world.description, run.model, images, steps))
+    run.metrics.event(f"dry run: nothing is written; DeepSpeed's JSON: {json.dumps(plan.ds_config, indent=2)}")
+    run.engine.deepspeed.train()
+    run.engine.set_lr(0.0)  # random images must not drive the weights to values that are slow to compute with
+    step = probe.seconds_each(run.train.epoch(0), lambda batch: run.step(run.engine, batch, plan.recipe.label_smoothing), world)
+    with torch.no_grad():
+        batch = probe.seconds_each(run.val, lambda batch: run.model.eval()(batch[0]), world)
+    passes, left = math.ceil(run.last_step / run.train.steps_per_epoch), max(0, run.last_step - first)
+    run.metrics.event(probe.estimate(step, left, batch * sum(1 for _ in run.val), passes if len(run.val) else 0))
+    run.metrics.close()
+
+
 def train_and_finish(plan: Plan, world: World, folder: Path, model: nn.Module, resume_command: str) -> None:
     """Take the run in `folder` from where it stands to its end, to a stop, or to a failure that is written down."""
     try:
@@ -384,7 +405,7 @@ def train_and_finish(plan: Plan, world: World, folder: Path, model: nn.Module, r
         write_summary(run, state, "failed", reason=reason)
         if not state.step:
             raise not_begun(error, plan, world) from error
-        if not isinstance(error, (UsageError, TooManySkippedSteps)):  # which main() reports, once
+        if not isinstance(error, (UsageError, RunFailed)):  # which main() reports, once
             print(f"error: {reason}", file=sys.stderr)
         raise
     finally:
@@ -412,6 +433,8 @@ def carry_out(argv: list[str]) -> None:
     world = distributed.join(options.threads, options.timeout_minutes, deterministic=options.deterministic)
     model, notes = initial_model(plan)
     plan = replace(plan, notes=[*launchers.notes(options.output_dir), *plan.notes, *notes])
+    if options.dry_run:
+        return dry_run(plan, world, model)
     folder = world.from_main(lambda: run_folder.choose(options.output_dir, options.recipe))
     summary = world.from_main(lambda: read_summary(folder))
     if summary and summary.is_complete(options.max_steps):
@@ -420,7 +443,8 @@ def carry_out(argv: list[str]) -> None:
         return
     program = sys.argv[0] if Path(sys.argv[0]).name == Path(__file__).name else __file__  # which a notebook has not started
     settings, command = as_json(plan.recipe, options.recipe, asdict(plan.dataset)), [program, *argv]
-    world.from_main(lambda: run_folder.open_run(folder, settings, plan.ds_config, options.resume, command, **world.facts))
+    facts = {**world.facts, "data_dir": str(options.data_dir.absolute())}
+    world.from_main(lambda: run_folder.open_run(folder, settings, plan.ds_config, options.resume, command, **facts))
     start = f"{world.start_command} {shlex.quote(program)}"
     resume_command = run_folder.command_to_continue(start, without_launcher_flags(argv), folder)
     train_and_finish(plan, world, folder, model, resume_command)
@@ -433,7 +457,7 @@ def main() -> int:
     code = 0
     try:
         carry_out(sys.argv[1:])
-    except (UsageError, TooManySkippedSteps) as error:  # on all ranks alike; after any other error the others may be waiting,
+    except (UsageError, RunFailed) as error:  # on all ranks alike; after any other error the others may be waiting,
         code = 2 if isinstance(error, UsageError) else 1  # and only the end of this process tells them
         if distributed.is_local_main():
             print(f"error: {error}", file=sys.stderr)

@@ -16,7 +16,7 @@ from cifar10 import UsageError, streams
 from cifar10.distributed import device
 from cifar10.launch.command import LaunchOptions, count_ranks, idle_gpus, split_launch_options
 from cifar10.launch.seeds import train_seeds
-from cifar10.launch.supervise import REFUSED, train
+from cifar10.launch.supervise import REFUSED, launched, train
 from cifar10.plan import make_plan
 from cifar10.run import folder as run_folder
 
@@ -35,16 +35,18 @@ def main(argv: list[str]) -> int:
         ranks = plan.batch.world_size // machines
         if machines > 1 and plan.options.output_dir is None:
             raise UsageError("--num-nodes needs --output-dir, a folder that all machines share, as in --output-dir SHARED/run")
+        if plan.options.dry_run:
+            return launched(launch, ranks, flags)[0]
         folder = run_folder.choose(plan.options.output_dir, plan.options.recipe)
         for note in (*plan.notes, idle_gpus(asked, device.count_gpus(), plan.batch, machines)):
             if note and note.startswith("device:"):  # the others are printed by the run
                 print(note, flush=True)
         if launch.seeds:
             return train_seeds(launch, ranks, flags, plan, folder)
+        return train(launch, ranks, flags, plan.options.max_steps, folder)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
-    return train(launch, ranks, flags, plan.options.max_steps, folder)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ for ((i = 1; i <= $#; i++)); do
     --output[-_]dir=*) OUTPUT_DIR=${!i#*=} ;;
     esac
 done
+OUTPUT_DIR=${OUTPUT_DIR/#\~\//$HOME/} # a quoted ~
 
 # The resume command that a stopped run prints, with the requests that determine its number of ranks.
 requests="--partition=$SLURM_JOB_PARTITION --nodes=$SLURM_JOB_NUM_NODES --gres=gpu:${SLURM_GPUS_ON_NODE:-0}"

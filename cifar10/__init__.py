@@ -1,6 +1,7 @@
 """The packages that `cifar10_deepspeed.py` is built from. Importing this one imports none of them."""
 
 import difflib
+import os
 
 
 class UsageError(Exception):
@@ -12,6 +13,16 @@ class UsageError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__("".join(char if char.isprintable() else " " for char in message))
+
+
+class RunFailed(Exception):
+    """Training cannot go on, and the message says why in one line; the exit code is 1. All ranks raise it."""
+
+
+def at_home(words: list[str]) -> list[str]:
+    """A command line with each leading ~ expanded where the shell has not: --data-dir=~/data, and what a notebook passes."""
+    split = (word.partition("=") if word.startswith("-") else ("", "", word) for word in words)
+    return [flag + equals + os.path.expanduser(value) for flag, equals, value in split]
 
 
 def nearest(word: str, known: list[str]) -> str:

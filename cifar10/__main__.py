@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from cifar10 import UsageError, streams
+from cifar10 import UsageError, at_home, streams
 
 COMMANDS = {  # each is the `run` of a file in cifar10/commands
     "evaluate": "evaluate a trained model on a split: loss, per-class accuracy, confusions, calibration",
@@ -54,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise UsageError(f"unknown command {command}; commands: {', '.join(COMMANDS)}")
-        code = _called(importlib.import_module(f"cifar10.commands.{command.replace('-', '_')}").run, rest, command)
+        run = importlib.import_module(f"cifar10.commands.{command.replace('-', '_')}").run
+        code = _called(run, at_home(rest), command)
         sys.stdout.flush()
         return code
     except UsageError as error:

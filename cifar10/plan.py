@@ -11,7 +11,7 @@ from cifar10.config import ds_check, ds_config, schedule, values
 from cifar10.config.cli import Options, parse, take_old_flags
 from cifar10.config.recipe import Precisions, Recipe, invalid, load
 from cifar10.data import augment, registry
-from cifar10.data.dataset import Description, Images, Split, about_model
+from cifar10.data.dataset import Description, Images, Split, about_model, placeholder
 from cifar10.distributed import device
 from cifar10.engine import kernels, levels
 from cifar10.models import weights
@@ -44,7 +44,9 @@ class Plan:
         return precision_of(self.ds_config)
 
     def images(self, split: Split) -> Images:
-        """All train or test images of the data set, in their fixed order: uint8 [N, S, S, C], and labels."""
+        """All images of a split in their fixed order: uint8 [N, S, S, C], and labels. For --dry-run, random ones."""
+        if self.options.dry_run:
+            return placeholder(self.dataset, split)
         return registry.images(self.recipe, split, self.options.data_dir)
 
     @property
@@ -113,7 +115,7 @@ def _given_config(options: Options) -> tuple[dict[str, Any], list[str]]:
     given = ds_config.override(given, lr=options.lr, **sizes)
     known = {"train_batch_size": own.get("train_batch_size")}
     sizes, auto = ds_config.without_auto({key: given.pop(key) for key in ds_check.BATCH_KEYS if key in given}, known)
-    return {**sizes, **given}, [*notes, *auto]
+    return {**given, **sizes}, [*notes, *auto]
 
 
 def _without_auto(
@@ -202,6 +204,9 @@ def make_plan(
             )
         run_folder.refuse_other_settings(options.output_dir, plan.settings)
         read_summary(options.output_dir)  # raises UsageError if it is corrupt
+    if options.dry_run:
+        without = dataclasses.replace(recipe, weights="none" if recipe.weights == "imagenet" else recipe.weights)
+        return dataclasses.replace(plan, recipe=without, notes=[*notes, f"data: {dataset.whereabouts(options.data_dir)}"])
     dataset.ensure(options.data_dir, need_test=options.test_images != 0)
     weights.ensure(recipe.weights, recipe.model)
     return plan

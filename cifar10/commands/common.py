@@ -16,8 +16,9 @@ from cifar10.run.trained import Which
 _arg, RUNS = tyro.conf.arg, "A run's folder, its checkpoints/best_model or checkpoints/final, a file of weights, or an export."
 Run = Annotated[tyro.conf.Positional[Path], _arg(metavar="RUN", help=RUNS)]
 WhichModel = Annotated[Which, _arg(help="Of a run's folder, the model that validation chose or the last one.")]
-DataDir = Annotated[Path | None, _arg(help="Where the data set is, or is downloaded to (default: $CIFAR10_DIR, else data/).")]
-Threads = Annotated[int | None, _arg(help="CPU threads (default: cores of this machine).")]
+WHERE = "Where the data set is, or is downloaded to (default: where the run had it, else $CIFAR10_DIR, else data/)."
+DataDir = Annotated[Path | None, _arg(help=WHERE)]
+Threads = Annotated[int | None, _arg(help="CPU threads (default: $OMP_NUM_THREADS, else the cores of this machine).")]
 Device = Annotated[device.Choice, _arg(help="Where to compute; auto is a GPU, if there is any sign of one.")]
 JsonFile = Annotated[Path | None, _arg(name="json", help="Write the numbers of every round to this file.")]
 

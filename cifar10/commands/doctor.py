@@ -376,13 +376,12 @@ def check_memory(_: Context) -> Row:
 
 
 def check_cpu(context: Context) -> Row:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    context.threads = max(1, cores // max(1, context.ranks))
-    quota = _cgroup_number("cpu.max")
-    if quota is not None and quota < cores:
-        said = f"{cores} cores are visible, but the container may use {quota:g} of them: threads would wait for each other"
-        return WARN, said, f"--threads {max(1, int(quota))}, or docker run --cpuset-cpus in place of --cpus"
-    return OK, f"{cores} core{'s' if cores > 1 else ''}, {platform.machine()}"
+    from cifar10.distributed import cpus
+
+    cores, quota = cpus.cores(), cpus.cpu_quota()
+    context.threads = cpus.threads(ranks=max(1, context.ranks))
+    of = "" if quota is None else f", since the container may use {quota:g}"
+    return OK, f"{cores} core{'s' if cores > 1 else ''}, {platform.machine()}{of}"
 
 
 # --- what a run needs from elsewhere ------------------------------------------------------------------------------------
@@ -575,7 +574,7 @@ def run(
         return 0
     if device != "auto":
         os.environ["DS_ACCELERATOR"] = device
-    context, found = Context(data_dir or Path(os.environ.get("CIFAR10_DIR") or "data")), []
+    context, found = Context(data_dir or Path(os.environ.get("CIFAR10_DIR") or "data").expanduser()), []
     for finding in examine(context):
         found.append(finding)
         if not json:

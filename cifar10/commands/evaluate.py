@@ -35,7 +35,7 @@ CONFUSIONS = 5  # pairs that are shown
 
 def split_images(found: Trained, split: Split, data_dir: Path | None) -> Images:
     """All images of a split as the run had it, in their fixed order. Raises UsageError if there are none."""
-    recipe, folder = found.recipe, registry.data_folder(data_dir)
+    recipe, folder = found.recipe, run_folder.data_dir_of(found.run, data_dir)
     if split == "val" and not recipe.val_images:
         raise UsageError("invalid value for --split: val, but this run held no images out; expected train or test")
     dataset = registry.of(recipe)
@@ -124,7 +124,7 @@ def measure(
         "per_class": per_class(predictions, found.classes),
         "confusions": confusions(predictions, found.classes),
         "written": written,
-        "note": registry.of(found.recipe).describe(registry.data_folder(data_dir)).note,
+        "note": registry.of(found.recipe).describe(run_folder.data_dir_of(found.run, data_dir)).note,
     }
 
 

@@ -5,6 +5,7 @@ import json
 
 from cifar10.config.recipe import PROJECT, load, recipe_names
 from cifar10.data import registry
+from cifar10.files import data_folder
 
 
 def _measured(name: str) -> str:
@@ -32,7 +33,7 @@ def table() -> str:
     for name in recipe_names():
         what = importlib.import_module(f"recipes.{name}").__doc__.splitlines()[0].rstrip(".")
         recipe = load(name).recipe
-        classes = registry.of(recipe).describe(registry.data_folder(None)).classes
+        classes = registry.of(recipe).describe(data_folder()).classes
         model = build_model(recipe.model, 0, len(classes))
         parameters = sum(parameter.numel() for parameter in model.parameters())
         rows.append(f"| `--recipe {name}` | {what} | {parameters:,} | {_measured(name)} |")

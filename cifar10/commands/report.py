@@ -6,8 +6,8 @@ from typing import Annotated
 import tyro
 
 from cifar10 import UsageError
-from cifar10.data import registry
 from cifar10.report import html
+from cifar10.run.folder import data_dir_of
 
 
 def run(
@@ -20,12 +20,13 @@ def run(
     Args:
         runs: Folders of runs, finished or not.
         output: The file for a comparison (default: compare.html).
-        data_dir: Where the data set is, for sample images (default: $CIFAR10_DIR, else data/); nothing is downloaded.
+        data_dir: Where the data set is, for sample images (default: where the run had it, else as in training); nothing is
+            downloaded.
     """
     if not runs:
         raise UsageError("no RUN is given, expected folders of runs, for example runs/mine")
     if len(runs) == 1 and output is None:
-        made = html.make_report(runs[0], registry.data_folder(data_dir))
+        made = html.make_report(runs[0], data_dir_of(runs[0], data_dir))
     else:
         made = html.make_comparison(runs, output or Path("compare.html"))
     print(f"report: {made}")

@@ -27,7 +27,7 @@ from cifar10.commands.bench_levels import PLAIN
 from cifar10.commands.common import DataDir, Device, JsonFile, as_flags, number_table, quotients, settle, span
 from cifar10.config import ds_config
 from cifar10.config.recipe import PROJECT, invalid
-from cifar10.distributed import world
+from cifar10.distributed import cpus
 from cifar10.distributed.device import count_gpus
 from cifar10.distributed.world import World
 from cifar10.plan import Plan
@@ -73,7 +73,7 @@ def measure_ranks(flags: list[str], counts: tuple[int, ...], rounds: int, consol
         console.print(f"round {number}/{rounds}: " + ", ".join(f"{ranks} ranks {speeds[ranks][-1]:,.0f}" for ranks in counts))
     rows, first = {}, counts[0]
     for ranks in counts:
-        places = ranks / first if on_gpus else min(ranks, world.cores()) / min(first, world.cores())
+        places = ranks / first if on_gpus else min(ranks, cpus.cores()) / min(first, cpus.cores())
         times = median(speeds[ranks]) / median(speeds[first])
         rows[str(ranks)] = {
             "images_per_second": speeds[ranks],

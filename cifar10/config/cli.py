@@ -15,11 +15,12 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from cifar10 import UsageError
+from cifar10 import UsageError, at_home
 from cifar10.config import habits
 from cifar10.config.recipe import Precisions, Recipe, check_recipe, check_values, load
 from cifar10.config.values import is_positive
 from cifar10.distributed.device import Choice
+from cifar10.files import data_folder
 
 # Flags whose help text states the default itself.
 _Whole = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
@@ -35,6 +36,9 @@ _Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_h
 class Options:
     """Runtime settings, and overrides of DeepSpeed's JSON."""
 
+    dry_run: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """Say what would be trained, on what, with which DeepSpeed JSON and for how long, measured on random images; nothing is
+    written or downloaded."""
     recipe: str = "bn_cnn"
     """A recipe's name (recipes/ holds one file each), or the path of an earlier run's recipe.json."""
     deepspeed_config: _File = None
@@ -71,7 +75,7 @@ class Options:
     """Train on GPUs (cuda, also AMD's) or on the CPU; auto takes the GPUs if there is a sign of any, and never the CPU in place
     of GPUs that PyTorch cannot use. $DS_ACCELERATOR=cpu, or an empty $CUDA_VISIBLE_DEVICES, asks for the CPU as well."""
     threads: _Whole = None
-    """CPU threads per rank (default: this machine's cores divided by its ranks)."""
+    """CPU threads per rank (default: $OMP_NUM_THREADS, else the cores of this machine or container, divided by its ranks)."""
     engine_level: Literal["auto", "eager", "compile", "graph", "captured"] = "auto"
     """How a step runs: eager; compile, with torch.compile; graph, forward and backward as CUDA graphs; captured, the whole step
     as one CUDA graph (one GPU, no ZeRO). auto is eager, on GPUs too: the others have not been measured there yet."""
@@ -171,7 +175,7 @@ def _tyro(kind: type, argv: list[str], **how: Any) -> tuple[Any, list[str]]:
 def split_options(argv: list[str], kind: type) -> tuple[Any, list[str]]:
     """Parse the flags of the dataclass `kind`, and return the other arguments, --help included. Raises UsageError."""
     _refuse_empty(argv)
-    return _tyro(kind, argv, add_help=False)
+    return _tyro(kind, at_home(argv), add_help=False)
 
 
 def parse(
@@ -181,14 +185,14 @@ def parse(
 
     `extra` is a dataclass of flags that `split_options` has already parsed, so that --help lists them too.
     """
-    argv = _one_word_each(without_launcher_flags(argv))
+    argv = at_home(_one_word_each(without_launcher_flags(argv)))
     _refuse_empty(argv)
     name = _early_value(argv, "--recipe")
     experiment = load(Options.recipe if name is None else name)
     names_a_json = any(_early_value(argv, flag) is not None for flag in ("--deepspeed_config", "--deepspeed-config"))
     names_a_json |= any(re.match(r"(--set=)?(fp16|bf16|torch_autocast)\b.*=", word) for word in argv)
     options = Options(
-        data_dir=Path(os.environ.get("CIFAR10_DIR") or "data"),
+        data_dir=data_folder(),
         precision=() if names_a_json else experiment.precision,
         report=os.environ.get("CIFAR10_REPORT") != "0",
     )

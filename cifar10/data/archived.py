@@ -98,6 +98,14 @@ class Archived(DataSet):
         found = {name: self._read(folder / name)[1] for name in names}
         return {name: fault for name, fault in found.items() if fault}
 
+    def whereabouts(self, data_dir: Path) -> str:
+        folder, size = self.place(data_dir)[0], sum(archive.num_bytes for archive in self.archives) / 1e6
+        faults = self.faulty_files(data_dir, [name for names in self.split_files.values() for name in names])
+        damaged = _listed({name: fault for name, fault in faults.items() if fault != "missing"})
+        if not faults:
+            return f"in {folder}, every md5 is right"
+        return f"not all in {folder}{f': {damaged}' if damaged else ''}; a run would restore or download it ({size:.0f} MB)"
+
     def _extract(self, archive: Path, folder: Path, names: set[str]) -> None:
         """Write the named files from the archive, and nothing else. Raises UsageError unless all are there and intact."""
         folder.mkdir(parents=True, exist_ok=True)

@@ -44,6 +44,13 @@ class Description:
         return self.train_images if split == "train" else self.test_images
 
 
+def placeholder(facts: Description, split: Split) -> Images:
+    """Random images in a data set's place, to measure how long a step takes."""
+    count, rng = facts.num_images(split), np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (count, facts.size, facts.size, facts.channels), np.uint8)
+    return Images(pixels, np.arange(count) % len(facts.classes))
+
+
 def description_from(values: dict[str, Any]) -> Description:
     """A description from JSON. Raises TypeError or ValueError for anything else."""
     found = Description(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
@@ -68,6 +75,10 @@ class DataSet:
     def load(self, split: Split, data_dir: Path, seed: int) -> Images:
         """A whole split in its fixed order, after `ensure`; `seed` is for generated images."""
         raise NotImplementedError
+
+    def whereabouts(self, data_dir: Path) -> str:
+        """Where the images come from, for --dry-run."""
+        return "generated"
 
     def ensure(self, data_dir: Path, *, need_test: bool) -> None:
         """Return once `data_dir` holds intact files, downloaded if needed; else raise UsageError."""

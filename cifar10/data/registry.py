@@ -1,6 +1,5 @@
 """Data sets by name, and the folder of their files."""
 
-import os
 from pathlib import Path
 
 from cifar10 import UsageError, nearest
@@ -31,11 +30,6 @@ def find(name: str) -> DataSet:
 def of(recipe: Recipe) -> DataSet:
     """The recipe's data set. Raises UsageError for an unknown one."""
     return find(recipe.dataset).of(recipe)
-
-
-def data_folder(data_dir: Path | None) -> Path:
-    """--data-dir, else $CIFAR10_DIR, else data/."""
-    return data_dir or Path(os.environ.get("CIFAR10_DIR") or "data")
 
 
 def images(recipe: Recipe, split: Split, data_dir: Path) -> Images:

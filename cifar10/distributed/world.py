@@ -1,6 +1,7 @@
 """Process groups: this process's rank, world size, device and threads, and the collectives that a run needs."""
 
 import os
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,13 +9,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from cifar10 import UsageError
+from cifar10.distributed import cpus, launchers
 from cifar10.distributed import device as devices
-from cifar10.distributed import launchers
 
 T = TypeVar("T")
 
@@ -50,7 +52,7 @@ class World:
     @property
     def facts(self) -> dict[str, Any]:
         """The entries for environment.json."""
-        compute = {"device": self.device_name, "threads": torch.get_num_threads(), "cores": cores()}
+        compute = {"device": self.device_name, "threads": torch.get_num_threads(), "cores": cpus.cores()}
         return {"launcher": self.launcher, "world_size": self.size, **compute, **devices.facts()}
 
     @property
@@ -130,11 +132,6 @@ def _peak_resident_mib() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
 
-def cores() -> int:
-    """Number of CPU cores available to this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def is_local_main() -> bool:
     """Whether this is the first rank on its machine, read from the environment before any process group exists."""
     names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
@@ -153,10 +150,27 @@ def _device(local_rank: int, local_size: int, launcher: str) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def choose_interface(one_machine: bool) -> None:
+    """Make sure that gloo finds a network interface. Without 127.0.0.1 (IPv6 only) it needs to be told one, on one machine.
+
+    Raises UsageError if $GLOO_SOCKET_IFNAME names none, or if none has an address.
+    """
+    families, addresses = (socket.AF_INET, socket.AF_INET6), psutil.net_if_addrs()
+    found = {name: {one.address for one in ones if one.family in families} for name, ones in addresses.items()}
+    names, asked = [name for name in found if found[name]], os.environ.get("GLOO_SOCKET_IFNAME", "")
+    if not names:
+        raise UsageError("no network interface has an address, not even the loopback; bring that up: ip link set lo up")
+    if asked and not {*asked.split(",")} <= {*names}:
+        there = f"the interfaces with an address are {', '.join(names)}"
+        raise UsageError(f"GLOO_SOCKET_IFNAME is {asked}, and {there}; unset it, or set it to one of them")
+    if not asked and one_machine and "127.0.0.1" not in set().union(*found.values()):
+        os.environ["GLOO_SOCKET_IFNAME"] = next((name for name in names if "::1" in found[name]), names[0])
+
+
 def join(threads: int | None = None, timeout_minutes: float = 10.0, *, deterministic: bool = False) -> World:
     """Initialize threads, device and process groups from RANK, WORLD_SIZE and so on (see launchers.py).
 
-    `threads` per rank defaults to the machine's cores divided by its ranks. `deterministic` is about GPUs.
+    `threads` per rank: see cpus.threads. `deterministic` is about GPUs.
     """
     if dist.is_initialized():
         raise UsageError("this process is in a process group already; call torch.distributed.destroy_process_group() first")
@@ -164,7 +178,7 @@ def join(threads: int | None = None, timeout_minutes: float = 10.0, *, determini
     rank, local_rank = (int(os.environ.get(name) or 0) if size > 1 else 0 for name in ("RANK", "LOCAL_RANK"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size) if size > 1 else 1
     launcher = launchers.name(dict(os.environ))
-    torch.set_num_threads(threads or max(1, cores() // local_size))
+    torch.set_num_threads(threads or cpus.threads(launcher, local_size))
     device = _device(local_rank, local_size, launcher)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -181,6 +195,8 @@ def join(threads: int | None = None, timeout_minutes: float = 10.0, *, determini
     os.environ["LOCAL_RANK"] = str(device.index or 0 if device.type == "cuda" else local_rank)  # DeepSpeed's device index
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
+    if size > 1 or backend == "gloo":
+        choose_interface(size == local_size)
     single = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}  # a single process needs no port
     if size > 1:
         launchers.wait_for_name(os.environ["MASTER_ADDR"])

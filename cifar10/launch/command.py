@@ -1,5 +1,6 @@
 """Launch options, and the deepspeed command line and environment for them."""
 
+import contextlib
 import os
 import shlex
 import socket
@@ -93,6 +94,15 @@ def idle_gpus(asked: int | None, gpus: int, batch: Batch, machines: int = 1) -> 
     )
 
 
+def free_port() -> tuple[str, int]:
+    """A loopback address, ::1 where there is only IPv6, and a port of it that is free. Raises UsageError."""
+    for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+        with contextlib.suppress(OSError), socket.socket(family) as listener:
+            listener.bind((address, 0))
+            return address, listener.getsockname()[1]
+    raise UsageError("this machine has no loopback address, over which ranks meet; bring it up: ip link set lo up")
+
+
 def deepspeed_command(
     options: LaunchOptions, ranks: int, gpus: int, flags: list[str], hostfile: Path
 ) -> tuple[list[str], dict[str, str]]:
@@ -105,10 +115,8 @@ def deepspeed_command(
         address, port = options.master_addr, options.master_port
         words = [f"--hostfile={hostfile}", "--no_ssh", f"--node_rank={options.node_rank}", f"--master_addr={address}"]
     else:
-        words = [f"--num_gpus={ranks}"]
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
+        address, port = free_port()
+        words = [f"--num_gpus={ranks}", *([] if address == "127.0.0.1" else [f"--master_addr={address}"])]  # the default
     if gpus and "CUDA_VISIBLE_DEVICES" in environment:  # DeepSpeed reads only numbers there, and sets it to 0, 1, ... in ranks
         program = ["env", f"CUDA_VISIBLE_DEVICES={environment.pop('CUDA_VISIBLE_DEVICES')}", sys.executable, "-u", str(SCRIPT)]
         words += ["--no_python", "--no_local_rank"]

@@ -56,6 +56,7 @@ class Launch:
         self._ranks: list[psutil.Process] = []
         self._first = self._deadline = self._first_death = float("inf")
         self._handlers_before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
+        self._handlers_before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._pause)
         self._process = subprocess.Popen(command, env=environment, start_new_session=True)
         if self.signalled:  # while the process was being started
             self._signal_all(signal.SIGTERM)
@@ -63,6 +64,14 @@ class Launch:
     def _signal_all(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
+
+    def _pause(self, *_: object) -> None:
+        """Ctrl-Z: the ranks, which the terminal does not reach, stop with this process and go on with it."""
+        if hasattr(self, "_process"):
+            self._signal_all(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        if hasattr(self, "_process"):
+            self._signal_all(signal.SIGCONT)
 
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -127,19 +136,26 @@ def describe(code: int) -> str:
     return ": a rank was killed by SIGKILL; out of memory?" if code in (247, 137, -9) else f" with code {code}"
 
 
-def train_once(options: LaunchOptions, ranks: int, flags: list[str], folder: Path) -> int:
-    """Start the launcher and wait for the end of its last process; returns the exit code."""
-    before = read_summary(folder)
+def launched(
+    options: LaunchOptions, ranks: int, flags: list[str], is_over: Callable[[], bool] = lambda: False
+) -> tuple[int, bool]:
+    """Start the launcher and wait for the end of its last process; returns its exit code, and whether it was signalled."""
     with tempfile.TemporaryDirectory() as scratch:
         command, environment = deepspeed_command(options, ranks, device.count_gpus(), flags, Path(scratch) / "hostfile")
         launch = Launch(command, {"CIFAR10_STARTED_BY": start_command(options), **environment})
-        code = launch.wait(ranks, lambda: is_at_its_end(before, read_summary(folder)))
+        return launch.wait(ranks, is_over), launch.signalled
+
+
+def train_once(options: LaunchOptions, ranks: int, flags: list[str], folder: Path) -> int:
+    """Train once; returns the exit code."""
+    before = read_summary(folder)
+    code, signalled = launched(options, ranks, flags, lambda: is_at_its_end(before, read_summary(folder)))
     after = read_summary(folder)
-    crashed = after and after != before and after.status == "running" and not launch.signalled
+    crashed = after and after != before and after.status == "running" and not signalled
     if crashed and options.node_rank == 0:  # no rank could write it, and the first machine writes the summary
         after = replace(after, status="failed", reason=f"the run ended{describe(code)}")
         after.write(folder)
-    return exit_code(code, launch.signalled, before, after)
+    return exit_code(code, signalled, before, after)
 
 
 def train(options: LaunchOptions, ranks: int, flags: list[str], max_steps: int | None, folder: Path) -> int:

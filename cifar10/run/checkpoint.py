@@ -69,7 +69,8 @@ def _prune(folder: Path, keep: int) -> None:
 
 
 def _why_not(error: OSError | RuntimeError) -> str:
-    """Why a file could not be written: an OSError, or torch.save's RuntimeError about one."""
+    """Why a file could not be written: an OSError, or torch.save's RuntimeError about one, which hides it."""
+    error = error.__context__ if isinstance(error.__context__, OSError) else error
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
     return f"{said}{'; make room on the disk' if full else ''}"

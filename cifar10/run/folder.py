@@ -21,15 +21,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock
 
 from cifar10 import UsageError
-from cifar10.config.recipe import refuse_other_format
+from cifar10.config.recipe import PROJECT, refuse_other_format
 from cifar10.config.settings import differences, is_deep
-from cifar10.files import written_whole
+from cifar10.files import Busy, data_folder, take_lock, written_whole
 
 LOCK = ".lock"
-_held: dict[Path, FileLock] = {}  # a lock is released when its object is deleted
+_held: dict[Path, BaseFileLock] = {}  # a lock is released when its object is deleted
 
 
 def choose(output_dir: Path | None, recipe: str) -> Path:
@@ -158,16 +158,18 @@ def refuse_if_never(folder: Path, resume: str) -> None:
     """--resume never: raise UsageError if the folder has anything in it but a lock, or what a start without a step leaves."""
     if resume != "never" or not folder.is_dir():
         return
-    allowed = {LOCK} if holds_training(folder) else {LOCK, "recipe.json", "ds_config.json", "environment.json", "checkpoints"}
-    if any(path.name not in allowed for path in folder.iterdir()):
+    allowed = () if holds_training(folder) else ("recipe.json", "ds_config.json", "environment.json", "checkpoints")
+    if any(path.name not in allowed and not path.name.startswith(LOCK) for path in folder.iterdir()):
         raise UsageError(f"--resume never, but --output-dir {folder} is not empty; choose another folder, or use --resume auto")
 
 
 def _commit() -> str | None:
     """This program's commit, with -dirty if files were changed; None outside a git checkout."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    git = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    here = {name: value for name, value in os.environ.items() if name not in ("GIT_DIR", "GIT_WORK_TREE")}
+    here["GIT_CEILING_DIRECTORIES"] = str(PROJECT.parent)  # a copy within another repository is not of its commit
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(git, env=here, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -178,6 +180,14 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def data_dir_of(folder: Path | None, given: Path | None) -> Path:
+    """--data-dir; else where the run in `folder` had its data, if that is still there; else $CIFAR10_DIR or data/."""
+    starts = (read_json(folder / "environment.json") or {}).get("starts") if folder and not given else None
+    dirs = [start.get("data_dir") for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+    had = next((Path(place) for place in reversed(dirs) if isinstance(place, str) and os.path.exists(place)), None)
+    return given or had or data_folder()
 
 
 def environment(argv: list[str], facts: dict[str, Any]) -> dict[str, Any]:
@@ -195,11 +205,13 @@ def environment(argv: list[str], facts: dict[str, Any]) -> dict[str, Any]:
 
 def _hold(folder: Path) -> None:
     """Lock `folder` against other processes for as long as this one lives."""
-    lock = _held.setdefault(folder.resolve(), FileLock(folder / LOCK))
+    if folder.resolve() in _held:
+        return
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UsageError(f"another process is training in {folder}; wait for it, or choose another --output-dir") from None
+        _held[folder.resolve()] = take_lock(folder / LOCK)
+    except Busy as busy:
+        wait = "wait for it, or choose another --output-dir"
+        raise UsageError(f"another process is training in {folder}; {wait} ({busy})") from None
 
 
 def let_go() -> None:

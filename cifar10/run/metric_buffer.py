@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from cifar10 import RunFailed
 from cifar10.distributed.world import World
 from cifar10.run.state import RunState
 
@@ -38,7 +39,7 @@ class MetricBuffer:
         ]
 
 
-class TooManySkippedSteps(Exception):
+class TooManySkippedSteps(RunFailed):
     """Training has diverged: too many steps in a row had non-finite values."""
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from cifar10 import RunFailed
 from cifar10.distributed.launchers import SIGNALS
 from cifar10.distributed.world import World
 
@@ -58,7 +59,8 @@ class StopRequest:
 
     def __init__(self, world: World, folder: Path, max_minutes: float | None = None, stop_at: float | None = None) -> None:
         self._world = world
-        self._file = folder / "STOP"
+        self._folder, self._file = folder, folder / "STOP"
+        self._place = self._identity()
         self._max_minutes = max_minutes
         self._stop_at = stop_at
         self._began = time.monotonic()
@@ -74,6 +76,19 @@ class StopRequest:
             if signal.getsignal(HANGUP) is signal.SIG_DFL:  # terminal closed; nohup ignores it
                 signal.signal(HANGUP, self._on_signal)
 
+    def _identity(self) -> tuple[int, int] | None:
+        """What the run's folder is, whatever its name; None if there is none."""
+        with suppress(OSError):
+            found = self._folder.stat()
+            return found.st_dev, found.st_ino
+        return None
+
+    def check_folder(self) -> None:
+        """Raise RunFailed on all ranks if the run's folder was deleted or moved, before it is made again. Collective."""
+        if self._world.any_rank(self._world.is_main and self._identity() != self._place):
+            how = "was deleted or moved while the run was training"
+            raise RunFailed(f"{self._folder} {how}; move it back, and the same command continues from its newest checkpoint")
+
     def _on_signal(self, number: int, _frame: object) -> None:
         now = time.monotonic()  # torchrun forwards a Ctrl-C that the terminal already sent to all ranks
         if number == signal.SIGINT and now > self._interrupted + 1:
@@ -88,6 +103,8 @@ class StopRequest:
             self.reason = self.reason or f"launcher process {dead.pid} has exited"
         if not self._world.is_main:
             return
+        if self._identity() != self._place:
+            self.reason = self.reason or "its folder is gone"
         if self._file.exists():
             self.reason = self.reason or "the file STOP"
             self._file.unlink(missing_ok=True)  # so that the same command can resume

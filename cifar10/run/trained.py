@@ -13,8 +13,9 @@ from torch import nn
 from cifar10 import UsageError, reason
 from cifar10.config.recipe import FORMAT, Recipe, from_settings, refuse_other_format
 from cifar10.data.dataset import about_model
+from cifar10.distributed import cpus
 from cifar10.distributed.device import count_gpus, keep_freed_memory
-from cifar10.distributed.world import World, cores
+from cifar10.distributed.world import World
 from cifar10.models.registry import build_model
 from cifar10.models.weights import check_shapes, first_difference, read_weights
 from cifar10.run.checkpoint import PORTABLE_FILE
@@ -57,7 +58,7 @@ def alone(threads: int | None = None) -> World:
     """This process as the only rank, on the GPU if there is one, without a process group."""
     if threads is not None and threads < 1:
         raise UsageError(f"invalid value for --threads: {threads}, expected a whole number from 1 up, for example --threads 1")
-    torch.set_num_threads(threads or cores())
+    torch.set_num_threads(threads or cpus.threads())
     device = torch.device("cuda" if count_gpus() else "cpu")
     if device.type == "cpu":
         keep_freed_memory()

@@ -20,6 +20,7 @@ from cifar10.commands import doctor
 from cifar10.commands.doctor import CHECKS, FAIL, OK, WARN, Context
 from cifar10.data import cifar
 from cifar10.data.cifar import CIFAR10
+from cifar10.distributed import cpus
 from tests.launching import PROJECT, environment, free_port
 
 Disk = namedtuple("Disk", "total used free")
@@ -284,11 +285,12 @@ def test_shared_memory_is_small(monkeypatch, tmp_path):
 
 def test_the_limits_of_a_container(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "CGROUP", tmp_path)
+    monkeypatch.setattr(cpus, "CGROUPS", tmp_path)
     one("CPU", OK)
     one("memory", OK)
     (tmp_path / "cpu.max").write_text("50000 100000\n")
     (tmp_path / "memory.max").write_text(f"{2 << 30}\n")
-    one("CPU", WARN, "0.5 of them", "--threads 1")
+    one("CPU", OK, "1 core, ", "the container may use 0.5")
     for used, level in ((0, OK), (1 << 30, WARN), (1948 << 20, FAIL)):
         (tmp_path / "memory.current").write_text(str(used))
         one("memory", level, "of the container's 2.0 GiB")

@@ -12,7 +12,7 @@ from cifar10 import UsageError
 from cifar10.config import ds_check, ds_config, signatures
 from cifar10.distributed import device
 from cifar10.engine import kernels
-from cifar10_deepspeed import Net
+from cifar10_deepspeed import CIFAR10CNNEnhanced
 from tests.helpers import batch, make_engine, one_rank, one_step, same_bits, snapshot
 
 DEEPSPEEDS = signatures.constants(signatures.source("deepspeed", "runtime/config.py"), "DEEPSPEED_OPTIMIZERS")
@@ -43,7 +43,7 @@ def test_an_optimizer_trains_or_is_refused_in_one_line(name: str, stage: int) ->
         assert name not in TRAIN or (stage and name in WHOLE)
         return
     assert name in TRAIN
-    engine = make_engine(one_rank(), Net(), global_images=4, **config)
+    engine = make_engine(one_rank(), CIFAR10CNNEnhanced(), global_images=4, **config)
     before = snapshot(engine)
     losses = [one_step(engine, [batch(4)]) for _ in range(8)]
     assert torch.isfinite(torch.stack(losses)).all()

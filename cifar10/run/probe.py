@@ -1,0 +1,39 @@
+"""How long a run will take, from its first seconds: for --dry-run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+
+from cifar10.distributed.world import World
+
+PROBE_SECONDS = 4.0
+T = TypeVar("T")
+
+
+def seconds_each(batches: Iterable[T], work: Callable[[T], object], world: World) -> float:
+    """Seconds that `work` takes for one of `batches`, after a warmup with the first half of them; 0 if there are none.
+
+    Collective: all ranks try equally many, as many as fit into a few seconds.
+    """
+    marks = [time.perf_counter()]
+    for batch in batches:
+        work(batch)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)
+        marks.append(time.perf_counter())
+        if world.any_rank(marks[-1] - marks[0] > PROBE_SECONDS):
+            break
+    first = len(marks) // 2 if len(marks) > 2 else 0
+    return (marks[-1] - marks[first]) / max(1, len(marks) - 1 - first)
+
+
+def estimate(step: float, steps: int, evaluation: float, evaluations: int) -> str:
+    """A sentence about a run of `steps` steps and `evaluations` passes over held-out images, of these many seconds each."""
+    total = timedelta(seconds=round(step * steps + evaluation * evaluations))
+    passes = f" and {evaluations:,} evaluations of {evaluation:.3g} s" if evaluation else ""
+    return f"time: about {total} (h:mm:ss) on this machine, for {steps:,} steps of {step:.3g} s{passes}"
