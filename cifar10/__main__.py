@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 from cifar10 import UsageError, at_home, streams
@@ -22,6 +23,7 @@ COMMANDS = {  # each is the `run` of a file in cifar10/commands
     "gpu-check": "what to try first on a GPU, in stages that each leave their results, in about half an hour",
     "scaling": "speedup with more ranks, and the engine's overhead at each ZeRO stage and precision",
     "schedule": "draw the learning rate over a run: a picture, and a line in the terminal",
+    "eject": "a run as one short file of plain DeepSpeed, without this program",
     "recipes": "Markdown table of the recipes: model, parameters, measured results",
 }
 PROGRAM = "python -m cifar10"
@@ -29,6 +31,8 @@ PROGRAM = "python -m cifar10"
 
 def _called(run: Callable[..., Any], argv: list[str], command: str) -> int:
     """Call `run` with the flags in `argv`; returns the exit code. Without flags, tyro is not required."""
+    if list(signature(run).parameters) == ["argv"]:  # it takes the flags of a run
+        return run(argv) or 0
     try:
         import tyro
     except ImportError:
