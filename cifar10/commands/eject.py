@@ -151,9 +151,8 @@ dist.destroy_process_group()
 """
 
 SET_LR = """\
-        now = $now  # in epochs
-        lr = LR * ($warm if now < $warmup else $decay)
-        optimizer.param_groups[0]["lr"] = lr  # $lr_words
+        now = $now  # in epochs: $lr_words
+        optimizer.param_groups[0]["lr"] = LR * ($warm if now < $warmup else $decay)
 """
 
 
