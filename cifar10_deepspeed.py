@@ -204,32 +204,37 @@ def save_portable(run: Run, name: str, module: dict[str, Tensor], facts: dict[st
     return not why_not
 
 
-def validate(run: Run, state: RunState) -> SplitResult | None:
-    """Measure the weights as they are, and keep them as best_model if they are the best yet; None if nothing is held out."""
-    if not len(run.val):
-        return None
-    weights = run.engine.portable_state()
-    run.model.load_state_dict(weights)
-    result = evaluate(run.model, run.val, run.world)
-    facts = {"step": state.step, "val_accuracy": result.accuracy}
-    if result.accuracy > state.best_accuracy and save_portable(run, "best_model", weights, facts):
-        state.best_accuracy, state.best_step = result.accuracy, state.step
-    return result
+def validate(run: Run, state: RunState) -> list[SplitResult]:
+    """Measure the weights, and their average if there is one; keep the best yet as best_model. [] if nothing is held out."""
+    results: list[SplitResult] = []
+    for averaged in (False, True)[: 1 + run.engine.has_average] if len(run.val) else ():
+        weights = run.engine.portable_state(averaged=averaged)
+        run.model.load_state_dict(weights)
+        result = evaluate(run.model, run.val, run.world)
+        facts = {"step": state.step, "val_accuracy": result.accuracy}
+        if result.accuracy > state.best_accuracy and save_portable(run, "best_model", weights, facts):
+            state.best_accuracy, state.best_step, state.best_is_averaged = result.accuracy, state.step, averaged
+        results.append(result)
+    return results
 
 
 def finish_epoch(run: Run, state: RunState) -> None:
     """Validate, report and count the epoch. A run that ends inside an epoch is measured too, but there is none to judge by."""
     epoch, sums, lines = state.epoch + 1, state.epoch_sums, []
     train = SplitResult(sums.mean_loss, sums.accuracy, sums.images, state.train_seconds - state.seconds_before_epoch)
-    val = validate(run, state)
+    recipe, epochs = run.plan.recipe, math.ceil(run.total_steps / run.train.steps_per_epoch)
+    if epoch > epochs - recipe.swa_epochs:
+        run.engine.average.add()
+    results = validate(run, state)
+    val = results[0] if results else None
     state.remember_epoch(sums, val.accuracy if val else None)
     if state.epoch_step == run.train.steps_per_epoch:
         state.epoch, state.epoch_step = state.epoch + 1, 0
         state.epoch_sums, state.seconds_before_epoch = Sums(), state.train_seconds
-        which, loss = ("validation", val.loss) if val else ("training", train.loss)
-        lines = patience.watch(run.plan.recipe, state, loss, which)
+        which, losses = ("validation", results) if val else ("training", [train])
+        lines = patience.watch(recipe, state, min(result.loss for result in losses), which)
     best = state.best_loss, state.best_accuracy if val else state.best_train_accuracy, state.epochs_without_improvement
-    run.metrics.epoch(EpochRow(epoch, train, val, sums.mean_grad_norm, run.engine.lr, sums.skipped, *best))
+    run.metrics.epoch(EpochRow(epoch, train, val, sums.mean_grad_norm, run.engine.lr, sums.skipped, *best, *results[1:]))
     run.metrics.say(lines)
 
 
@@ -298,8 +303,9 @@ def finish(run: Run, state: RunState, ended_by: EndedBy) -> None:
     weights = run.engine.portable_state()
     written = save_portable(run, "final", weights, {"step": state.step})
     if not len(run.val):
-        state.best_step = state.step
-        written = save_portable(run, "best_model", weights, {"step": state.step, "val_accuracy": None}) and written
+        state.best_step, state.best_is_averaged = state.step, run.engine.has_average
+        best = run.engine.portable_state(averaged=True) if state.best_is_averaged else weights
+        written = save_portable(run, "best_model", best, {"step": state.step, "val_accuracy": None}) and written
     if not written or state.best_step < 0:
         raise RunFailed("the trained weights could not be written; make room on the disk and run the same command again")
     tested = test_fields(measure_best_model(run, state), run.plan.dataset)
@@ -325,7 +331,7 @@ def start_run(plan: Plan, world: World, folder: Path, model: nn.Module) -> tuple
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     deepspeed_engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, optimizer=own, config=config)
     distributed.limit_waiting(options.timeout_minutes)
-    engine = Engine(deepspeed_engine, world, recipe.seed)
+    engine = Engine(deepspeed_engine, world, recipe.seed, ema=recipe.ema, swa=recipe.swa_epochs > 0)
     start_from = None if options.resume in ("auto", "never") else run_folder.find_checkpoint(options.resume)
     place = folder / "checkpoints", start_from, engine, world, plan.settings
     state = RunState() if options.dry_run else checkpoint.resume(*place)

@@ -87,6 +87,11 @@ class Recipe:
     """Synchronize BatchNorm statistics over all ranks; needs GPUs."""
     lr_reference_batch: int = 0
     """Linear scaling rule: the learning rate is multiplied by the global batch size / this; 0 does not scale it."""
+    ema: float = 0.0
+    """Decay per step of an exponential moving average of the weights, for example 0.999; 0 keeps none. Each epoch validates the
+    weights and their average, and best_model is the better; without validation images it is the average."""
+    swa_epochs: int = 0
+    """Stochastic weight averaging: the mean of the weights at the ends of the last N epochs, validated as with --ema."""
     seed: int = 0
     """Seed of the initial weights, the order of the images and their augmentation."""
     tta: Literal["none", "mirror", "mirror+translate"] = "none"
@@ -151,17 +156,23 @@ def check_recipe(recipe: Recipe) -> None:
         ("epochs", lambda n: 0 < n <= 1e6, "a number above 0, and at most a million"),
         ("min_improvement plateau_lr_factor", is_positive, "a number above 0"),
         ("resize image_size", lambda n: 0 <= n <= 1024, "an integer from 0 to 1024"),
-        ("patience val_images lr_reference_batch seed split_seed", lambda n: 0 <= n < 2**31, "an integer >= 0, below 2**31"),
+        (
+            "patience val_images lr_reference_batch seed split_seed swa_epochs",
+            lambda n: 0 <= n < 2**31,
+            "an integer >= 0, below 2**31",
+        ),
         ("plateau_patience max_skipped_in_a_row", lambda n: n >= 1, "an integer >= 1"),
         ("tta_below", lambda p: 0 < p <= 1, "a probability above 0"),
         ("first_sizes", lambda ns: all(8 <= n <= 1024 for n in ns), "integers from 8 to 1024"),
         ("first_epochs", lambda ns: len(ns) == sizes and all(n >= 1 for n in ns), f"{sizes} integers >= 1, as --first-sizes"),
         ("warmup_epochs", lambda n: 0 <= n < math.inf, "a number >= 0"),
-        ("label_smoothing dropout drop_path", lambda n: 0 <= n < 1, "a number from 0 to below 1"),
+        ("label_smoothing dropout drop_path ema", lambda n: 0 <= n < 1, "a number from 0 to below 1"),
         ("mean", lambda ns: len(ns) in (1, 3) and all(map(math.isfinite, ns)), "3 finite numbers, or 1 for gray images"),
         ("std", lambda ns: len(ns) in (1, 3) and all(map(is_positive, ns)), "3 numbers above 0, or 1 for gray images"),
     )
     schedule.parse(recipe.lr_schedule)
+    if recipe.ema and recipe.swa_epochs:
+        raise UsageError("--ema is not supported with --swa-epochs; leave out one of them")
 
 
 def recipe_names() -> list[str]:

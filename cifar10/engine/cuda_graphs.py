@@ -103,7 +103,8 @@ def undone(engine: Engine) -> Iterator[None]:
         torch.cuda.synchronize()  # earlier steps are not a part of it
     started = time.perf_counter()
     before = optimizer_state()
-    tensors = [*engine.module.parameters(), *engine.module.buffers(), *before]
+    average = [*engine.average.averages, engine.average.updates] if engine.average else []
+    tensors = [*engine.module.parameters(), *engine.module.buffers(), *average, *before]
     values, counters = [t.detach().clone() for t in tensors], {name: getattr(engine.deepspeed, name) for name in COUNTERS}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:

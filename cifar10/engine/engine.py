@@ -30,6 +30,7 @@ from cifar10 import UsageError
 from cifar10.distributed.device import count_gpus
 from cifar10.distributed.world import World
 from cifar10.engine import full_state, muon
+from cifar10.engine.average import WeightAverage
 from cifar10.engine.loss_scale import LossScale
 from cifar10.engine.muon import MuonWithSGD
 
@@ -124,11 +125,12 @@ class Engine:
     """One model in training: learning rate, forward, backward, step; and its full weights and state on every rank.
 
     `deepspeed_engine` is what `deepspeed.initialize` returned for a config from `ds_config.resolve`; `seed` is for dropout.
+    With `ema`, a decay, or `swa` the weights are averaged (see average.py).
     """
 
     portable_state, full_state, restore = full_state.portable_state, full_state.full_state, full_state.restore
 
-    def __init__(self, deepspeed_engine: Any, world: World, seed: int = 0) -> None:
+    def __init__(self, deepspeed_engine: Any, world: World, seed: int = 0, *, ema: float = 0.0, swa: bool = False) -> None:
         self.deepspeed = deepspeed_engine
         self.module: nn.Module = deepspeed_engine.module
         self.world = world
@@ -148,6 +150,8 @@ class Engine:
         self._seed = seed
         self._buffers = list(self.module.buffers())
         self._saved_buffers = [torch.empty_like(b) for b in self._buffers]
+        averaged = [*full_state.fp32_weights(self), *(buffer for buffer in self._buffers if buffer.is_floating_point())]
+        self.average, self._ema = WeightAverage(averaged) if ema or swa else None, ema
         if deepspeed_engine.torch_autocast_enabled() and deepspeed_engine.torch_autocast_dtype() == torch.float16:
             self._replace_loss_scaler()
         if not self.stage:
@@ -227,6 +231,13 @@ class Engine:
             skipped = self.skipped.bool()
             for buffer, saved in zip(self._buffers, self._saved_buffers, strict=True):
                 torch.where(skipped, saved, buffer, out=buffer)
+            if self._ema:
+                self.average.follow(self._ema, self.skipped)
+
+    @property
+    def has_average(self) -> bool:
+        """Whether there is an average of the weights yet. Synchronizes with the device."""
+        return self.average is not None and bool(self.average.updates)
 
     @property
     def lr(self) -> float:

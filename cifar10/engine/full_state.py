@@ -23,11 +23,14 @@ SCALE = ("scale", "_growth_tracker")  # a loss scale's state
 STATE = frozenset("parameters optimizer optimizer_name buffers loss_scale scheduler scheduler_name groups counters".split())
 
 
-def portable_state(engine: Engine) -> dict[str, Tensor]:
-    """The model as a plain fp32 state dict on the CPU, the same on every rank.
+def portable_state(engine: Engine, *, averaged: bool = False) -> dict[str, Tensor]:
+    """The model, or its average, as a plain fp32 state dict on the CPU, the same on every rank.
 
     Weights are the fp32 masters. BatchNorm statistics are averaged over ranks, on a copy: each rank trains on with its own.
     """
+    if averaged:
+        with engine.average.applied():
+            return portable_state(engine)
     state = {name: _gathered(engine, parameter) for name, parameter in engine.module.named_parameters()}
     for name, buffer in engine.module.named_buffers():
         mean = buffer.detach().clone()
@@ -42,15 +45,15 @@ def full_state(engine: Engine) -> dict[str, Any]:
 
     Weights and optimizer state fit any number of ranks and any ZeRO stage. Buffers (BatchNorm's) are a list, one per rank.
     """
-    module, scheduler, scaler = engine.module, engine.deepspeed.lr_scheduler, loss_scaler(engine)
+    scheduler, scaler = engine.deepspeed.lr_scheduler, loss_scaler(engine)
     groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
     if scheduler is None:
         groups = [{**group, "lr": lr} for group, lr in zip(groups, engine.lrs, strict=True)]  # never a tensor
     return {
-        "parameters": {name: _gathered(engine, parameter) for name, parameter in module.named_parameters()},
+        **_tensors(engine),
+        "average": _average(engine),
         "optimizer": {key: _gathered_optimizer_state(engine, key) for key in _optimizer_keys(engine)},
         "optimizer_name": type(engine.optimizer).__name__,
-        "buffers": engine.world.gather({name: buffer.cpu().clone() for name, buffer in module.named_buffers()}),
         "loss_scale": {k: scaler.state_dict()[k] for k in SCALE} if scaler is not None else None,
         "scheduler": scheduler.state_dict() if scheduler is not None else None,
         "scheduler_name": type(scheduler).__name__ if scheduler is not None else None,
@@ -67,15 +70,12 @@ def restore(engine: Engine, saved: dict[str, Any]) -> None:
     """
     _check(engine, saved)
     deepspeed, scaler = engine.deepspeed, loss_scaler(engine)
-    for name, parameter in engine.module.named_parameters():
-        _set(engine, parameter, saved["parameters"][name].to(engine.world.device))
+    if engine.average and saved.get("average"):
+        with engine.average.applied():
+            _set_tensors(engine, saved["average"])
+        engine.average.updates.fill_(saved["average"]["updates"])
+    _set_tensors(engine, saved)
     _set_optimizer_state(engine, saved["optimizer"])
-    for name, buffer in engine.module.named_buffers():
-        of_ranks = [buffers[name] for buffers in saved["buffers"]]
-        if len(of_ranks) == engine.world.size:
-            buffer.copy_(of_ranks[engine.world.rank])
-        else:  # a count (an integer) is the same on all ranks
-            buffer.copy_(torch.stack(of_ranks).mean(dim=0) if buffer.is_floating_point() else of_ranks[0])
     if scaler is not None and saved["loss_scale"] is not None:
         scaler.load_state_dict({**scaler.state_dict(), **saved["loss_scale"]})
     if deepspeed.lr_scheduler is not None and saved["scheduler"] is not None:
@@ -133,7 +133,7 @@ def _check(engine: Engine, saved: dict[str, Any]) -> None:
         raise UsageError("the checkpoint's counters are not numbers")
 
 
-# --- parameters ---------------------------------------------------------------------------------------------------------
+# --- parameters and buffers ----------------------------------------------------------------------------------------------
 
 
 def _trained(engine: Engine) -> dict[str, nn.Parameter]:
@@ -149,6 +149,33 @@ def _gathered(engine: Engine, parameter: nn.Parameter) -> Tensor:
         return safe_get_full_fp32_param(parameter).to("cpu", torch.float32, copy=True).contiguous()
     with GatheredParameters([parameter], enabled=engine.stage == 3):
         return parameter.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+def _tensors(engine: Engine) -> dict[str, Any]:
+    """All parameters by name, and each rank's buffers by name."""
+    return {
+        "parameters": {name: _gathered(engine, parameter) for name, parameter in engine.module.named_parameters()},
+        "buffers": engine.world.gather({name: buffer.cpu().clone() for name, buffer in engine.module.named_buffers()}),
+    }
+
+
+def _average(engine: Engine) -> dict[str, Any] | None:
+    if not engine.has_average:
+        return None
+    with engine.average.applied():
+        return {**_tensors(engine), "updates": int(engine.average.updates)}
+
+
+def _set_tensors(engine: Engine, saved: dict[str, Any]) -> None:
+    """The inverse of `_tensors`."""
+    for name, parameter in engine.module.named_parameters():
+        _set(engine, parameter, saved["parameters"][name].to(engine.world.device))
+    for name, buffer in engine.module.named_buffers():
+        of_ranks = [buffers[name] for buffers in saved["buffers"]]
+        if len(of_ranks) == engine.world.size:
+            buffer.copy_(of_ranks[engine.world.rank])
+        else:  # a count (an integer) is the same on all ranks
+            buffer.copy_(torch.stack(of_ranks).mean(dim=0) if buffer.is_floating_point() else of_ranks[0])
 
 
 def _set(engine: Engine, parameter: nn.Parameter, value: Tensor) -> None:
@@ -176,6 +203,11 @@ def _own_part(engine: Engine, parameter: nn.Parameter, value: Tensor) -> Tensor:
 # --- the optimizer's state ----------------------------------------------------------------------------------------------
 
 
+def fp32_weights(engine: Engine) -> list[Tensor]:
+    """This rank's part of the weights that the optimizer updates: the parameters, under ZeRO flat tensors."""
+    return _flat_partitions(engine) if engine.stage else list(engine.module.parameters())
+
+
 def _flat_partitions(engine: Engine) -> list[Tensor]:
     """The flat tensors that the optimizer has instead of parameters under ZeRO."""
     zero = engine.deepspeed.optimizer
@@ -184,8 +216,7 @@ def _flat_partitions(engine: Engine) -> list[Tensor]:
 
 def _optimizer_keys(engine: Engine) -> list[str]:
     """The names of the optimizer's state, empty before the first step."""
-    owners = _flat_partitions(engine) if engine.stage else list(engine.module.parameters())
-    states = (engine.optimizer.state.get(owner, {}) for owner in owners)
+    states = (engine.optimizer.state.get(owner, {}) for owner in fp32_weights(engine))
     return sorted({key for state in states for key, value in state.items() if torch.is_tensor(value)})
 
 

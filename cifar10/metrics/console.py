@@ -66,6 +66,8 @@ class ConsoleSink(Sink):
 
     def epoch(self, row: EpochRow) -> None:
         val = f"  val loss {row.val.loss:.4f} accuracy {row.val.accuracy:.2%}" if row.val else ""
+        if row.val_averaged:
+            val += f", averaged weights {row.val_averaged.accuracy:.2%}"
         skipped = f"  skipped {row.skipped} steps" if row.skipped else ""
         self.line(
             f"epoch {row.epoch}/{self._total_epochs}  train loss {row.train.loss:.4f} accuracy {row.train.accuracy:.2%}{val}"

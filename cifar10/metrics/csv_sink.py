@@ -42,6 +42,8 @@ class CsvSink(Sink):
         self._split(row.epoch, "train", row.train)
         if row.val is not None:
             self._split(row.epoch, "val", row.val)
+        if row.val_averaged is not None:
+            self._split(row.epoch, "val_averaged", row.val_averaged)
 
     def test(self, epoch: int, result: SplitResult) -> None:
         self._split(epoch, "test", result)

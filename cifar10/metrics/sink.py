@@ -43,6 +43,7 @@ class EpochRow:
     best_loss: float = math.nan  # the lowest watched loss so far
     best_accuracy: float = math.nan
     waited: int = 0  # epochs since the watched loss improved
+    val_averaged: SplitResult | None = None  # validation of the averaged weights, if there is an average
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ class ScalarSink(Sink):
         self.log("train", step, **row.train.measures, gradient_norm=row.grad_norm, epoch=row.epoch)
         if row.val is not None:
             self.log("val", step, **row.val.measures)
+        if row.val_averaged is not None:
+            self.log("val_averaged", step, **row.val_averaged.measures)
 
     def test(self, epoch: int, result: SplitResult) -> None:
         self.log("test", self.steps.at_end_of(epoch), **result.measures)

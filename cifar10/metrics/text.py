@@ -215,7 +215,8 @@ def closing_lines(summary: Summary, val_images: int, plan: Plan) -> list[str]:
         first = f"; first epoch {summary.first_train_loss:.4f}" if since else ""
         lines.append(f"training loss  {summary.train_loss:.4f}  (last epoch{first})")
     if summary.val_accuracy is not None:
-        which = f"best_model, step {summary.best_step}; {val_images:,} images{_since_first(summary, 'val')}"
+        weights = ", averaged weights" if summary.best_is_averaged else ""
+        which = f"best_model, step {summary.best_step}{weights}; {val_images:,} images{_since_first(summary, 'val')}"
         lines.append(f"val accuracy   {summary.val_accuracy:.2%}  ({which})")
     if summary.test_accuracy is not None:
         used, total = summary.test_images, plan.dataset.test_images

@@ -78,6 +78,7 @@ class RunState:
     epochs_without_improvement: int = 0
     best_accuracy: float = -1.0  # of best_model, on its split
     best_step: int = -1
+    best_is_averaged: bool = False  # best_model is the average of the weights
     resumed_at_steps: list[int] = field(default_factory=list)
 
     def ends_epoch_of(self, every_epochs: int) -> bool:

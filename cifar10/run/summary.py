@@ -57,6 +57,7 @@ class Summary:
     best_train_accuracy: float | None = None
     val_accuracy: float | None = None  # of best_model
     best_step: int | None = None
+    best_is_averaged: bool = False  # best_model is the average of the weights
     train_seconds: float = 0.0  # of training steps
     capture_seconds: float | None = None  # of this process, beside them: to capture CUDA graphs
     process_seconds: float = 0.0  # since the process started, imports included
@@ -133,6 +134,7 @@ def summarize(state: RunState, steps_per_epoch: int, status: Status, **known: An
         best_train_accuracy=state.best_train_accuracy if state.best_train_accuracy >= 0 else None,
         val_accuracy=state.best_accuracy if state.best_accuracy >= 0 else None,
         best_step=state.best_step if state.best_step >= 0 else None,
+        best_is_averaged=state.best_is_averaged,
         train_seconds=state.train_seconds,
         process_seconds=time.time() - psutil.Process().create_time(),
         images_per_second=state.trained_images / state.train_seconds if state.train_seconds else None,

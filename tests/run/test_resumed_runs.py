@@ -50,8 +50,10 @@ class Kind:
 
 
 KINDS = {
-    "ZeRO 1, 2 passes, WarmupLR": Kind(stage=1, passes=2, scheduler=WARMUP),
-    "2 ranks, bf16, ZeRO 3, 2 passes, AdamW": Kind(ranks=2, stage=3, passes=2, precision="bf16", optimizer=ADAMW),
+    "ZeRO 1, 2 passes, WarmupLR, SWA": Kind(stage=1, passes=2, scheduler=WARMUP, flags="--epochs 2 --swa-epochs 2"),
+    "2 ranks, bf16, ZeRO 3, 2 passes, AdamW, EMA": Kind(
+        ranks=2, stage=3, passes=2, precision="bf16", optimizer=ADAMW, flags="--epochs 2 --ema 0.9"
+    ),
     "bf16, early stopping": Kind(precision="bf16", flags=f"--epochs 9 {IMPATIENT}", steps=60, stop_at=40),
 }
 MOVED = [Kind(ranks=2, stage=2), Kind()]  # the one that is stopped, and the one that resumes in its folder
