@@ -89,7 +89,16 @@ def one_rank() -> World:
 SGD = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}
 
 
-def make_engine(world: World, model: nn.Module, *, global_images: int = 32, accumulation: int = 1, **config: Any) -> Engine:
+def make_engine(
+    world: World,
+    model: nn.Module,
+    *,
+    global_images: int = 32,
+    accumulation: int = 1,
+    ema: float = 0,
+    swa: bool = False,
+    **config: Any,
+) -> Engine:
     """An engine as the script makes it, from a DeepSpeed config with these keys."""
     sizes = {"train_batch_size": global_images, "gradient_accumulation_steps": accumulation}
     resolved, _, _ = ds_config.resolve({"optimizer": SGD, "gradient_clipping": 1.0, **sizes, **config}, world.size)
@@ -97,7 +106,7 @@ def make_engine(world: World, model: nn.Module, *, global_images: int = 32, accu
     given = {"model_parameters": model.parameters(), "optimizer": own_optimizer(model, resolved), "config": resolved}
     deepspeed_engine, _, _, _ = prepare().initialize(model=model, **given)
     deepspeed_engine.train()
-    return Engine(deepspeed_engine, world)
+    return Engine(deepspeed_engine, world, ema=ema, swa=swa)
 
 
 def make_loader(world: World, *, global_images: int = 32, accumulation: int = 1, num_images: int = 800) -> TrainLoader:
@@ -151,6 +160,8 @@ def snapshot(engine: Engine) -> dict[str, Tensor]:
         for key, value in engine.optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 named[f"{key} of {name}"] = value
+    if engine.average:
+        named |= {f"average {number}": value for number, value in enumerate([*engine.average.averages, engine.average.updates])}
     return {name: value.detach().clone() for name, value in named.items()}
 
 

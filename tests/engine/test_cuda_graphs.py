@@ -127,6 +127,7 @@ def counters(engine: Engine) -> list[Any]:
 CASES = {
     "captured, SGD": ("captured", 0.0, {}),
     "captured, Muon": ("captured", 0.3, {"optimizer": MUON}),
+    "captured, EMA": ("captured", 0.0, {"ema": 0.9}),
     "captured, no momentum": ("captured", 0.3, {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}, "gradient_clipping": 0.0}),
     "captured, bf16": ("captured", 0.0, {"bf16": {"enabled": True}}),
     "graph, SGD": ("graph", 0.3, {}),
