@@ -17,6 +17,7 @@ from typing import Annotated
 import tyro
 
 from cifar10 import UsageError
+from cifar10.config import schedule
 from cifar10.config.cli import split_options
 from cifar10.data import augment, rng
 from cifar10.engine import muon
@@ -24,6 +25,11 @@ from cifar10.models.registry import source_file
 from cifar10.plan import Plan, make_plan
 
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST"}
+SCHEDULES = {
+    schedule.Cosine: "0.5 * (1 + math.cos(math.pi * {progress}))",
+    schedule.Linear: "1 - {progress}",
+    schedule.Constant: "1",
+}
 GENERATED = {"synthetic": "", "synthetic_mnist": "[:, 2:30, 2:30, 1:2].copy()"}
 
 
@@ -152,7 +158,7 @@ dist.destroy_process_group()
 
 SET_LR = """\
         now = $now  # in epochs: $lr_words
-        optimizer.param_groups[0]["lr"] = LR * ($warm if now < $warmup else $decay)
+        optimizer.param_groups[0]["lr"] = LR * ($factor)
 """
 
 
@@ -168,7 +174,9 @@ def _refuse_what_it_cannot_hold(plan: Plan) -> None:
         f"--dataset {recipe.dataset}": recipe.dataset not in {*TORCHVISION, *GENERATED},
         "images of another size": recipe.resize or recipe.image_size or recipe.first_sizes,
         f"--weights {recipe.weights}": recipe.weights != "none",
+        f"--lr-schedule {recipe.lr_schedule}": type(schedule.parse(recipe.lr_schedule)) not in SCHEDULES,
         "--sync-bn": recipe.sync_bn,
+        "averages of the weights": recipe.ema or recipe.swa_epochs,
         "--plateau-lr-factor": recipe.plateau_lr_factor != 1,
         f"the optimizer {muon.NAME}": plan.ds_config["optimizer"]["type"] == muon.NAME,
         f"--model {recipe.model}": "start_from_images" in source_file(recipe.model).read_text(encoding="utf-8"),
@@ -188,19 +196,18 @@ def _model_source(name: str) -> tuple[str, str]:
 
 def _learning_rate(plan: Plan, steps_per_epoch: int) -> str:
     """The lines that set the learning rate; none if the config has a scheduler."""
-    recipe = plan.recipe
+    recipe, found = plan.recipe, schedule.parse(plan.recipe.lr_schedule)
     if plan.ds_config.get("scheduler"):
         return ""
     length = max(1, round(recipe.epochs * steps_per_epoch)) / steps_per_epoch
-    warmup, whole = min(recipe.warmup_epochs, length / 10), recipe.lr_moves == "per-epoch"
-    shape = "cosine" if whole else recipe.lr_shape
+    warmup = found.warmup(recipe.warmup_epochs, length)
     progress = f"(now - {warmup:.17g}) / {length - warmup:.17g}"
+    factor = SCHEDULES[type(found)].format(progress=progress)
+    warm = f"min(1, (now + 1) / {warmup:.17g})" if found.per_epoch else f"now / {warmup:.17g}"
     return Template(SET_LR).substitute(
-        now="epoch" if whole else "(step + 0.5) / steps_per_epoch",
-        lr_words=f"a linear warmup, then a {shape} decay to 0",
-        warmup=f"{warmup:.17g}",
-        warm=f"min(1, (now + 1) / {warmup:.17g})" if whole else f"now / {warmup:.17g}",
-        decay=f"0.5 * (1 + math.cos(math.pi * {progress}))" if shape == "cosine" else f"1 - {progress}",
+        now="epoch" if found.per_epoch else "(step + 0.5) / steps_per_epoch",
+        lr_words=f"a linear warmup, then a {found.describe()}" if warmup else found.describe(),
+        factor=f"{warm} if now < {warmup:.17g} else {factor}" if warmup else factor,
     )
 
 
