@@ -15,6 +15,7 @@ from cifar10.run.trained import Which
 
 _arg, RUNS = tyro.conf.arg, "A run's folder, its checkpoints/best_model or checkpoints/final, a file of weights, or an export."
 Run = Annotated[tyro.conf.Positional[Path], _arg(metavar="RUN", help=RUNS)]
+Runs = Annotated[tyro.conf.Positional[tuple[Path, ...]], _arg(metavar="RUN [RUN ...]", help=RUNS + " Several are an ensemble.")]
 WhichModel = Annotated[Which, _arg(help="Of a run's folder, the model that validation chose or the last one.")]
 WHERE = "Where the data set is, or is downloaded to (default: where the run had it, else $CIFAR10_DIR, else data/)."
 DataDir = Annotated[Path | None, _arg(help=WHERE)]

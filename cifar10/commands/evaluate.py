@@ -1,21 +1,25 @@
 """`python -m cifar10 evaluate RUN`: loss, accuracy, recall and precision by class, confusions and calibration on a split.
 
+Several runs are evaluated as an ensemble: the mean of their probabilities.
+
 Measured as the run itself measures, every image once, in fp32 and the same batches: the accuracy on the test split is the one
 in summary.json. The logits are written to the run's folder, for reports.
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
 import tyro
 from rich.console import Console
 from torch import Tensor, nn
 
 from cifar10 import UsageError
-from cifar10.commands.common import DataDir, Device, Run, Threads, WhichModel, number_table, settle
+from cifar10.commands.common import DataDir, Device, Runs, Threads, WhichModel, number_table, settle
 from cifar10.data import registry
 from cifar10.data.dataset import Images, stratified_split
 from cifar10.data.loader import EvaluationLoader
@@ -68,6 +72,32 @@ def answers(model: nn.Module, images: Images, found: Trained, world: World) -> t
     return result, Predictions(torch.cat(logits).numpy(), images.labels)
 
 
+def together(members: Sequence[Predictions]) -> tuple[SplitResult, Predictions]:
+    """An ensemble's result: its logits are the logarithm of the members' mean probabilities."""
+    logits = torch.stack([torch.from_numpy(member.logits).log_softmax(1) for member in members]).logsumexp(0) - math.log(
+        len(members)
+    )
+    labels = torch.from_numpy(members[0].labels)
+    accuracy = (logits.argmax(1) == labels).double().mean().item()
+    return SplitResult(F.cross_entropy(logits, labels).item(), accuracy, len(labels), 0.0), Predictions(
+        logits.numpy(), members[0].labels
+    )
+
+
+def refuse_different(members: Sequence[Trained], split: Split) -> None:
+    """Raise UsageError unless all members were trained for these images and classes, with the same images held out."""
+    first = members[0]
+    for member in members[1:]:
+        same = [(one.recipe.dataset, one.classes, one.dataset_size) for one in (first, member)]
+        held_out = [(one.recipe.val_images, one.recipe.split_seed) for one in (first, member)]
+        if same[0] != same[1]:
+            raise UsageError(
+                f"{member.file} was trained on other images or classes than {first.file}; an ensemble needs the same"
+            )
+        if split != "test" and held_out[0] != held_out[1]:
+            raise UsageError(f"{member.file} held out other images than {first.file}; --split test is the same for both")
+
+
 def per_class(predictions: Predictions, classes: Sequence[str]) -> list[dict[str, Any]]:
     """For each class: the number of images, recall (as accuracy), and precision."""
     counts, rows = confusion(predictions), []
@@ -95,24 +125,32 @@ def tta_below(found: Trained, tta: Tta) -> float:
 
 
 def measure(
-    found: Trained, world: World, split: Split, tta: Tta, data_dir: Path | None, num_images: int | None
+    members: Sequence[Trained], world: World, split: Split, tta: Tta, data_dir: Path | None, num_images: int | None
 ) -> dict[str, Any]:
-    """The results, as plain values for JSON; the logits of a whole split go to the run's folder, if the model is in one."""
+    """The results, as plain values for JSON; the logits of a whole split go to the run's folder, if one model is in one."""
+    refuse_different(members, split)
+    found, several = members[0], len(members) > 1
     whole = split_images(found, split, data_dir)
     images = first_images(whole, num_images, "--images")
-    plain, predictions = answers(found.model, images, found, world)
+    each = [answers(member.model, images, member, world) for member in members]
+    plain, predictions = together([own for _, own in each]) if several else each[0]
     with_tta = None
     if tta != "none":
-        result, predictions = answers(Augmented(found.model, tta, tta_below(found, tta)), images, found, world)
+        viewed = [answers(Augmented(one.model, tta, tta_below(one, tta)), images, one, world) for one in members]
+        result, predictions = together([own for _, own in viewed]) if several else viewed[0]
         with_tta = {"loss": result.loss, "accuracy": result.accuracy}
     written = None
-    if found.run is not None and len(images) == len(whole):
+    if found.run is not None and len(images) == len(whole) and not several:
         file = found.run / predictions_file(split, found.which, tta)
         written = str(file) if save_predictions(file, [predictions.logits], images.labels) else None
     return {
         "file": str(found.file),
         "which": found.which,
         "step": found.step,
+        "members": [
+            {"file": str(one.file), "loss": own.loss, "accuracy": own.accuracy}
+            for one, (own, _) in zip(members, each, strict=True)
+        ],
         "dataset": found.recipe.dataset,
         "split": split,
         "images": len(images),
@@ -131,7 +169,12 @@ def measure(
 def compared_with_summary(done: dict[str, Any], found: Trained) -> Iterator[str]:
     """How the accuracies compare with those in the run's summary.json, if these are of the same model and images."""
     summary = (run_folder.read_json(found.run / "summary.json") if found.run else None) or {}
-    if done["split"] != "test" or found.which != "best_model" or summary.get("test_images") != done["images"]:
+    if (
+        len(done["members"]) > 1
+        or done["split"] != "test"
+        or found.which != "best_model"
+        or summary.get("test_images") != done["images"]
+    ):
         return
     results = [("own test", "test_accuracy", done["accuracy"])]
     if done["with_tta"] and done["tta"] == found.recipe.tta:
@@ -148,6 +191,8 @@ def show(done: dict[str, Any], found: Trained, console: Console) -> None:
     split, with_tta = done["split"], done["with_tta"]
     images = f"{done['images']:,} {split} images of {done['dataset']}"
     console.print(f"{found.recipe.model} of {found.file}, step {found.step:,}: {images}")
+    for member in done["members"] if len(done["members"]) > 1 else ():
+        console.print(f"member {member['file']}: {split} accuracy {member['accuracy']:.2%}  loss {member['loss']:.4f}")
     console.print(f"{split} accuracy {done['accuracy']:.2%}  loss {done['loss']:.4f}")
     if with_tta:
         gain, below = 100 * (with_tta["accuracy"] - done["accuracy"]), tta_below(found, done["tta"])
@@ -171,7 +216,7 @@ def show(done: dict[str, Any], found: Trained, console: Console) -> None:
 
 
 def run(
-    where: Run,
+    runs: Runs,
     split: Split = "test",
     tta: Tta = "none",
     which: WhichModel = "best_model",
@@ -181,7 +226,7 @@ def run(
     device: Device = "auto",
     json_: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False,
 ) -> None:
-    """Loss, accuracy by class, confusions and calibration of a trained model on a split.
+    """Loss, accuracy by class, confusions and calibration of a trained model, or of an ensemble of several, on a split.
 
     Args:
         split: train and val as the run split them; train images are not augmented here.
@@ -191,10 +236,12 @@ def run(
         json_: Print JSON, and nothing else.
     """
     settle(device)
+    if not runs:
+        raise UsageError("evaluate needs a run's folder, for example runs/mine")
     world = trained.alone(threads)
-    found = trained.load(where, which, world)
-    done = measure(found, world, split, tta, data_dir, images)
+    members = [trained.load(where, which, world) for where in runs]
+    done = measure(members, world, split, tta, data_dir, images)
     if json_:
         print(json.dumps(done, indent=2))
     else:
-        show(done, found, Console(highlight=False, soft_wrap=True, markup=False))
+        show(done, members[0], Console(highlight=False, soft_wrap=True, markup=False))

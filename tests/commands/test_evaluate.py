@@ -181,3 +181,32 @@ def test_recall_and_precision_of_a_class_without_images_or_without_answers():
     assert [rows[5][key] for key in ("images", "accuracy", "precision")] == [1, 0.0, None]
     assert [rows[0][key] for key in ("images", "accuracy", "precision")] == [0, None, None]
     assert evaluate.confusions(found, classes) == [{"class": "f", "answer": "c", "images": 1}]
+
+
+# --- ensembles --------------------------------------------------------------------------------------------------------
+
+
+def test_an_ensemble_is_the_mean_of_its_members_probabilities(trained, copied, capsys):
+    ours, other = copied("color"), trained / "color"
+    weights = ours / "checkpoints" / "best_model" / "mp_rank_00_model_states.pt"
+    content = torch.load(weights, weights_only=True)
+    content["module"] = {name: value * 0.9 for name, value in content["module"].items()}
+    torch.save(content, weights)
+    found = result(capsys, ours, other)
+    probabilities = [F.softmax(torch.from_numpy(predictions_of(capsys, run)), dim=1) for run in (ours, other)]
+    mean = torch.stack(probabilities).mean(0)
+    labels = torch.from_numpy(read(other / TEST_FILE).labels)
+    assert found["accuracy"] == pytest.approx((mean.argmax(1) == labels).double().mean().item())
+    assert found["loss"] == pytest.approx(F.nll_loss(mean.log(), labels).item(), rel=1e-5)
+    assert [Path(member["file"]).parents[2] for member in found["members"]] == [ours, other]
+    assert found["written"] is None
+
+
+def predictions_of(capsys: pytest.CaptureFixture[str], run: Path) -> np.ndarray:
+    result(capsys, run)
+    return read(run / TEST_FILE).logits
+
+
+def test_members_must_know_the_same_classes(trained, capsys):
+    assert command("evaluate", trained / "color", trained / "gray") == 2
+    assert "other images or classes" in capsys.readouterr().err
