@@ -358,17 +358,6 @@ def start_run(plan: Plan, world: World, folder: Path, model: nn.Module) -> tuple
     return run, state
 
 
-def not_begun(error: Exception, plan: Plan, world: World) -> Exception:
-    """What an error before the first step is raised as: a command that cannot be carried out, unless another rank is lost."""
-    if isinstance(error, UsageError):
-        return error
-    reason = text.failure(error, world.rank, 0, plan.batch.micro_images)
-    lost, alike = "another rank" in reason, isinstance(error, (ValueError, TypeError, AssertionError, ImportError))
-    if lost or not (alike or distributed.is_local_main()):  # else main() reports it, once
-        print(f"error: {reason}", file=sys.stderr)
-    return error if lost else UsageError(reason)
-
-
 def dry_run(plan: Plan, world: World, model: nn.Module) -> None:
     """Say what a run would do, and measure some of its steps on random images; nothing is written."""
     folder = plan.options.output_dir or Path("runs") / f"{plan.options.recipe}-<time>"
@@ -392,7 +381,7 @@ def train_and_finish(plan: Plan, world: World, folder: Path, model: nn.Module, r
     try:
         run, state = start_run(plan, world, folder, model)
     except Exception as error:
-        raise not_begun(error, plan, world) from error
+        raise text.not_begun(error, plan, world) from error
     images, steps = (len(run.train.labels), len(run.val)), (state.step, run.last_step, run.total_steps)
     run.metrics.say(text.opening_lines(run.plan, folder, world.description, run.model, images, steps))
     run.metrics.say(run.metrics.notes)
@@ -410,7 +399,7 @@ def train_and_finish(plan: Plan, world: World, folder: Path, model: nn.Module, r
         reason = text.failure(error, world.rank, state.step, plan.batch.micro_images)
         write_summary(run, state, "failed", reason=reason)
         if not state.step:
-            raise not_begun(error, plan, world) from error
+            raise text.not_begun(error, plan, world) from error
         if not isinstance(error, (UsageError, RunFailed)):  # which main() reports, once
             print(f"error: {reason}", file=sys.stderr)
         raise

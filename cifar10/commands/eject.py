@@ -25,6 +25,7 @@ from cifar10.models.registry import source_file
 from cifar10.plan import Plan, make_plan
 
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST"}
+NETWORKS = ("bn_cnn", "lenet", "mnist_cnn", "smooth_cnn")  # files with one class
 SCHEDULES = {
     schedule.Cosine: "0.5 * (1 + math.cos(math.pi * {progress}))",
     schedule.Linear: "1 - {progress}",
@@ -179,7 +180,8 @@ def _refuse_what_it_cannot_hold(plan: Plan) -> None:
         "averages of the weights": recipe.ema or recipe.swa_epochs,
         "--plateau-lr-factor": recipe.plateau_lr_factor != 1,
         f"the optimizer {muon.NAME}": plan.ds_config["optimizer"]["type"] == muon.NAME,
-        f"--model {recipe.model}": "start_from_images" in source_file(recipe.model).read_text(encoding="utf-8"),
+        f"--model {recipe.model}": source_file(recipe.model).stem not in NETWORKS,
+        "--dropout, --drop-path, --train-only": (recipe.dropout, recipe.drop_path, recipe.train_only) != (None, None, None),
     }
     if too_much := [what for what, holds in reasons.items() if holds]:
         raise UsageError(f"eject writes short files, which cannot hold {', '.join(too_much)}; try --recipe bn_cnn or lenet")

@@ -131,6 +131,7 @@ class Experiment:
 
 _EXAMPLES: dict[str, object] = {"epochs": 50, "mean": "0.4914 0.4822 0.4465", "std": "0.2023 0.1994 0.201", "lr": 0.1}
 _EXAMPLES |= {"global_batch_size": 128, "val_images": 5000, "first_sizes": "24 28", "first_epochs": "3 3"}
+_EXAMPLES |= {"dropout": 0.1, "drop_path": 0.1}
 
 
 def invalid(flag: str, value: object, expected: str, example: object) -> UsageError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from copy import deepcopy
@@ -12,9 +13,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cifar10 import UsageError
 from cifar10.config import schedule
 from cifar10.config.recipe import Recipe
 from cifar10.data import augment
+from cifar10.distributed import world as distributed
+from cifar10.distributed.world import World
 from cifar10.metrics.sink import Section
 from cifar10.plan import Plan
 from cifar10.run.evaluation import VIEWS
@@ -241,3 +245,14 @@ def failure(error: Exception, rank: int, step: int, micro_images: int) -> str:
     if re.search("closed by peer|Connection reset|Broken pipe|Connection refused", reason):
         return f"rank {rank} lost another rank at step {step}, which died: {reason}"
     return f"rank {rank} failed at step {step}: {type(error).__name__}: {reason}"
+
+
+def not_begun(error: Exception, plan: Plan, world: World) -> Exception:
+    """What an error before the first step is raised as: a command that cannot be carried out, unless another rank is lost."""
+    if isinstance(error, UsageError):
+        return error
+    reason = failure(error, world.rank, 0, plan.batch.micro_images)
+    lost, alike = "another rank" in reason, isinstance(error, (ValueError, TypeError, AssertionError, ImportError))
+    if lost or not (alike or distributed.is_local_main()):  # else main() reports it, once
+        print(f"error: {reason}", file=sys.stderr)
+    return error if lost else UsageError(reason)

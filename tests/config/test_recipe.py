@@ -112,7 +112,7 @@ def test_first_sizes_without_their_epochs_or_out_of_range_are_refused(argv):
 
 # --- invalid values --------------------------------------------------------------------------------------------------
 
-WHOLE = "val_images patience lr_reference_batch split_seed test_images save_every_epochs save_frequency".split()
+WHOLE = "val_images patience swa_epochs lr_reference_batch split_seed test_images save_every_epochs save_frequency".split()
 POSITIVE = "max_skipped_in_a_row max_steps threads log_every_steps keep_checkpoints micro_batch_size global_batch_size".split()
 INVALID = {  # flag -> values of the right type that are out of range
     **dict.fromkeys(WHOLE, "-1"),
@@ -120,7 +120,7 @@ INVALID = {  # flag -> values of the right type that are out of range
     **dict.fromkeys("epochs lr plateau_lr_factor max_minutes stop_at timeout_minutes".split(), "0 -1 nan inf"),
     **dict.fromkeys(("resize", "image_size"), "-1 100000"),
     "warmup_epochs": "-1 nan inf",
-    "label_smoothing": "-0.1 1 nan",
+    **dict.fromkeys("label_smoothing dropout drop_path ema".split(), "-0.1 1 nan"),
     "min_improvement": "0 -1e-5 nan",
     "plateau_patience": "0 -3",
     "tta_below": "0 -1 1.5 nan",
