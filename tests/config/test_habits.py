@@ -23,6 +23,7 @@ VALUES = {
     "--augment": "Cutout(3)",
     "--recipe": "lenet",
     "--label-smoothing": "0.1",
+    "--node-rank": "0",
 }
 
 
