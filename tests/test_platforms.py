@@ -9,7 +9,8 @@ from tests.launching import PROJECT, run
 
 WINDOWS = """
 import signal, sys
-import asyncio, filelock, jinja2, numpy, psutil, rich.progress, tyro, {third}
+from filelock import FileLock, SoftFileLock, Timeout
+import asyncio, jinja2, numpy, psutil, rich.progress, tyro, {third}
 for name in ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGKILL", "SIGALRM", "SIGTSTP", "SIGCONT"):
     if hasattr(signal, name):
         delattr(signal, name)

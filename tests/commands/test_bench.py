@@ -17,7 +17,7 @@ from rich.console import Console
 
 from cifar10 import UsageError
 from cifar10.commands import bench, bench_levels, scaling
-from cifar10.distributed import device, world
+from cifar10.distributed import cpus, device
 from tests.helpers import one_rank
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,7 +143,7 @@ def test_ranks_are_compared_with_the_first(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(scaling, "summary_of_run", summary_of_run)
     monkeypatch.setattr(device, "count_gpus", lambda: 0)
-    monkeypatch.setattr(world, "cores", lambda: 2)
+    monkeypatch.setattr(cpus, "cores", lambda: 2)
     rows = scaling.measure_ranks(["--flag"], (1, 2, 4), 2, Console(quiet=True))
     assert [row["median"] for row in rows.values()] == [90, 155, 130]
     assert [row["per_round"] for row in rows.values()] == [[1, 1], [1.5, 2.0], [1.2, 1.75]]

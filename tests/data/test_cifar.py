@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import pickle
 import socket
@@ -236,11 +235,11 @@ def leftovers(data_dir: Path) -> set[str]:
 
 
 CHILD = """
-import dataclasses, json, sys
+import ast, dataclasses, sys
 from pathlib import Path
 from cifar10.data import cifar, download
 from cifar10.data.download import Archive
-settings = json.loads(sys.argv[1])
+settings = ast.literal_eval(sys.argv[1])
 download.TIMEOUT_SECONDS = settings["timeout"]
 if settings["print_opened"]:
     sys.addaudithook(lambda event, args: print(args[0]) if event == "open" else None)
@@ -260,7 +259,7 @@ def child(data_dir: Path, need_test: bool = True, print_opened: bool = False, **
         "data_dir": str(data_dir),
         "need_test": need_test,
     }
-    return subprocess.Popen([sys.executable, "-c", CHILD, json.dumps(settings)], cwd=ROOT, text=True, **popen)
+    return subprocess.Popen([sys.executable, "-c", CHILD, repr(settings)], cwd=ROOT, text=True, **popen)
 
 
 def assert_torchvisions_facts(ours: Archived, theirs: Any) -> None:
