@@ -178,5 +178,7 @@ def download(sources: Sequence[str], target: Path, archive: Archive, what: str) 
             if isinstance(error, TooSlow):
                 rates[url] = error.rate
             faults[url] = str(error)
+            if not _size(part):
+                part.unlink(missing_ok=True)
             say(f"leaving {url}: {error}")
     raise ConnectionError("; ".join(f"{url}: {fault}" for url, fault in faults.items()))
