@@ -23,7 +23,6 @@ from cifar10 import UsageError
 from cifar10.config.recipe import Recipe
 from cifar10.data.dataset import DataSet, Description, Images, Split, stratified_split
 from cifar10.data.download import say
-from cifar10.data.image_files import files_in, read_image, shown
 from cifar10.files import file_digest, one_process_at_a_time, written_whole
 
 WHITE = (255, 255, 255)  # behind transparent pixels, as in predict
@@ -108,6 +107,8 @@ def _listed(data_dir: Path) -> tuple[list[str], bool, dict[str, str]]:
     """The sorted files in class folders, relative to `data_dir`; if there is train/ and test/; what is left out, and why."""
     if not data_dir.is_dir():
         raise UsageError(f"--data-dir {data_dir} is not a folder; {LAYOUT}")
+    from cifar10.data.image_files import files_in  # which imports Pillow
+
     found, _, closed = files_in(data_dir)
     above, names = {"train", "test"}, [path.relative_to(data_dir).as_posix() for path in found]
     tops = {name.split("/")[0] for name in names if "/" in name}
@@ -183,6 +184,8 @@ def _stored(data_dir: Path, size: int) -> _Store:
 
 def _decode(data_dir: Path, place: Path, manifest: dict[str, Any], has_test: bool, out: dict[str, str]) -> None:
     """Fill `place`, which gets its name last. Raises UsageError if a class has no image to train on, or there is no test."""
+    from cifar10.data.image_files import read_image, shown
+
     size, names = manifest["size"], list(manifest["files"])
     say(f"reading {len(names):,} images in {data_dir} to {size}x{size} pixels, once")
     draft, rows = place.with_name(".draft"), 0

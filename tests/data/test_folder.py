@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from cifar10 import UsageError
-from cifar10.data import folder
+from cifar10.data import folder, image_files
 from cifar10.data.folder import FOLDER
 from cifar10.data.image_files import read_image
 from cifar10.plan import make_plan
@@ -103,7 +103,7 @@ def test_files_that_cannot_be_used_are_named_with_the_reason_and_left_out(photos
 def test_files_are_decoded_once_and_only_changed_ones_are_read_again(photos, monkeypatch):
     first = plan(photos).dataset
     read = []
-    monkeypatch.setattr(folder, "read_image", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(image_files, "read_image", lambda *_: pytest.fail("decoded again"))
     monkeypatch.setattr(folder, "file_digest", lambda path, _: read.append(path.name) or "x")
     assert plan(photos).dataset == first
     assert read == []
