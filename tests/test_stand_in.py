@@ -45,6 +45,7 @@ def check(python: StandIn, most: dict[str, tuple[float, float, float, float]]) -
         assert all(number <= limit for number, limit in zip(counted, most[one["case"]], strict=True)), one
 
 
+@pytest.mark.slow
 def test_a_step_of_each_level_costs_no_more_and_never_waits() -> None:
     check(StandIn.or_skip(), FAST)
 
