@@ -8,7 +8,7 @@ from typing import Any
 
 from cifar10 import UsageError
 from cifar10.config import ds_check, ds_config, schedule, values
-from cifar10.config.cli import Options, parse, take_old_flags
+from cifar10.config.cli import Options, parse, take_old_schedule
 from cifar10.config.recipe import Precisions, Recipe, invalid, load
 from cifar10.data import augment, registry
 from cifar10.data.dataset import Description, Images, Split, about_model, placeholder
@@ -82,16 +82,11 @@ def choose_precision(wanted: Precisions) -> tuple[str | None, list[str]]:
     return taken, [f"precision: {taken} of {', '.join(wanted)} ({reason})"]
 
 
-def _resolve_augment(recipe: Recipe, old: dict[str, Any], dataset: Description) -> tuple[Recipe, list[str]]:
-    """The recipe with its augmentation checked and normalized; a note if flags of version 0.1 were used."""
-    operations, whole = augment.parse(recipe.augment), recipe.resize or dataset.size
-    if old:
-        operations = augment.with_old_flags(operations, {"crops": 0 < recipe.image_size < whole, **old})
-    augment.check(operations, min((whole, *recipe.first_sizes)))
-    text = augment.as_text(operations)
-    flags = ", ".join("--" + name.replace("_", "-") for name in old)
-    notes = [f'{flags}: deprecated, to be removed after 0.2; use --augment "{text}"'] if old else []
-    return dataclasses.replace(recipe, augment=text), notes
+def _resolve_augment(recipe: Recipe, dataset: Description) -> Recipe:
+    """The recipe with its augmentation checked, in its canonical spelling."""
+    operations = augment.parse(recipe.augment)
+    augment.check(operations, min((recipe.resize or dataset.size, *recipe.first_sizes)))
+    return dataclasses.replace(recipe, augment=augment.as_text(operations))
 
 
 _OF_FLAGS = {  # paths of DeepSpeed's config, which --set must not set as well
@@ -150,8 +145,7 @@ def make_plan(
 
     `world_size` may be a function of the global batch, in images; it is given None if the batch grows with the ranks.
     """
-    argv, old_flags = take_old_flags(argv)
-    old_schedule = [old_flags.pop(name, None) for name in ("lr_shape", "lr_moves")]
+    argv, *old_schedule = take_old_schedule(argv)
     known = {"models": model_names(), "data sets": registry.DATASETS, "augmentations": values.classes(augment.Operation)}
     names = "\n\n".join(f"{kind}: {', '.join(listed)}" for kind, listed in known.items())
     recipe, options = parse(argv, program, f"{description}\n\n{names}" if description else names, extra)
@@ -174,7 +168,7 @@ def make_plan(
     notes = [*([device_note] if device_note else []), *notes, *auto_notes, *precision_notes, *changes]
     if precision_of(config) == "fp16" and not device.count_gpus():
         notes.append("fp16 on a CPU can take 400 times as long as fp32; --precision bf16 or --precision fp32 avoids that")
-    recipe, augment_notes = _resolve_augment(recipe, old_flags, facts)
+    recipe = _resolve_augment(recipe, facts)
     log_every = options.log_every_steps or config.get("steps_per_print") or 100
     kernels.refuse_missing_kernel(config)
     level = levels.resolve_level(options.engine_level, config, world_size, sync_bn=recipe.sync_bn)
@@ -186,7 +180,7 @@ def make_plan(
     _check_images(recipe, facts)
     if recipe.lr_reference_batch:
         notes.append(f"learning rate: the config's x global batch {batch.global_images} / {recipe.lr_reference_batch}")
-    notes += [*augment_notes, *([facts.note] if facts.note else [])]
+    notes += [facts.note] if facts.note else []
     plan = Plan(recipe, options, given, config, batch, notes, facts)
     if recipe.sync_bn and not device.count_gpus():
         raise UsageError("--sync-bn is not supported without GPUs; leave it out")

@@ -207,20 +207,13 @@ def parse(
     return line.experiment, line.run
 
 
-def take_old_flags(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Split off the flags of 0.1 that --augment replaces, to be removed after 0.2, and those that --lr-schedule replaces."""
-    switch = {"action": argparse.BooleanOptionalAction}
-    options: dict[str, dict[str, Any]] = {"flip": switch, "alternate-flip": switch, "padding-mode": {}}
-    options |= {"crop-padding": {"type": int}, "cutout": {"type": int}}
-    options |= {"brightness": {"type": float}, "contrast": {"type": float}}
-    options |= {"lr-shape": {"choices": ("cosine", "linear")}, "lr-moves": {"choices": ("per-step", "per-epoch")}}
-    parser = argparse.ArgumentParser(
-        add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS, exit_on_error=False
-    )
-    for name, how in options.items():
-        parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", **how)
+def take_old_schedule(argv: list[str]) -> tuple[list[str], str | None, str | None]:
+    """Split off the values of --lr-shape and --lr-moves, which --lr-schedule replaces; to be removed after 0.3."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--lr-shape", "--lr_shape", choices=("cosine", "linear"))
+    parser.add_argument("--lr-moves", "--lr_moves", choices=("per-step", "per-epoch"))
     try:
         old, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
-        raise UsageError(f"{error}; use --augment or --lr-schedule instead") from None
-    return rest, vars(old)
+        raise UsageError(f"{error}; use --lr-schedule instead") from None
+    return rest, old.lr_shape, old.lr_moves

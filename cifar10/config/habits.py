@@ -57,6 +57,14 @@ _TABLE = """
 --label-smoothing {}: smoothing ls
 --image-size {}: img-size input-size crop-size imgsz
 --augment {}: aug augmentation augmentations transforms
+--augment "RandomCrop({}) RandomHorizontalFlip": crop-padding random-crop
+--augment "RandomCrop(4, {}) RandomHorizontalFlip": padding-mode
+--augment "RandomCrop(4) RandomHorizontalFlip": flip hflip random-flip
+--augment "RandomCrop(4) AlternatingFlip": alternate-flip
+--augment RandomCrop(4): no-flip
+--augment "RandomCrop(4) RandomHorizontalFlip Cutout({})": cutout cutout-length cutout-size
+--augment "RandomCrop(4) RandomHorizontalFlip BrightnessContrast({})": brightness
+--augment "RandomCrop(4) RandomHorizontalFlip BrightnessContrast(0, {})": contrast
 --sync-bn: sync-batchnorm syncbn sync-batch-norm
 --engine-level compile: compile torch-compile torchcompile
 --wandb online: use-wandb log-wandb track with-wandb

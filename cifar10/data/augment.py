@@ -518,22 +518,3 @@ def as_text(operations: tuple[Operation, ...]) -> str:
 def describe(operations: tuple[Operation, ...]) -> str:
     """All of them in a few words."""
     return ", ".join(operation.describe() for operation in operations) or "none"
-
-
-def with_old_flags(operations: tuple[Operation, ...], old: dict[str, Any]) -> tuple[Operation, ...]:
-    """The operations with the flags of 0.1 applied (--crop-padding, --flip, --cutout, ...); to be removed after 0.2."""
-    crop, jitter = find(operations, RandomCrop), find(operations, BrightnessContrast)
-    cutout, flip = find(operations, Cutout), find(operations, RandomHorizontalFlip)
-    padding = old.get("crop_padding", crop.padding if crop else 0)  # 0 crops only if --image-size is smaller than the image
-    mode = old.get("padding_mode", crop.padding_mode if crop else "constant")
-    alternate = old.get("alternate_flip", isinstance(flip, AlternatingFlip))
-    light = [old.get(name, getattr(jitter, name, 0.0)) for name in ("brightness", "contrast")]
-    size = old.get("cutout", cutout.size if cutout else 0)
-    kept = tuple(one for one in operations if one not in (crop, flip, jitter, cutout))
-    return (
-        *((RandomCrop(padding, mode),) if padding or old.get("crops") else ()),
-        *(((AlternatingFlip if alternate else RandomHorizontalFlip)(),) if old.get("flip", flip is not None) else ()),
-        *((BrightnessContrast(*light),) if any(light) else ()),
-        *((Cutout(size),) if size else ()),
-        *kept,
-    )

@@ -18,7 +18,6 @@ from cifar10 import UsageError
 from cifar10.config import values
 from cifar10.data import augment, rng
 from cifar10.data import pixels as pixels_
-from cifar10.plan import make_plan
 from tests.helpers import MEAN, STD
 
 CPU = torch.device("cpu")
@@ -420,18 +419,3 @@ def test_an_invalid_augmentation_is_refused_in_one_line(text: str, named: str) -
 def test_an_argument_out_of_range_is_refused_with_the_range(text: str, size: int, named: str) -> None:
     with pytest.raises(UsageError, match=f"{re.escape(text)}.* {named}"):
         augment.check(augment.parse(text), size)
-
-
-@pytest.mark.parametrize(
-    ("flags", "due"),
-    [
-        ("--no-flip --crop-padding 0", "none"),
-        ("--crop_padding=2 --padding-mode reflect", "RandomCrop(2, reflect) RandomHorizontalFlip"),
-        ("--brightness 0.1", "RandomCrop(3) RandomHorizontalFlip BrightnessContrast(0.1)"),
-        ("--crop-padding 0 --resize 40 --image-size 32", "RandomCrop(0) RandomHorizontalFlip"),
-    ],
-)
-def test_the_flags_of_0_1_are_understood_with_a_note_on_what_to_use(flags: str, due: str) -> None:
-    plan = make_plan(["--dataset", "synthetic", *flags.split()], 1, "main.py")
-    assert plan.recipe.augment == due
-    assert any(f'--augment "{due}"' in note for note in plan.notes)

@@ -63,6 +63,7 @@ def test_the_umask_decides_who_may_read_a_run_folder(whole_run: tuple[Path, str]
     assert set(modes.values()) == {0}, modes
 
 
+@pytest.mark.slow
 def test_no_key_of_the_environment_is_written_or_printed(whole_run: tuple[Path, str]) -> None:
     folder, printed = whole_run
     assert SECRET not in printed
