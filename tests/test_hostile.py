@@ -26,6 +26,8 @@ from cifar10.run.checkpoint import PORTABLE_FILE
 from tests.data.test_cifar import make_archive, special
 from tests.launching import PROJECT, environment
 
+pytestmark = pytest.mark.slow
+
 SMALL = "--dataset synthetic --val-images 100 --test-images 100 --global-batch-size 50 --lr 0.05 --threads 1 --epochs 2".split()
 
 

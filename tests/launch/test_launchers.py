@@ -30,19 +30,29 @@ def processes_mentioning(text: str) -> list[psutil.Process]:
     return found
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, subprocess.CompletedProcess[str]]]:
-    """The same short run under every launcher."""
-    folder = tmp_path_factory.mktemp("launchers")
-    done = {}
-    for name, command in COMMANDS.items():
-        output = folder / name.replace(" ", "_")
+class Runs(dict[str, tuple[Path, subprocess.CompletedProcess[str]]]):
+    """The same short run under every launcher, started when first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __missing__(self, name: str) -> tuple[Path, subprocess.CompletedProcess[str]]:
+        output = self.folder / name.replace(" ", "_")
         extra = ["--deepspeed", "--deepspeed_config", "ds_config.json"] if name.startswith("deepspeed") else []
-        done[name] = output, run([*command, *extra, *SHORT, "--output-dir", str(output)])
-    return done
+        self[name] = output, run([*COMMANDS[name], *extra, *SHORT, "--output-dir", str(output)])
+        return self[name]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("launchers"))
+
+
+QUICK = "python", "main.py, 2 ranks"
+LAUNCHERS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in COMMANDS]
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
 def test_a_launcher_runs_to_a_finished_summary(runs, name) -> None:
     folder, process = runs[name]
     assert process.returncode == 0, process.stderr
@@ -52,14 +62,16 @@ def test_a_launcher_runs_to_a_finished_summary(runs, name) -> None:
     assert f"test accuracy  {results['test_accuracy']:.2%}  (best_model; the first 200 of 10,000 images)" in process.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_final_weights_do_not_depend_on_the_launcher(runs, ranks) -> None:
-    prints = {name: summary(folder)["weights_sha256"] for name, (folder, _) in runs.items()}
+    prints = {name: summary(runs[name][0])["weights_sha256"] for name in COMMANDS}
     of_these = {name: value for name, value in prints.items() if ("2 ranks" in name) == (ranks == 2)}
     assert len(of_these) >= 2
     assert len(set(of_these.values())) == 1, of_these
 
 
+@pytest.mark.slow
 def test_mpirun_starts_the_same_training(runs, tmp_path) -> None:
     if not shutil.which("mpirun"):
         pytest.skip("needs Open MPI's mpirun")
@@ -128,12 +140,12 @@ def test_a_run_on_two_machines_is_stopped_and_resumed(tmp_path) -> None:
     assert (results["status"], results["steps"], results["resumed_at_steps"]) == ("finished", 120, [stopped_at])
 
 
-def test_the_libraries_print_nothing(runs) -> None:
-    for name in ("python", "main.py", "main.py, 2 ranks"):
-        _, process = runs[name]
-        assert process.stderr == "", name
-        assert process.stdout.startswith("recipe bn_cnn: bn_cnn, 268,746 parameters"), name
-        assert process.stdout.count("train loss") == 1, name  # not once per rank
+@pytest.mark.parametrize("name", QUICK)
+def test_the_libraries_print_nothing(runs, name) -> None:
+    _, process = runs[name]
+    assert process.stderr == ""
+    assert process.stdout.startswith("recipe bn_cnn: bn_cnn, 268,746 parameters")
+    assert process.stdout.count("train loss") == 1, "not once per rank"
 
 
 def test_the_run_folder_says_what_was_run(runs) -> None:
@@ -145,6 +157,7 @@ def test_the_run_folder_says_what_was_run(runs) -> None:
     assert [line.split(",")[0] for line in (folder / "steps.csv").read_text().splitlines()] == ["step", "4", "8"]
 
 
+@pytest.mark.slow
 def test_no_compiler_is_needed_and_nothing_is_built(tmp_path) -> None:
     built, folder = tmp_path / "extensions", tmp_path / "run"
     flags = [*SHORT, "--max-steps", "2", "--output-dir", str(folder)]
@@ -155,14 +168,15 @@ def test_no_compiler_is_needed_and_nothing_is_built(tmp_path) -> None:
 
 
 def test_a_finished_run_is_not_run_again(runs) -> None:
-    folder, _ = runs["main.py"]
+    folder, _ = runs["python"]
     before = (folder / "summary.json").stat().st_mtime_ns
-    again = run([*COMMANDS["main.py"], *SHORT, "--output-dir", str(folder)])
+    again = run([*COMMANDS["python"], *SHORT, "--output-dir", str(folder)])
     assert (again.returncode, "holds a finished run" in again.stdout) == (0, True)
     assert (folder / "summary.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_the_run_resumable_and_the_same_command_finishes_it(tmp_path, number) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     flags = [*LONG, "--max-steps", "120", "--num-gpus", "2" if number == signal.SIGTERM else "1"]

@@ -17,6 +17,8 @@ import pytest
 from cifar10.run import checkpoint
 from tests.helpers import WORKERS, launch, same_bits
 
+pytestmark = pytest.mark.slow
+
 SMALL = "--dataset synthetic --val-images 100 --test-images 200 --global-batch-size 32 --log-every-steps 4 --threads 1".split()
 SGD = {"type": "SGD", "params": {"lr": 0.05, "momentum": 0.9}}
 ADAMW = {"type": "AdamW", "params": {"lr": 0.003}}
