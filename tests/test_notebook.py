@@ -60,6 +60,10 @@ def test_run_in_one_process(outcomes: dict[str, dict[str, Any]], name: str) -> N
         assert found["weights_sha256"] == outcomes["first"]["weights_sha256"]
 
 
+def test_a_run_does_not_wait_for_imports_that_it_does_not_need(outcomes: dict[str, dict[str, Any]]) -> None:
+    assert outcomes["first"]["imported"] == []
+
+
 def test_a_notebooks_run_says_how_to_continue_it_in_a_shell(outcomes: dict[str, dict[str, Any]], base: Path) -> None:
     """The command of environment.json is the script's, not Jupyter's."""
     start = json.loads((base / "stopped" / "environment.json").read_text())["starts"][0]

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -39,12 +40,35 @@ def prepare() -> Any:
     """Import DeepSpeed without warnings or compilation, before `deepspeed.initialize`; returns the module."""
     if not count_gpus():
         os.environ["DS_ACCELERATOR"] = "cpu"  # detecting it prints a warning
-    import deepspeed
-
+    with _hidden("mlflow"):  # DeepSpeed's autotuner would import it, for 2 s
+        import deepspeed
+    for method in vars(torch.optim.Optimizer).values():  # see _step_without_dynamo
+        if inspect.isfunction(method) and hasattr(method, "__wrapped__"):
+            method.__wrapped__.__dynamo_disable = method.__wrapped__
     deepspeed.utils.logger.setLevel(logging.ERROR)
     if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     return deepspeed
+
+
+@contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """Within, importing `module` raises ImportError as if it were not installed, unless it has been imported before."""
+    hides = sys.modules.setdefault(module, None) is None
+    try:
+        yield
+    finally:
+        if hides:
+            del sys.modules[module]
+
+
+def _step_without_dynamo(optimizer: torch.optim.Optimizer) -> None:
+    """Take the step itself out of what torch wraps it in, which imports torch._dynamo, for 2 s, to tell it not to compile.
+
+    Nothing here compiles an optimizer. A step that a scheduler has wrapped stays as it is.
+    """
+    if "step" not in vars(optimizer):
+        optimizer.step = MethodType(torch.no_grad()(inspect.unwrap(type(optimizer).step)), optimizer)
 
 
 def leave() -> None:
@@ -155,6 +179,7 @@ class Engine:
         if deepspeed_engine.torch_autocast_enabled() and deepspeed_engine.torch_autocast_dtype() == torch.float16:
             self._replace_loss_scaler()
         if not self.stage:
+            _step_without_dynamo(self.optimizer)
             if inspect.signature(deepspeed_engine.clip_fp32_gradients).parameters:
                 raise RuntimeError("this version of DeepSpeed clips gradients differently: cifar10/engine/engine.py must adapt")
             deepspeed_engine.clip_fp32_gradients = self._measure_and_clip

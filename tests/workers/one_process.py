@@ -120,6 +120,7 @@ def outcome(start: Callable[[list[str]], None], argv: list[str]) -> dict[str, An
         with FileLock(folder / ".lock", timeout=0):  # another process could train here
             pass
     handlers = signal.getsignal(signal.SIGINT) is signal.default_int_handler, signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    found["imported"] = [name for name in ("torch._dynamo", "mlflow") if name in sys.modules]
     clean = all(handlers) and not dist.is_initialized() and before == {name: os.environ.get(name) for name in VARIABLES}
     return {**found, "clean": clean}
 
