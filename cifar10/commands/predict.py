@@ -111,7 +111,7 @@ def _write_csv(answers: Iterator[dict[str, Any]], top: int) -> None:
 def run(
     where: Run,
     images: Annotated[tyro.conf.Positional[list[Path]], tyro.conf.arg(metavar="IMAGE [IMAGE ...]")],
-    top: int = 3,
+    top: int | None = None,
     format: Format = "text",
     background: str = "white",
     which: WhichModel = "best_model",
@@ -125,7 +125,7 @@ def run(
 
     Args:
         images: Image files, and folders, of which every file at any depth is read that is not hidden.
-        top: How many of the likeliest classes to show.
+        top: How many of the likeliest classes to show; 3 if there are as many.
         format: Text, CSV with a header, or a list in JSON.
         background: The color behind transparent pixels: a name, or #rrggbb.
     """
@@ -134,6 +134,7 @@ def run(
     found = trained.load(where, which, world)
     if not images:
         raise UsageError("no IMAGE is given, expected image files or folders after RUN, for example photos/cat.png")
+    top = min(3, len(found.classes)) if top is None else top
     if not 1 <= top <= len(found.classes):
         raise UsageError(f"invalid value for --top: {top}, expected 1 to {len(found.classes)}, for example 1")
     try:
