@@ -28,6 +28,7 @@ from cifar10.config.cli import without_launcher_flags
 from cifar10.config.recipe import Recipe, as_json
 from cifar10.config.schedule import parse as lr_schedule
 from cifar10.data.dataset import stratified_split
+from cifar10.data.ledger import Look
 from cifar10.data.loader import EvaluationLoader, MicroBatch, TrainLoader
 from cifar10.distributed import launchers
 from cifar10.distributed import world as distributed
@@ -282,13 +283,16 @@ def measure_best_model(run: Run, state: RunState) -> dict[str, SplitResult]:
         return {}
     folder = run.folder / "checkpoints" / "best_model"
     run.model.load_state_dict(run.world.from_main(lambda: checkpoint.portable_weights(folder, run.model)))
-    images, count = run.plan.images("test"), run.plan.options.test_images
+    count = run.plan.options.test_images
+    look = Look([run.folder], count, recorded=run.world.is_main)
+    images = run.plan.images("test", look)
     loader = EvaluationLoader.of(images.pixels[:count], images.labels[:count], run.plan.recipe, run.world)
     logits = [torch.empty(0, len(run.plan.dataset.classes))]
     result = evaluate(run.model, loader, run.world, keep=logits)
     all_logits = run.world.gather(torch.cat(logits).numpy())
     if run.world.is_main:
         save_predictions(run.folder / TEST_FILE, all_logits, images.labels[:count])
+    look.learned(accuracy=result.accuracy)
     run.metrics.test(math.ceil(state.step / run.train.steps_per_epoch), result)
     if run.plan.recipe.tta == "none":
         return {"test": result}

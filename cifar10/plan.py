@@ -12,6 +12,7 @@ from cifar10.config.cli import Options, parse, take_old_schedule
 from cifar10.config.recipe import Precisions, Recipe, invalid, load
 from cifar10.data import augment, registry
 from cifar10.data.dataset import Description, Images, Split, about_model, placeholder
+from cifar10.data.ledger import Look
 from cifar10.distributed import device
 from cifar10.engine import kernels, levels
 from cifar10.models import weights
@@ -43,11 +44,12 @@ class Plan:
         """The precision of matrix products: fp32, bf16 or fp16."""
         return precision_of(self.ds_config)
 
-    def images(self, split: Split) -> Images:
-        """All images of a split in their fixed order: uint8 [N, S, S, C], and labels. For --dry-run, random ones."""
+    def images(self, split: Split, look: Look | None = None) -> Images:
+        """All images of a split in their fixed order: uint8 [N, S, S, C], and labels. For --dry-run, random ones. A `look` is
+        what the ledger says of an opening of the test split."""
         if self.options.dry_run:
             return placeholder(self.dataset, split)
-        return registry.images(self.recipe, split, self.options.data_dir)
+        return registry.images(self.recipe, split, self.options.data_dir, look)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -175,6 +177,10 @@ def make_plan(
     if options.gradient_checkpointing and level != "eager":
         raise UsageError(f"--gradient-checkpointing is not supported with --engine-level {level}; use --engine-level eager")
     options = dataclasses.replace(options, log_every_steps=log_every, engine_level=level)
+    if options.sealed:
+        if options.test_images:
+            raise UsageError("--test-images opens the test split, which --sealed refuses; leave out one of them")
+        options = dataclasses.replace(options, test_images=0)
     _check_schedule(recipe, config, load(options.recipe).recipe.lr_schedule)
     _check_sizes(recipe, options, batch, facts)
     _check_images(recipe, facts)

@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from tests import helpers, small_trained
 from tests.launching import COMMANDS, SHORT, run, summary
 
+os.environ["CIFAR10_LEDGER"] = str(Path(tempfile.mkdtemp(prefix="ledger-")) / "test_ledger.jsonl")  # not beside the data
 PROJECT = Path(__file__).resolve().parent.parent
 
 

@@ -21,6 +21,7 @@ WHERE = "Where the data set is, or is downloaded to (default: where the run had 
 DataDir = Annotated[Path | None, _arg(help=WHERE)]
 Threads = Annotated[int | None, _arg(help="CPU threads (default: $OMP_NUM_THREADS, else the cores of this machine).")]
 Device = Annotated[device.Choice, _arg(help="Where to compute; auto is a GPU, if there is any sign of one.")]
+Sealed = Annotated[bool, _arg(help="Refuse to open the test split (default: no, unless $CIFAR10_SEALED is 1).")]
 JsonFile = Annotated[Path | None, _arg(name="json", help="Write the numbers of every round to this file.")]
 
 

@@ -19,9 +19,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from cifar10 import UsageError
-from cifar10.commands.common import DataDir, Device, Runs, Threads, WhichModel, number_table, settle
+from cifar10.commands.common import DataDir, Device, Runs, Sealed, Threads, WhichModel, number_table, settle
 from cifar10.data import registry
 from cifar10.data.dataset import Images, stratified_split
+from cifar10.data.ledger import Look
 from cifar10.data.loader import EvaluationLoader
 from cifar10.distributed.world import World
 from cifar10.report.stats import BINS, calibration, confusion, most_confused
@@ -37,8 +38,12 @@ Tta = Literal["none", "mirror", "mirror+translate"]
 CONFUSIONS = 5  # pairs that are shown
 
 
-def split_images(found: Trained, split: Split, data_dir: Path | None) -> Images:
-    """All images of a split as the run had it, in their fixed order. Raises UsageError if there are none."""
+def split_images(found: Trained, split: Split, data_dir: Path | None, look: Look | None = None) -> Images:
+    """All images of a split as the run had it, in their fixed order. Raises UsageError if there are none, or if `look` at the
+    test split is sealed."""
+    look = look or Look([found.run] if found.run else [])
+    if split == "test":
+        look.refuse_if_sealed()
     recipe, folder = found.recipe, run_folder.data_dir_of(found.run, data_dir)
     if split == "val" and not recipe.val_images:
         raise UsageError("invalid value for --split: val, but this run held no images out; expected train or test")
@@ -50,7 +55,7 @@ def split_images(found: Trained, split: Split, data_dir: Path | None) -> Images:
         changes = dataset.changes(folder, then)
         raise UsageError(f"the images in {folder} are not those of {found.run}: {changes}; restore them, or use predict")
     dataset.ensure(folder, need_test=split == "test")
-    images = registry.images(recipe, "test" if split == "test" else "train", folder)
+    images = registry.images(recipe, "test" if split == "test" else "train", folder, look)
     if split == "test":
         return images
     train, val = stratified_split(images.labels, recipe.val_images, recipe.split_seed)
@@ -125,12 +130,19 @@ def tta_below(found: Trained, tta: Tta) -> float:
 
 
 def measure(
-    members: Sequence[Trained], world: World, split: Split, tta: Tta, data_dir: Path | None, num_images: int | None
+    members: Sequence[Trained],
+    world: World,
+    split: Split,
+    tta: Tta,
+    data_dir: Path | None,
+    num_images: int | None,
+    sealed: bool = False,
 ) -> dict[str, Any]:
     """The results, as plain values for JSON; the logits of a whole split go to the run's folder, if one model is in one."""
     refuse_different(members, split)
     found, several = members[0], len(members) > 1
-    whole = split_images(found, split, data_dir)
+    look = Look([one.run for one in members if one.run], num_images, sealed)
+    whole = split_images(found, split, data_dir, look)
     images = first_images(whole, num_images, "--images")
     each = [answers(member.model, images, member, world) for member in members]
     plain, predictions = together([own for _, own in each]) if several else each[0]
@@ -139,6 +151,7 @@ def measure(
         viewed = [answers(Augmented(one.model, tta, tta_below(one, tta)), images, one, world) for one in members]
         result, predictions = together([own for _, own in viewed]) if several else viewed[0]
         with_tta = {"loss": result.loss, "accuracy": result.accuracy}
+    look.learned(accuracy=plain.accuracy, accuracy_with_tta=with_tta["accuracy"] if with_tta else None)
     written = None
     if found.run is not None and len(images) == len(whole) and not several:
         file = found.run / predictions_file(split, found.which, tta)
@@ -224,6 +237,7 @@ def run(
     images: int | None = None,
     threads: Threads = None,
     device: Device = "auto",
+    sealed: Sealed = False,
     json_: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False,
 ) -> None:
     """Loss, accuracy by class, confusions and calibration of a trained model, or of an ensemble of several, on a split.
@@ -240,7 +254,7 @@ def run(
         raise UsageError("evaluate needs a run's folder, for example runs/mine")
     world = trained.alone(threads)
     members = [trained.load(where, which, world) for where in runs]
-    done = measure(members, world, split, tta, data_dir, images)
+    done = measure(members, world, split, tta, data_dir, images, sealed)
     if json_:
         print(json.dumps(done, indent=2))
     else:

@@ -35,9 +35,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from cifar10 import UsageError
-from cifar10.commands.common import DataDir, Run, Threads, WhichModel, number_table, quotients, settle
+from cifar10.commands.common import DataDir, Run, Sealed, Threads, WhichModel, number_table, quotients, settle
 from cifar10.commands.evaluate import answers, first_images, split_images
 from cifar10.data.dataset import Images
+from cifar10.data.ledger import Look
 from cifar10.data.loader import EvaluationLoader, at_once
 from cifar10.distributed.world import World
 from cifar10.models.registry import arguments_of, build_model, source_file
@@ -353,6 +354,7 @@ def run(
     test_images: int | None = None,
     data_dir: DataDir = None,
     threads: Threads = None,
+    sealed: Sealed = False,
     device: Annotated[Literal["auto", "cpu"], tyro.conf.arg(help="Files are made and checked on the CPU.")] = "auto",
 ) -> int:
     """Write a trained model to files that need neither this program nor DeepSpeed, and check each of them.
@@ -372,7 +374,8 @@ def run(
         raise UsageError(f"{where} is not in a run's folder, so --output is needed, for example --output exported")
     if not formats:
         raise UsageError(f"--formats is empty, expected one or more of {' '.join(FORMATS)}")
-    images = first_images(split_images(found, "test", data_dir), test_images, "--test-images")
+    look = Look([found.run] if found.run else [], test_images, sealed)
+    images = first_images(split_images(found, "test", data_dir, look), test_images, "--test-images")
 
     def calibration() -> list[np.ndarray]:
         train = split_images(found, "train", data_dir)
@@ -385,6 +388,7 @@ def run(
     try:
         write_all(job, formats)
         checks, itself = check_all(job, formats, images, world)
+        look.learned(accuracy=itself["accuracy"])
         packages = {name: version(name) for name in ("torch", "safetensors", "onnx", "onnxruntime")}
         facts = {"about": found.about, "how_to_feed": how_to_feed(found), "made_with": packages, "from": found.which}
         measured = {"tolerance": TOLERANCE, "calibration_images": CALIBRATION_IMAGES, "threads": job.threads}

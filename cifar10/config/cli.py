@@ -71,6 +71,8 @@ class Options:
     """How long a rank waits for the other ranks before it fails because they have crashed or hang."""
     test_images: _Whole = None
     """Number of test images in the final test (default: all); 0 never reads the test split, for hyperparameter tuning."""
+    sealed: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """Refuse any opening of the test split: the run ends without a test accuracy (default: no, unless $CIFAR10_SEALED is 1)."""
     device: Choice = "auto"
     """Train on GPUs (cuda, also AMD's) or on the CPU; auto takes the GPUs if there is a sign of any, and never the CPU in place
     of GPUs that PyTorch cannot use. $DS_ACCELERATOR=cpu, or an empty $CUDA_VISIBLE_DEVICES, asks for the CPU as well."""
@@ -195,6 +197,7 @@ def parse(
         data_dir=data_folder(),
         precision=() if names_a_json else experiment.precision,
         report=os.environ.get("CIFAR10_REPORT") != "0",
+        sealed=os.environ.get("CIFAR10_SEALED", "0") not in ("", "0"),
     )
     tables = {**({"launch": extra()} if extra else {}), "run": options, "experiment": experiment.recipe}
     kind = make_dataclass("CommandLine", [(table, type(values)) for table, values in tables.items()])

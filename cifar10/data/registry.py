@@ -6,6 +6,7 @@ from cifar10 import UsageError, nearest
 from cifar10.config.recipe import Recipe
 from cifar10.data import cifar, cifar100, fashion_mnist, folder, mnist, svhn, synthetic
 from cifar10.data.dataset import DataSet, Images, Split
+from cifar10.data.ledger import Look
 
 DATASETS: dict[str, DataSet] = {
     "cifar10": cifar.CIFAR10,
@@ -32,6 +33,13 @@ def of(recipe: Recipe) -> DataSet:
     return find(recipe.dataset).of(recipe)
 
 
-def images(recipe: Recipe, split: Split, data_dir: Path) -> Images:
-    """A whole split of the recipe's data set, in its fixed order; nothing is downloaded. Raises UsageError if it is missing."""
-    return of(recipe).load(split, data_dir, recipe.split_seed)
+def images(recipe: Recipe, split: Split, data_dir: Path, look: Look | None = None) -> Images:
+    """A whole split of the recipe's data set, in its fixed order; nothing is downloaded. Raises UsageError if it is missing.
+
+    This is the only place where a test split is opened, so that each opening is in the ledger.
+    """
+    dataset = of(recipe)
+    if split == "test":
+        facts = dataset.describe(data_dir)
+        (look or Look()).opens(data_dir, recipe.dataset, facts.manifest, facts.test_images)
+    return dataset.load(split, data_dir, recipe.split_seed)

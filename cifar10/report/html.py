@@ -15,7 +15,8 @@ import numpy as np
 from cifar10 import UsageError
 from cifar10.config.recipe import load
 from cifar10.config.settings import flattened
-from cifar10.data import augment, registry
+from cifar10.data import augment, ledger, registry
+from cifar10.data.ledger import Look
 from cifar10.files import written_whole
 from cifar10.report import stats
 from cifar10.report.stats import Spread, spread
@@ -96,7 +97,7 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
     if (test := record.number("test_accuracy")) is not None and images:
         low, high = stats.wilson(np.array(round(test * images)), np.array(images))
         model = "last model" if held == 0 else "best model"
-        how = f"{model}, {images:,.0f} images used once; 95% interval {low:.1%} to {high:.1%}"
+        how = f"{model}, {images:,.0f} images{_nth_look(record)}; 95% interval {low:.1%} to {high:.1%}"
         tiles.append(("test accuracy", percent(test), how))
     if (augmented := record.number("test_accuracy_tta")) is not None:
         how = f"the same images, test-time augmentation ({short(record.settings.get('tta', '?'))})"
@@ -111,6 +112,15 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
         how = f"of training, at {speed:,.0f} images/s" if speed else "of training"
         tiles.append(("time", f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s", how))
     return tiles
+
+
+def _nth_look(record: Record) -> str:
+    """`, the 4th look at them by runs of this recipe`, as the ledger said when the run's own test opened the images."""
+    for entry in ledger.read([record.folder / ledger.FILE]):
+        if isinstance(nth := entry["recipes"].get(ledger.recipe_of(record.folder)), int):
+            ending = "th" if nth // 10 % 10 == 1 else {1: "st", 2: "nd", 3: "rd"}.get(nth % 10, "th")
+            return f", the {nth}{ending} look at them by runs of this recipe"
+    return ""
 
 
 def _headline(record: Record) -> str:
@@ -169,7 +179,7 @@ def _predictions(record: Record, plot: Plot) -> tuple[dict[str, Any], list[str]]
     return values | {"accuracy": found.accuracy, "confidence": float(found.probabilities.max(axis=1).mean())}, []
 
 
-def _sheets(record: Record, data_dir: Path, plot: Plot) -> tuple[dict[str, Any], list[str]]:
+def _sheets(record: Record, data_dir: Path, plot: Plot, sealed: bool) -> tuple[dict[str, Any], list[str]]:
     """Template values and plots of the image grids; they need the data set, which is not downloaded for them."""
     from cifar10.report import plots, samples
 
@@ -177,7 +187,8 @@ def _sheets(record: Record, data_dir: Path, plot: Plot) -> tuple[dict[str, Any],
     try:
         recipe = load(str(record.folder / "recipe.json")).recipe
         if record.predictions is not None:
-            test = registry.images(recipe, "test", data_dir)
+            look = Look([record.folder], samples.SHOWN, sealed, shows_only=True)
+            test = registry.images(recipe, "test", data_dir, look)
             if mistakes := samples.mistakes(record.predictions, test, list(classes)):
                 captions = [
                     (plots.short(one.true), f"as {plots.short(one.predicted)} {one.probability:.1%}") for one in mistakes
@@ -194,7 +205,7 @@ def _sheets(record: Record, data_dir: Path, plot: Plot) -> tuple[dict[str, Any],
     return values | {"augmentation": augment.describe(augment.parse(recipe.augment))}, []
 
 
-def make_report(folder: Path, data_dir: Path) -> Path:
+def make_report(folder: Path, data_dir: Path, sealed: bool = False) -> Path:
     """Write report.html and report/*.png into a run's folder. Raises UsageError if it is not a run's, or corrupt."""
     from cifar10.report import plots
 
@@ -208,7 +219,7 @@ def make_report(folder: Path, data_dir: Path) -> Path:
     if record.steps:
         plot("optimization", plots.optimization, record)
     predicted, no_predictions = _predictions(record, plot)
-    sheets, no_images = _sheets(record, data_dir, plot)
+    sheets, no_images = _sheets(record, data_dir, plot, sealed)
     last = record.starts[-1] if record.starts else {}
     facts = [*(name for name in FIRST_FACTS if name in last), *(name for name in last if name not in FIRST_FACTS)]
     html = _render(

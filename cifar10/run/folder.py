@@ -6,6 +6,7 @@ metrics.csv  steps.csv          metrics; tensorboard/ and wandb/ hold the same f
 wandb_run.json                  the run's id at Weights & Biases
 summary.json                    status (running, stopped, failed or finished) and results
 test_predictions.npz            best_model's logits; evaluate writes those of other splits beside it
+test_ledger.jsonl               each opening of the test split for this run; see data/ledger.py
 report.html  report/            the run as a page, and its plots
 checkpoints/                    see checkpoint.py; export/ is made from one
 """
