@@ -24,6 +24,7 @@ COMMANDS = {  # each is the `run` of a file in cifar10/commands
     "gpu-check": "what to try first on a GPU, in stages that each leave their results, in about half an hour",
     "scaling": "speedup with more ranks, and the engine's overhead at each ZeRO stage and precision",
     "schedule": "draw the learning rate over a run: a picture, and a line in the terminal",
+    "lr-finder": "the loss at growing learning rates, on training images, and which rate to try",
     "eject": "a run as one short file of plain DeepSpeed, without this program",
     "recipes": "Markdown table of the recipes: model, parameters, measured results",
 }

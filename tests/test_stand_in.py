@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -61,3 +62,16 @@ def test_the_lowest_torch_costs_no_more() -> None:
     if "CIFAR10_TESTS_TORCH_211" not in os.environ:
         pytest.skip("CIFAR10_TESTS_TORCH_211 names no Python with torch 2.11")
     check(StandIn.or_skip(os.environ["CIFAR10_TESTS_TORCH_211"]), {**FAST, **SLOW})
+
+
+@pytest.mark.slow
+def test_gpu_check_goes_on_after_a_stage_that_fails(tmp_path: Path) -> None:
+    """The stand-in computes nothing, so what compares its values with the CPU's fails."""
+    ended = StandIn.or_skip()(
+        "-m", "cifar10", "gpu-check", "--short", "--output-dir", str(tmp_path), "--only", "compare", "eager"
+    )
+    assert ended.returncode == 1, ended.stderr
+    of = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("compare", "eager")}
+    assert (of["compare"]["ended"], of["compare"]["found"]["bn_cnn logits agree"]) == ("failed (1)", False)
+    assert (of["eager"]["ended"], of["eager"]["found"]["status"]) == ("ok", "finished")
+    assert "compare: failed (1) after" in ended.stdout

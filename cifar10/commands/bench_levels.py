@@ -7,6 +7,7 @@ machine affects all of them; only ratios within one run can be compared. On shar
 `times by CPU time` is plain PyTorch's over a loop's own. (On a GPU it is only the host's share.)
 """
 
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -136,8 +137,14 @@ def take_turns(ways: dict[str, Step], loader: TrainLoader, *, rounds: int, warmu
     """For each way to take a step: images per second, how many times plain PyTorch's that is, and the final loss."""
     images, warmup = loader.global_images, max(1, warmup_steps)
     loops = {name: Loop(step, steps_of(loader), images, warmup, steps) for name, step in ways.items()}
-    for loop in loops.values():  # compilation and the libraries' own warm-up
-        loop.run(max(3, warmup_steps))
+    for name, loop in list(loops.items()):  # compilation and the libraries' own warm-up
+        try:
+            loop.run(max(3, warmup_steps))
+        except Exception as error:
+            if name == PLAIN:
+                raise
+            print(f"{name} fails here and is left out: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr)
+            del loops[name]
     for _ in range(rounds):
         for loop in loops.values():
             loop.take_round()

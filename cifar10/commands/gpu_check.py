@@ -110,7 +110,9 @@ def carry_out(name: str, stage: Stage, folder: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):  # it has written none
         text = written.read_text(encoding="utf-8")
         found, _ = json.JSONDecoder(parse_constant=str).raw_decode(text, text.index("{"))
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     result = {"stage": name, "ended": ended, "seconds": time.monotonic() - started, "command": stage.words, "found": found}
+    result["last_words"] = lines[-1][-500:] if lines else ""
     write_json(folder / f"{name}.json", result)
     return result
 
@@ -123,7 +125,7 @@ def in_short(found: dict[str, Any]) -> str:
         }
     elif "status" in found:
         found = {name: found[name] for name in SUMMARY if found.get(name) is not None}
-    plain = {name: value for name, value in found.items() if not isinstance(value, (dict, str))}
+    plain = {name: value for name, value in found.items() if isinstance(value, (int, float))}
     return "\n".join(f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in plain.items())
 
 
@@ -216,7 +218,8 @@ def run(output_dir: Path = Path("gpu-check"), data_dir: DataDir = None, only: tu
     folder.mkdir(parents=True, exist_ok=True)
     for name in only or planned:
         ended.append(carry_out(name, planned[name], folder))
-        console.print(f"{name}: {ended[-1]['ended']} after {ended[-1]['seconds']:.0f} seconds")
+        words = "" if ended[-1]["ended"] == "ok" else f"; its last words: {ended[-1]['last_words']}"
+        console.print(f"{name}: {ended[-1]['ended']} after {ended[-1]['seconds']:.0f} seconds{words}", soft_wrap=True)
     table = number_table("stage", "ended", "found", "seconds", texts=3)
     for result in ended:
         table.add_row(result["stage"], result["ended"], in_short(result["found"]), f"{result['seconds']:.0f}")

@@ -18,9 +18,10 @@ _backend = os.environ.pop("MPLBACKEND", None)  # no import succeeds with one tha
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from cifar10.report.stats import BINS, Calibration, wilson
 from cifar10.run.record import Record, Row
@@ -63,6 +64,12 @@ def _figure(height: float, panels: int = 1, width: float = WIDTH, **options: Any
     """A figure and its Axes, or an array of them for several panels below each other."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(panels, 1, **options)
+
+
+def _plain_powers(axis: Axis) -> None:
+    """Label a logarithmic axis with 0.01, 0.1, 1: matplotlib's own labels are mathematics, which STYLE does not parse."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -110,6 +117,7 @@ def optimization(record: Record) -> Figure:
     positive = norms[np.isfinite(norms) & (norms > 0)]
     if len(positive) and positive.max() > 30 * positive.min():
         below.set_yscale("log")
+        _plain_powers(below.yaxis)
     else:
         below.set_ylim(bottom=0)
     limit = record.ds_config.get("gradient_clipping")
@@ -130,6 +138,20 @@ def schedule(rates: Sequence[float], steps_per_epoch: int, title: str) -> Figure
     figure, axes = _figure(3.2)
     axes.plot((np.arange(len(rates)) + 0.5) / steps_per_epoch, rates, color=SERIES[0], linewidth=1.8)
     axes.set(title=title, xlabel="epoch", ylabel="learning rate", ylim=(0, None))
+    return figure
+
+
+def lr_range(rates: Sequence[float], losses: Sequence[float], marked: dict[str, float]) -> Figure:
+    """The smoothed loss at growing learning rates, and the ones that are suggested."""
+    figure, axes = _figure(3.2)
+    axes.plot(rates, losses, color=SERIES[0], linewidth=1.8)
+    for color, (name, rate) in zip(SERIES[1:], marked.items(), strict=False):
+        axes.axvline(rate, color=color, **DASHED, label=f"{rate:.2g}, {name}")
+    highest = max(losses[: len(losses) // 2])  # what diverges may leave the picture
+    axes.set(title="Learning rate range test", xlabel="learning rate", ylabel="smoothed loss", xscale="log")
+    axes.set_ylim(top=highest + 0.5 * (highest - min(losses)) + 0.1)
+    _plain_powers(axes.xaxis)
+    axes.legend(loc="lower left")
     return figure
 
 

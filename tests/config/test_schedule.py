@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,13 @@ from torch.optim import lr_scheduler
 
 from cifar10 import UsageError
 from cifar10.__main__ import main
+from cifar10.commands import lr_finder
 from cifar10.config import schedule
 from cifar10.config.recipe import Recipe, as_json, load
 from cifar10.config.settings import differences
-from cifar10.plan import make_plan
+from cifar10.plan import Plan, make_plan
 from cifar10_deepspeed import get_lr_schedule, lr_multiplier
+from tests.helpers import cut_down, one_rank
 
 EPOCHS, PER_EPOCH = 12, 10
 HALVES = 2 * PER_EPOCH  # of a step, in an epoch: a step counts as its middle
@@ -189,3 +192,48 @@ def test_what_the_command_cannot_draw_is_refused(tmp_path: Path, capsys: pytest.
     for flags, named in ((["--recipe", "lenet"], "WarmupLR"), (["--output", str(tmp_path / "no" / "x.png")], "--output")):
         assert main(["schedule", *flags]) == 2
         assert named in capsys.readouterr().err
+
+
+# --- lr-finder --------------------------------------------------------------------------------------------------------
+
+
+def test_the_range_test_finds_the_rates_of_a_known_curve() -> None:
+    """A loss that falls fastest at 1e-3, is lowest at 1e-1 and then diverges."""
+    rates = [10 ** (-5 + step / 33) for step in range(200)]
+    position = [math.log10(rate) for rate in rates]
+    curve = [2 - math.tanh(2 * (x + 3)) + max(0.0, x + 1) ** 2 - 1e-3 * x for x in position]
+    lowest, steepest = lr_finder.found(rates, curve)
+    assert lowest == pytest.approx(0.1, rel=0.1)
+    assert steepest == pytest.approx(1e-3, rel=0.3)
+    with pytest.raises(UsageError, match="did not fall"):
+        lr_finder.found(rates, [2.0 + 0.001 * step for step in range(200)])
+
+
+def test_the_average_ends_where_the_loss_diverges() -> None:
+    values = [1.0] * 50 + [math.nan] + [1.0] * 9
+    assert list(lr_finder.smoothed(iter(values), 60)) == pytest.approx([1.0] * 50)
+    assert len(list(lr_finder.smoothed((2.0**step for step in range(60)), 60))) < 20
+
+
+def test_the_finder_trains_on_training_images_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut_down(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    opened, images = [], Plan.images
+    monkeypatch.setattr(Plan, "images", lambda plan, split: opened.append(split) or images(plan, split))
+    monkeypatch.setattr(lr_finder.distributed, "join", lambda *_, **__: one_rank())
+    monkeypatch.setattr(lr_finder, "leave", lambda: None)  # the world of other tests
+    flags = "--dataset synthetic --val-images 100 --global-batch-size 50 --find-steps 60 --start-lr 1e-3 --threads 1"
+    assert main(["lr-finder", *flags.split(), "--output", "lr.png"]) == 0
+    assert set(opened) == {"train"}
+    printed = capsys.readouterr().out
+    assert re.search(r"try --lr 0\.\d+, a tenth of \d\S*, where the loss is lowest", printed)
+    assert [path.name for path in tmp_path.iterdir()] == ["lr.png"]
+
+
+@pytest.mark.parametrize("flags", ["--start-lr 1", "--end-lr inf --start-lr 0", "--find-steps 2"])
+def test_a_range_that_cannot_be_tried_is_refused(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = flags.split() if "find" in flags else [*flags.split(), *(["--end-lr", "0.5"] if "inf" not in flags else [])]
+    assert main(["lr-finder", "--dataset", "synthetic", *words]) == 2
+    assert flags.split()[0] in capsys.readouterr().err
