@@ -83,7 +83,7 @@ def smoothed(values: Iterator[float], steps: int) -> Iterator[float]:
 
 def found(rates: list[float], curve: list[float]) -> tuple[float, float]:
     """The rate with the lowest loss, and the one where it falls fastest. Raises UsageError where it did not fall."""
-    lowest, tenth = curve.index(min(curve)), len(rates) // 10
+    lowest, tenth = min(range(len(curve)), key=curve.__getitem__, default=0), len(rates) // 10
     falls = [after - before for before, after in zip(curve, curve[tenth : lowest + 1], strict=False)]
     if not falls or curve[lowest] > 0.98 * curve[0]:
         raise UsageError("the loss did not fall at these rates; try a lower --start-lr, or more --find-steps")
@@ -107,7 +107,7 @@ def run(argv: list[str]) -> None:
     every = max(1, options.find_steps // 25)
     print(f"learning rate   smoothed loss   ({plan.options.recipe}, {len(curve)} of {options.find_steps} steps)")
     for rate, loss in list(zip(rates, curve, strict=False))[::every]:
-        print(f"{rate:13.2e} {loss:15.4f}   {'█' * round(BAR * loss / max(curve))}")
+        print(f"{rate:13.2e} {loss:15.4f}   {'█' * round(BAR * loss / (max(curve) or 1))}")
     lowest, steepest = found(rates, curve)
     print(f"try --lr {lowest / 10:.2g}, a tenth of {lowest:.2g}, where the loss is lowest; it falls fastest at {steepest:.2g}")
     if options.output is not None:

@@ -207,6 +207,8 @@ def test_the_range_test_finds_the_rates_of_a_known_curve() -> None:
     assert steepest == pytest.approx(1e-3, rel=0.3)
     with pytest.raises(UsageError, match="did not fall"):
         lr_finder.found(rates, [2.0 + 0.001 * step for step in range(200)])
+    with pytest.raises(UsageError, match="did not fall"):
+        lr_finder.found(rates, [])
 
 
 def test_the_average_ends_where_the_loss_diverges() -> None:

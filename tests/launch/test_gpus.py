@@ -68,3 +68,17 @@ def test_scaling_measures_as_many_ranks_as_there_are_gpus() -> None:
     ended = StandIn.or_skip()("-m", "cifar10", "scaling", *flags.split(), gpus=1)
     assert ended.returncode == 0, ended.stderr
     assert "more ranks than GPUs (1): 2, 4" in ended.stdout
+
+
+def test_two_ranks_stop_and_resume_and_the_commands_use_their_model(tmp_path: Path) -> None:
+    """Nothing is on another device than it should be; what the values are, only a GPU can say."""
+    python, folder = StandIn.or_skip(), str(tmp_path / "run")
+    flags = ["main.py", *SHORT, "--no-report", "--output-dir", folder]
+    for last in ("4", "8"):
+        ended = python(*flags, "--max-steps", last, gpus=2)
+        assert ended.returncode == 0, ended.stderr
+    results = summary(tmp_path / "run")
+    assert (results["steps"], results["world_size"], results["resumed_at_steps"]) == (8, 2, [4])
+    for command in (["evaluate", folder, "--split", "val"], ["predict", folder, "docs/images"]):
+        ended = python("-m", "cifar10", *command)
+        assert ended.returncode == 0, ended.stderr
