@@ -17,6 +17,7 @@ COMMANDS = {  # each is the `run` of a file in cifar10/commands
     "predict": "classify image files of any format and size",
     "export": "export to safetensors, state dict, torch.export, ONNX and INT8 ONNX, each verified against the model",
     "report": "HTML report of a run (curves, confusions, calibration, mistakes), or a comparison of several",
+    "compare": "which recipe or setting is better: paired runs on validation images until it is decided",
     "ledger": "every opening of a test split: when, by which run, and what was learned",
     "leaderboard": "Markdown table of all finished runs in some folders",
     "doctor": "check whether this machine can train, and suggest fixes",

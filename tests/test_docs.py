@@ -38,6 +38,9 @@ TIED = {  # a line of shell, or the first line of another block -> the test in t
     "pip install uv && uv run python main.py": "test_launchers.py test_a_launcher_runs_to_a_finished_summary",
     "runs/bn_cnn-20261121-101500/": "test_launchers.py test_the_run_folder_says_what_was_run",
     "uv run python main.py --seeds 3 --output-dir runs/three": "test_seeds.py test_real_runs_of_two_seeds",
+    'uv run python -m cifar10 compare bn_cnn "bn_cnn --lr 0.2" --epochs 10 --output-dir runs/lr': (
+        "../commands/test_compare.py test_real_runs_are_compared_without_a_test_image"
+    ),
     MAIN: "test_two_hosts.py test_main_on_each_host",
     DEEPSPEED: "test_two_hosts.py test_deepspeed_without_ssh",
     "deepspeed --hostfile hosts cifar10_deepspeed.py": "test_two_hosts.py test_deepspeed_over_ssh_from_the_first_host",

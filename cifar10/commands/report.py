@@ -30,5 +30,5 @@ def run(
     if len(runs) == 1 and output is None:
         made = html.make_report(runs[0], data_dir_of(runs[0], data_dir), sealed)
     else:
-        made = html.make_comparison(runs, output or Path("compare.html"))
+        made = html.make_comparison(html.labeled_groups(runs), output or Path("compare.html"))
     print(f"report: {made}")

@@ -14,7 +14,7 @@ from cifar10 import UsageError
 from cifar10.launch.command import LaunchOptions, start_command
 from cifar10.launch.supervise import FINISHED, RESUMABLE, SIGNALS, train
 from cifar10.plan import Plan, make_plan
-from cifar10.report.html import interval, make_comparison, mean_and_sd, percent
+from cifar10.report.html import interval, labeled_groups, make_comparison, mean_and_sd, percent
 from cifar10.report.stats import spread
 from cifar10.run import folder as run_folder
 from cifar10.run.record import Record, open_record
@@ -67,6 +67,6 @@ def print_summary(output: Path, folders: Sequence[Path], with_page: bool) -> Non
         for line in summary_lines([open_record(folder) for folder in folders]):
             print(line)
         if folders and with_page:
-            print(f"report: {make_comparison(folders, output / 'compare.html')}", flush=True)
+            print(f"report: {make_comparison(labeled_groups(folders), output / 'compare.html')}", flush=True)
     except UsageError as error:
         print(f"no comparison: {error}", flush=True)

@@ -19,6 +19,7 @@ from cifar10.data import augment, ledger, registry
 from cifar10.data.ledger import Look
 from cifar10.files import written_whole
 from cifar10.report import stats
+from cifar10.report.paired import Pairing, by_seed
 from cifar10.report.stats import Spread, spread
 from cifar10.run.record import Record, by_experiment, differing, open_record
 
@@ -257,12 +258,19 @@ def group_labels(groups: list[list[Record]]) -> list[str]:
     return labels
 
 
-def make_comparison(folders: Sequence[Path], output: Path) -> Path:
-    """Write a comparison of several runs. Raises UsageError for a folder that is not a run's."""
+def labeled_groups(folders: Sequence[Path]) -> list[tuple[str, list[Record]]]:
+    """Runs that differ in nothing but their seed, under a label. Raises UsageError for a folder that is not a run's."""
+    groups = by_experiment(open_record(folder) for folder in folders)
+    return list(zip(group_labels(groups), groups, strict=True))
+
+
+def make_comparison(
+    labeled: Sequence[tuple[str, list[Record]]], output: Path, pairings: Sequence[Pairing] | None = None
+) -> Path:
+    """Write a comparison of several experiments' runs, of which those with the same seeds are paired."""
     from cifar10.report import plots
 
-    groups = by_experiment(open_record(folder) for folder in folders)
-    labeled, rows, notes = list(zip(group_labels(groups), groups, strict=True)), [], []
+    groups, rows, notes = [group for _, group in labeled], [], []
     for label, group in labeled:
         done = [record for record in group if record.is_finished]
         of = {split: [record.number(f"{split}_accuracy") for record in done] for split in ("train", "val", "test")}
@@ -275,8 +283,11 @@ def make_comparison(folders: Sequence[Path], output: Path) -> Path:
         rows.append({"label": label, "n": len(done), "interval": interval(found)} | {k: mean_and_sd(v) for k, v in of.items()})
     experiments = [group[0].experiment for group in groups]
     different = {key: [experiment.get(key, "–") for experiment in experiments] for key in differing(groups)}
-    title = f"{len(folders)} runs of {labeled[0][0]}" if len(rows) == 1 else f"{len(folders)} runs, {len(rows)} experiments"
+    number = sum(map(len, groups))
+    title = f"{number} runs of {labeled[0][0]}" if len(rows) == 1 else f"{number} runs, {len(rows)} experiments"
+    pairings = by_seed(labeled) if pairings is None else pairings
+    pairs = [(pair, data_uri(plots.png(plots.differences, pair))) for pair in pairings if pair.at_the_end.n]
     curves = {of: data_uri(plots.png(plots.overlaid, labeled, of)) for of in ("accuracy", "loss")}
-    shown = {"rows": rows, "labeled": labeled, "different": different, "notes": notes, "curves": curves}
+    shown = {"rows": rows, "labeled": labeled, "different": different, "notes": notes, "curves": curves, "pairs": pairs}
     write({output: _render("compare.html", title=title, **shown)})
     return output

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
+from cifar10.report.paired import Pairing
 from cifar10.report.stats import BINS, Calibration, wilson
 from cifar10.run.record import Record, Row
 
@@ -282,4 +283,23 @@ def overlaid(groups: Sequence[tuple[str, list[Record]]], measure: str) -> Figure
     axes.set(title=f"{split} {measure}", xlabel="epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     figure.legend(loc="outside lower left")  # there may be many
+    return figure
+
+
+def differences(pair: Pairing) -> Figure:
+    """B - A of each pair of runs, and after each pair their mean and the interval of means that is not excluded."""
+    found = pair.at_the_end
+    numbers, points = np.arange(1, found.n + 1), 100 * np.array(found.values)
+    ends = 100 * np.array([found.interval(int(n)) for n in numbers])
+    low, high = ends[np.isfinite(ends).all(1)].T if np.isfinite(ends).all(1).any() else np.empty((2, 0))
+    figure, axes = _figure(3.6)
+    axes.axhline(0, color=INK, linewidth=1)
+    axes.fill_between(numbers[len(numbers) - len(low) :], low, high, color=SERIES[5], alpha=0.3, label="interval of the mean")
+    axes.plot(numbers, points.cumsum() / numbers, color=SERIES[0], linewidth=1.8, label="mean so far")
+    axes.plot(numbers, points, "o", color=SERIES[1], markersize=6, label="one pair of runs")
+    reach = 1.15 * max(np.abs(points).max(), 0.01)
+    bottom, top = min(-reach, low[-1] if len(low) else 0), max(reach, high[-1] if len(high) else 0)
+    axes.set(title="Difference in points of val accuracy", xlabel="pair", ylim=(1.05 * bottom, 1.05 * top))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    figure.legend(loc="outside lower left", ncols=3)
     return figure

@@ -315,7 +315,7 @@ def test_names_are_text_whatever_they_are(tmp_path, monkeypatch):
     summary = json.loads((folder / "summary.json").read_text())
     (folder / "summary.json").write_text(json.dumps(summary | {"status": "<i>", "reason": HOSTILE}))
     html_page.make_report(folder, tmp_path / "nowhere")
-    compared = html_page.make_comparison([folder], tmp_path / "compare.html")
+    compared = html_page.make_comparison(html_page.labeled_groups([folder]), tmp_path / "compare.html")
     for page in (folder / "report.html", compared):
         text = page.read_text(encoding="utf-8")
         assert not {"<script", "<i>", "<b><"} & set(re.findall(r"<script|<i>|<b><", text))
@@ -367,7 +367,7 @@ def test_runs_that_differ_in_their_seed_are_one_row_with_an_interval(tmp_path):
     accuracies = [0.8191, 0.8239, 0.8260]
     runs = [make_run(tmp_path / f"a/seed_{seed}", seed=seed, test=one) for seed, one in enumerate(accuracies)]
     runs += [make_run(tmp_path / "b", test=0.6, augment="none"), make_run(tmp_path / "c", test=0.1, seed=9, status="stopped")]
-    said = words(html_page.make_comparison(runs, tmp_path / "out" / "compare.html"))
+    said = words(html_page.make_comparison(html_page.labeled_groups(runs), tmp_path / "out" / "compare.html"))
     half = 4.30265 * stdev(accuracies) / 3**0.5
     interval = f"{100 * (mean(accuracies) - half):.2f} to {100 * (mean(accuracies) + half):.2f}%"
     assert f"bn_cnn, augment RandomCrop(3) Random… 3 82.30 ± 0.35% {interval} 62.00 ± 0.00%" in said
@@ -380,7 +380,7 @@ def test_runs_that_differ_in_their_seed_are_one_row_with_an_interval(tmp_path):
 
 def test_runs_of_one_seed_are_not_taken_for_independent_ones(tmp_path):
     runs = [make_run(tmp_path / name) for name in "ab"]
-    said = words(html_page.make_comparison(runs, tmp_path / "compare.html"))
+    said = words(html_page.make_comparison(html_page.labeled_groups(runs), tmp_path / "compare.html"))
     assert "some runs have the same seed" in said
     assert "bn_cnn 2 50.00 ± 0.00% – 62.00" in said
 
