@@ -19,14 +19,14 @@ from typing import Annotated, Any
 import tyro
 
 from cifar10 import UsageError
-from cifar10.config.cli import split_options
+from cifar10.config.cli import Options, split_options
 from cifar10.config.recipe import check_values
 from cifar10.config.values import is_positive
 from cifar10.distributed import device
 from cifar10.launch.command import LaunchOptions, count_ranks, split_launch_options
 from cifar10.launch.supervise import FINISHED, RESUMABLE, SIGNALS, train
 from cifar10.plan import Plan, make_plan
-from cifar10.report.html import make_comparison
+from cifar10.report.html import make_comparison, mean_and_sd
 from cifar10.report.paired import ERROR_RATE, Pairing
 from cifar10.run import folder as run_folder
 from cifar10.run.record import Record, open_record
@@ -46,6 +46,9 @@ class CompareOptions:
     """At most this many runs in all, those that are there included."""
     max_minutes: Annotated[float | None, tyro.conf.arg(metavar="X")] = None
     """Begin no round of runs that would not end within this many minutes, judged by the longest round so far."""
+    grid: Annotated[tuple[str, ...], tyro.conf.arg(metavar='"--FLAG A,B,..." ...')] = ()
+    """Search all combinations of these values, for one candidate or the default recipe, by successive halving: the better half
+    goes on to twice as many seeds. It claims no error rate, and ends with the command that tests its result on other seeds."""
     output_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Where the runs and compare.html go (default: runs/compare-<time>). Repeat the command with the same folder to go on."""
     error_rate: float = ERROR_RATE
@@ -74,6 +77,27 @@ def split_candidates(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The candidates at the beginning of a command line, names or flags quoted into one word, and the other words."""
     names = list(itertools.takewhile(lambda word: not word.startswith("-") or " " in word, argv))
     return names, list(argv[len(names) :])
+
+
+def take_grid(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The values of --grid, which are quoted flags, and the other words."""
+    if "--grid" not in words:
+        return [], list(words)
+    at = words.index("--grid") + 1
+    grid = list(itertools.takewhile(lambda word: " " in word, words[at:]))
+    return grid, [*words[: at - 1], *words[at + len(grid) :]]
+
+
+def combinations(base: str, grid: Sequence[str]) -> list[str]:
+    """`bn_cnn` and `--lr 0.1,0.2` -> `bn_cnn --lr 0.1` and `bn_cnn --lr 0.2`. Raises UsageError for another form."""
+    axes = []
+    for words in grid:
+        flag, _, values = words.strip().rpartition(" ")
+        key, equals, listed = values.rpartition("=")
+        if not flag.startswith("--") or not all(listed.split(",")):
+            raise UsageError(f'--grid {words!r} is no flag with values, expected for example "--lr 0.05,0.1,0.2"')
+        axes.append([f"{flag} {key}{equals}{value}" for value in listed.split(",")])
+    return [" ".join([base, *one]).strip() for one in itertools.product(*axes)]
 
 
 def as_flags(name: str) -> list[str]:
@@ -125,10 +149,10 @@ def still_in(runs: Runs, error_rate: float) -> list[str]:
     return [name for name in runs if name not in beaten] or list(runs)[:1]
 
 
-def summary_lines(runs: Runs, error_rate: float) -> list[str]:
+def summary_lines(runs: Runs, pairs: Sequence[Pairing]) -> list[str]:
     """The verdicts, the differences at equal epochs and minutes, and what all of it cost."""
     lines = []
-    for pair in pairings(runs, error_rate):
+    for pair in pairs:
         (epochs, after), (minutes, within) = pair.at_equal_epochs, pair.at_equal_minutes
         lines += [pair.verdict, f"  after {after:g} epochs each: {epochs.in_points}"]
         lines += [f"  within {within:.2g} minutes of training each: {minutes.in_points}"]
@@ -168,14 +192,36 @@ class Rounds:
             self.runs[candidate.name].append(open_record(candidate.run_folder(number)))
         self.longest = max(self.longest, time.monotonic() - began)
 
-    def race(self, rivals: list[Candidate]) -> None:
+    def race(self, rivals: list[Candidate]) -> str:
         """Round after round, until one candidate has beaten all others. Raises Ended."""
-        for number in itertools.count():
-            self.train(rivals, number)
+        numbers = itertools.count()
+        while len(rivals) > 1:
+            self.train(rivals, next(numbers))
             names = still_in(self.runs, self.options.error_rate)
             rivals = [candidate for candidate in rivals if candidate.name in names]
-            if len(rivals) == 1:
-                raise Ended(FINISHED, "decided")
+        return rivals[0].name
+
+    def halve(self, rivals: list[Candidate]) -> str:
+        """The better half of the candidates goes on to twice as many seeds, until one is left. Raises Ended."""
+        done, due = 0, 1
+        while len(rivals) > 1:
+            for number in range(done, due):
+                self.train(rivals, number)
+            done, due = due, 2 * due
+            rivals = sorted(rivals, key=lambda one: -mean_accuracy(self.runs[one.name]))[: (len(rivals) + 1) // 2]
+        return rivals[0].name
+
+
+def mean_accuracy(runs: Sequence[Record]) -> float:
+    return sum(run.number("val_accuracy") or 0 for run in runs) / max(1, len(runs))
+
+
+def ranking(runs: Runs) -> list[str]:
+    """A line per candidate of a search: those with the most seeds first, of these the best."""
+    order = sorted(runs, key=lambda name: (-len(runs[name]), -mean_accuracy(runs[name])))
+    return [
+        f"{mean_and_sd([run.number('val_accuracy') for run in runs[name]])}  n = {len(runs[name])}  {name}" for name in order
+    ]
 
 
 def run(argv: list[str]) -> int:
@@ -184,6 +230,7 @@ def run(argv: list[str]) -> int:
     if {"--help", "-h"} & {*argv}:
         tyro.cli(CompareOptions, args=["--help"], prog="python -m cifar10 compare A B [C ...]")
     options: Any
+    grid, rest = take_grid(rest)
     options, rest = split_options(rest, CompareOptions)
     launch, flags = split_launch_options(rest)
     check_values(
@@ -192,6 +239,11 @@ def run(argv: list[str]) -> int:
         ("max_minutes", is_positive, "a number above 0"),
         ("error_rate", lambda p: 0 < p < 1, "a probability between 0 and 1"),
     )
+    if grid:
+        if len(names) > 1:
+            raise UsageError(f"--grid takes one candidate, and there are {len(names)}; leave out all but one")
+        base = names[0] if names else Options.recipe
+        names = combinations(base, grid)
     if len(names) < 2:
         raise UsageError('compare needs two candidates or more, for example compare bn_cnn "bn_cnn --lr 0.2"')
     if launch.seeds or launch.num_nodes > 1:
@@ -204,16 +256,22 @@ def run(argv: list[str]) -> int:
     for signal_number in SIGNALS:  # between runs; a Launch has its own handlers
         signal.signal(signal_number, lambda *_: sys.exit(RESUMABLE))
     runs: Runs = {candidate.name: [] for candidate in found}
+    rounds, winner = Rounds(options, launch, runs), None
     try:
-        Rounds(options, launch, runs).race(found)
+        winner = rounds.halve(found) if grid else rounds.race(found)
+        code, why = FINISHED, f"{winner} is the best{' of the search' if grid else ''}"
     except Ended as ended:
         code, why = ended.args
     print(f"compared on validation images: {why}")
-    print("\n".join(summary_lines(runs, options.error_rate)))
+    pairs = [] if grid else pairings(runs, options.error_rate)
+    print("\n".join([*(ranking(runs) if grid else []), *summary_lines(runs, pairs)]))
     if all(runs.values()):
-        page = make_comparison(list(runs.items()), output / "compare.html", pairings(runs, options.error_rate))
-        print(f"report: {page}", flush=True)
-    if code != FINISHED or why != "decided":
+        print(f"report: {make_comparison(list(runs.items()), output / 'compare.html', pairs)}", flush=True)
+    if grid and winner:
+        unused = found[0].plan.recipe.seed + max(map(len, runs.values()))
+        words = [base, winner, *flags, "--seed", str(unused)]
+        print("to test it on other seeds:", shlex.join(["python", "-m", "cifar10", "compare", *words]), flush=True)
+    elif not winner:
         more = "to continue:" if code != FINISHED else "to go on, with a larger limit:"
         at = ["--output-dir", str(output)] if options.output_dir is None else []
         print(more, shlex.join(["python", "-m", "cifar10", "compare", *argv, *at]), flush=True)

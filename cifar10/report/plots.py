@@ -290,16 +290,19 @@ def differences(pair: Pairing) -> Figure:
     """B - A of each pair of runs, and after each pair their mean and the interval of means that is not excluded."""
     found = pair.at_the_end
     numbers, points = np.arange(1, found.n + 1), 100 * np.array(found.values)
-    ends = 100 * np.array([found.interval(int(n)) for n in numbers])
-    low, high = ends[np.isfinite(ends).all(1)].T if np.isfinite(ends).all(1).any() else np.empty((2, 0))
+    ends = {n: [100 * end for end in found.interval(n)] for n in numbers.tolist()}
+    known = {n: both for n, both in ends.items() if np.isfinite(both).all()}
     figure, axes = _figure(3.6)
     axes.axhline(0, color=INK, linewidth=1)
-    axes.fill_between(numbers[len(numbers) - len(low) :], low, high, color=SERIES[5], alpha=0.3, label="interval of the mean")
+    for n, (low, high) in known.items():
+        axes.vlines(
+            n, low, high, color=SERIES[5], alpha=0.5, linewidth=7, label="_" if n > min(known) else "interval of the mean"
+        )
     axes.plot(numbers, points.cumsum() / numbers, color=SERIES[0], linewidth=1.8, label="mean so far")
     axes.plot(numbers, points, "o", color=SERIES[1], markersize=6, label="one pair of runs")
     reach = 1.15 * max(np.abs(points).max(), 0.01)
-    bottom, top = min(-reach, low[-1] if len(low) else 0), max(reach, high[-1] if len(high) else 0)
-    axes.set(title="Difference in points of val accuracy", xlabel="pair", ylim=(1.05 * bottom, 1.05 * top))
+    bottom, top = ends[found.n] if found.n in known else (0, 0)
+    axes.set(title="Difference in points of val accuracy", xlabel="pair", ylim=(min(-reach, bottom), max(reach, top)))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     figure.legend(loc="outside lower left", ncols=3)
     return figure

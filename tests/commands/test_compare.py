@@ -102,6 +102,24 @@ def test_a_candidate_that_is_beaten_gets_no_more_runs(tmp_path, trained_runs, ca
     assert "98.33% interval" in capsys.readouterr().out  # 5% shared among three pairs
 
 
+def test_a_grid_is_searched_by_halves_with_the_same_seeds(tmp_path, trained_runs, capsys):
+    started = trained_runs(lambda name, seed: accuracy(name, seed, 0.05))
+    grid = ["--grid", "--lr 0.05,0.1,0.2", "--set optimizer.params.weight_decay=1e-3,5e-4"]
+    assert main(["compare", "bn_cnn", *grid, "--val-images", "500", *COMMON, "--output-dir", str(tmp_path)]) == 0
+    seeds: dict[str, list[int]] = {}
+    for folder in started:
+        seeds.setdefault(folder.parent.name, []).append(int(folder.name.removeprefix("seed_")))
+    assert sorted(map(len, seeds.values())) == [1, 1, 1, 2, 4, 4]  # 6, 3 and 2 candidates with 1, 2 and 4 seeds in all
+    assert all(of == list(range(len(of))) for of in seeds.values())
+    said = capsys.readouterr().out
+    best = max(seeds, key=lambda name: (len(seeds[name]), "0.2" in name))
+    assert "0.2" in best
+    assert "is the best of the search" in said
+    assert "compare bn_cnn 'bn_cnn --lr 0.2 --set optimizer.params.weight_decay=" in said
+    assert said.splitlines()[-1].endswith("--val-images 500 --dataset synthetic --threads 1 --seed 4")
+    assert "interval" not in said
+
+
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
@@ -113,6 +131,8 @@ def test_a_candidate_that_is_beaten_gets_no_more_runs(tmp_path, trained_runs, ca
         (["bn_cnn", BETTER, "--val-images", "0"], "holds no validation images out"),
         (["bn_cnn", BETTER, "--max-runs", "1"], "--max-runs"),
         (["bn_cnn", BETTER, "--seeds", "3"], "--seeds"),
+        (["bn_cnn", BETTER, "--grid", "--lr 0.1,0.2"], "all but one"),
+        (["--grid", "--lr 0.1,,0.2"], "with values"),
         (["bn_cnn", BETTER, "--test-images", "10"], "--sealed"),
     ],
 )
