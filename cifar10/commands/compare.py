@@ -44,12 +44,12 @@ class CompareOptions:
 
     max_runs: int = 64
     """At most this many runs in all, those that are there included."""
-    max_minutes: Annotated[float | None, tyro.conf.arg(metavar="X")] = None
+    max_minutes: Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="")] = None
     """Begin no round of runs that would not end within this many minutes, judged by the longest round so far."""
-    grid: Annotated[tuple[str, ...], tyro.conf.arg(metavar='"--FLAG A,B,..." ...')] = ()
+    grid: Annotated[tuple[str, ...], tyro.conf.arg(metavar='"--FLAG A,B,..." ...', help_behavior_hint="")] = ()
     """Search all combinations of these values, for one candidate or the default recipe, by successive halving: the better half
     goes on to twice as many seeds. It claims no error rate, and ends with the command that tests its result on other seeds."""
-    output_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    output_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None
     """Where the runs and compare.html go (default: runs/compare-<time>). Repeat the command with the same folder to go on."""
     error_rate: float = ERROR_RATE
     """The chance that a worse or equal candidate is called better, over all candidates together."""

@@ -294,10 +294,9 @@ def differences(pair: Pairing) -> Figure:
     known = {n: both for n, both in ends.items() if np.isfinite(both).all()}
     figure, axes = _figure(3.6)
     axes.axhline(0, color=INK, linewidth=1)
-    for n, (low, high) in known.items():
-        axes.vlines(
-            n, low, high, color=SERIES[5], alpha=0.5, linewidth=7, label="_" if n > min(known) else "interval of the mean"
-        )
+    if known:
+        bars = {"color": SERIES[5], "alpha": 0.5, "linewidth": 7, "label": "interval of the mean"}
+        axes.vlines(list(known), *np.array(list(known.values())).T, **bars)
     axes.plot(numbers, points.cumsum() / numbers, color=SERIES[0], linewidth=1.8, label="mean so far")
     axes.plot(numbers, points, "o", color=SERIES[1], markersize=6, label="one pair of runs")
     reach = 1.15 * max(np.abs(points).max(), 0.01)

@@ -378,6 +378,23 @@ def test_runs_that_differ_in_their_seed_are_one_row_with_an_interval(tmp_path):
     assert "same seed" not in said
 
 
+def test_experiments_with_the_same_seeds_are_paired(tmp_path):
+    def of(name: str, seed: int, val: float, **fields: object) -> Path:
+        folder = make_run(tmp_path / name / f"seed_{seed}", seed=seed, **fields)
+        content = json.loads((folder / "summary.json").read_text())
+        (folder / "summary.json").write_text(json.dumps(content | {"val_accuracy": val}))
+        return folder
+
+    runs = [of("a", seed, 0.6 + seed / 1000) for seed in range(6)]
+    runs += [of("b", seed, 0.65 + seed / 990, augment="none") for seed in range(6)]
+    said = words(html_page.make_comparison(html_page.labeled_groups(runs), tmp_path / "compare.html"))
+    assert "bn_cnn, augment none is better than bn_cnn, augment RandomCrop(3) Random…, decided after 5 pairs" in said
+    others = [of("c", seed, 0.7, split_seed=1) for seed in range(6)]  # on other validation images
+    assert "decided" not in words(
+        html_page.make_comparison(html_page.labeled_groups([*runs[:6], *others]), tmp_path / "c.html")
+    )
+
+
 def test_runs_of_one_seed_are_not_taken_for_independent_ones(tmp_path):
     runs = [make_run(tmp_path / name) for name in "ab"]
     said = words(html_page.make_comparison(html_page.labeled_groups(runs), tmp_path / "compare.html"))
