@@ -184,7 +184,8 @@ def write_onnx_int8(job: Job) -> None:
     if not job.path("onnx").exists():
         write_onnx(job)
     prepared = job.folder / "prepared.onnx"
-    quant_pre_process(str(job.path("onnx")), str(prepared))
+    # symbolic shapes are for transformers, and older versions cannot infer those of a dynamic batch
+    quant_pre_process(str(job.path("onnx")), str(prepared), skip_symbolic_shape=True)
     types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
     how = {"quant_format": QuantFormat.QDQ, "per_channel": True, "op_types_to_quantize": ["Conv", "Gemm", "MatMul", "MaxPool"]}
     quantize_static(str(prepared), str(job.path("onnx_int8")), Reader(), **how, **types)
