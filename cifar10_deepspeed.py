@@ -365,7 +365,8 @@ def start_run(plan: Plan, world: World, folder: Path, model: nn.Module) -> tuple
 def dry_run(plan: Plan, world: World, model: nn.Module) -> None:
     """Say what a run would do, and measure some of its steps on random images; nothing is written."""
     folder = plan.options.output_dir or Path("runs") / f"{plan.options.recipe}-<time>"
-    run, _ = start_run(plan, world, folder, model)
+    with text.beginning(plan, world):
+        run, _ = start_run(plan, world, folder, model)
     first = world.from_main(lambda: getattr(read_summary(folder), "steps", 0))
     images, steps = (len(run.train.labels), len(run.val)), (first, run.last_step, run.total_steps)
     run.metrics.say(text.opening_lines(run.plan, folder, world.description, run.model, images, steps))
@@ -382,10 +383,8 @@ def dry_run(plan: Plan, world: World, model: nn.Module) -> None:
 
 def train_and_finish(plan: Plan, world: World, folder: Path, model: nn.Module, resume_command: str) -> None:
     """Take the run in `folder` from where it stands to its end, to a stop, or to a failure that is written down."""
-    try:
+    with text.beginning(plan, world):
         run, state = start_run(plan, world, folder, model)
-    except Exception as error:
-        raise text.not_begun(error, plan, world) from error
     images, steps = (len(run.train.labels), len(run.val)), (state.step, run.last_step, run.total_steps)
     run.metrics.say(text.opening_lines(run.plan, folder, world.description, run.model, images, steps))
     run.metrics.say(run.metrics.notes)

@@ -43,11 +43,12 @@ def test_what_fails_before_the_first_step_is_one_line_and_leaves_no_claim_on_the
         [*SMALL, "--deepspeed_config", "mine.json", "--output-dir", "run", "--max-steps", "4"],
     )
     given.write_text(json.dumps({"train_batch_size": 50, "optimizer": SGD, "gradient_clipping": 1.0, **sections}))
-    answer = program.start(tmp_path, *flags)
-    assert answer["code"] == 2, answer
-    (line,) = answer["stderr"].splitlines()
-    assert line.startswith("error: ")
-    assert named in line
+    for more in ([], ["--dry-run"]) if what == "a range" else ([],):
+        answer = program.start(tmp_path, *flags, *more)
+        assert answer["code"] == 2, answer
+        (line,) = answer["stderr"].splitlines()
+        assert line.startswith("error: ")
+        assert named in line
     given.write_text(json.dumps({"train_batch_size": 50, "optimizer": SGD, "gradient_clipping": 1.0}))
     if what == "a range":
         answer = program.start(tmp_path, *flags)

@@ -252,7 +252,6 @@ def run(argv: list[str]) -> int:
     run_folder.refuse_unwritable(output)
     found = candidates_of(names, flags, launch, output)
     os.environ.pop("WANDB_RUN_ID", None)  # each is a W&B run of its own
-    os.environ.setdefault("CIFAR10_STARTED_BY", "python main.py")  # what continues a single run
     for signal_number in SIGNALS:  # between runs; a Launch has its own handlers
         signal.signal(signal_number, lambda *_: sys.exit(RESUMABLE))
     runs: Runs = {candidate.name: [] for candidate in found}

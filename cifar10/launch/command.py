@@ -126,8 +126,8 @@ def deepspeed_command(
 
 
 def start_command(options: LaunchOptions) -> str:
-    """The command that started main.py, without the script's flags."""
-    words = ["python", sys.argv[0]]
+    """The command that started main.py, or that continues one of the runs of a command, without the script's flags."""
+    words = ["python", sys.argv[0] if Path(sys.argv[0]).name == "main.py" else "main.py"]
     for name, value in vars(options).items():
         if value != getattr(LaunchOptions, name):
             words += ["--" + name.replace("_", "-"), str(value)]

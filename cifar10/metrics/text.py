@@ -6,6 +6,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -245,6 +246,15 @@ def failure(error: Exception, rank: int, step: int, micro_images: int) -> str:
     if re.search("closed by peer|Connection reset|Broken pipe|Connection refused", reason):
         return f"rank {rank} lost another rank at step {step}, which died: {reason}"
     return f"rank {rank} failed at step {step}: {type(error).__name__}: {reason}"
+
+
+@contextmanager
+def beginning(plan: Plan, world: World) -> Iterator[None]:
+    """Within, whatever is raised means that the run has not begun."""
+    try:
+        yield
+    except Exception as error:
+        raise not_begun(error, plan, world) from error
 
 
 def not_begun(error: Exception, plan: Plan, world: World) -> Exception:

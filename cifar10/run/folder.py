@@ -59,11 +59,12 @@ def title(folder: Path) -> str:
 def refuse_unwritable(folder: Path) -> None:
     """Raise UsageError unless `folder`, or its nearest existing parent, is writable."""
     try:
-        existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        existing = next(place for place in (folder, *folder.absolute().parents) if place.exists() or place.is_symlink())
     except OSError as error:
         raise UsageError(f"--output-dir {folder}: {error.strerror}; choose another folder") from None
     if not existing.is_dir():
-        raise UsageError(f"--output-dir {folder}: {existing} is a file; choose a folder")
+        what = "a file" if existing.exists() else "a link to nothing"
+        raise UsageError(f"--output-dir {folder}: {existing} is {what}; choose a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"--output-dir {folder}: {existing} is not writable; choose another folder")
 

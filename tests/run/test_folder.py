@@ -71,7 +71,9 @@ def test_a_folder_that_cannot_be_created_is_refused(tmp_path):
         run_folder.refuse_unwritable(folder)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
-    for place in ("file", "file/below", "file/far/below", "x" * 300, "y" * 300 + "/below"):
+    (tmp_path / "dangling").symlink_to("nowhere")
+    assert "a link to nothing" in refusal("--output-dir", str(tmp_path / "dangling" / "below"))
+    for place in ("file", "file/below", "file/far/below", "dangling", "x" * 300, "y" * 300 + "/below"):
         assert "--output-dir" in refusal("--output-dir", str(tmp_path / place))
     for place in ("file", "file/below"):
         with pytest.raises(UsageError, match="--output-dir"):
