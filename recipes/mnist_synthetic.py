@@ -4,8 +4,9 @@
     uv run python main.py --recipe mnist_synthetic --dataset mnist              the real MNIST, which is downloaded
     uv run python main.py --recipe mnist_synthetic --dataset random_mnist       the document's data: noise with random labels
 
-The document expects 15.75% of its training images, which are noise, after 50 epochs, and 98 to 99% on the real MNIST. Noise
-cannot be learned: such a run measures how fast the network memorizes.
+The document expects 15.75% of its training images, which are noise, after 50 epochs, and 98 to 99% on the real MNIST, where
+99.16 +- 0.10% were measured (3 seeds, records/2026-11-27_mnist_cpu). Noise cannot be learned: such a run measures how fast the
+network memorizes.
 """
 
 from cifar10.config.recipe import Experiment, Recipe

@@ -252,8 +252,9 @@ def group_labels(groups: list[list[Record]]) -> list[str]:
     keys, labels = [key for key in differing(groups) if key != "recipe"], []
     for first, *_ in groups:
         same_name = [other[0].experiment for other in groups if other[0].recipe == first.recipe]
-        distinct = [key for key in keys if len({repr(experiment.get(key)) for experiment in same_name}) > 1]
-        words = [f"{key.split('.')[-1]} {short(first.experiment.get(key), 20)}" for key in distinct[:3]]
+        distinct = [key for key in keys if len({repr(experiment.get(key) or None) for experiment in same_name}) > 1]
+        given = {key.removesuffix(".enabled").split(".")[-1]: first.experiment.get(key) for key in distinct[:3]}
+        words = [f"{key} {'off' if value in (None, False) else short(value, 20)}" for key, value in given.items()]
         labels.append(", ".join([first.recipe, *words]))
     return labels
 

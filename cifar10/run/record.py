@@ -143,7 +143,7 @@ def by_experiment(records: Iterable[Record]) -> list[list[Record]]:
 
 
 def differing(groups: list[list[Record]]) -> list[str]:
-    """The names of the settings that differ between groups."""
+    """The names of the settings that differ between groups; one that an older version lacks is as if it were off."""
     experiments = [group[0].experiment for group in groups]
     keys = dict.fromkeys(key for experiment in experiments for key in experiment)
-    return [key for key in keys if len({repr(experiment.get(key)) for experiment in experiments}) > 1]
+    return [key for key in keys if len({repr(experiment.get(key) or None) for experiment in experiments}) > 1]
