@@ -26,8 +26,8 @@ SLOW = {  # under ZeRO with room for what DeepSpeed does after a step that it sk
     "lenet graph": (41, 39, 0, 0.1),
     "mnist_synthetic graph --dataset synthetic_mnist": (52, 46, 0, 1.1),
     "speedrun94_cpu captured": (9, 501, 0, 23.1),
-    "speedrun96 captured": (9, 713, 0, 30.5),
-    "speedrun81_cpu captured": (9, 560, 0, 16.7),
+    "speedrun96 captured": (9, 713, 0, 31.5),
+    "speedrun81_cpu captured": (9, 561, 0, 16.7),
     "slurm_zero2 graph --micro-batch-size 128": (170, 67, 5, 4.3),
 }
 
@@ -43,8 +43,7 @@ def check(python: StandIn, most: dict[str, tuple[float, float, float, float]]) -
         assert not one["broken"]
         assert one["loader"]["waits"] == 0
         counted = one["launches"], one["nodes"], one["waits"], one["loader"]["launches"]
-        over = [n > limit + (limit > 0) * (1 + limit / 100) for n, limit in zip(counted, most[one["case"]], strict=True)]
-        assert not any(over), one  # the values are whatever lay in memory, which decides over a launch here and there
+        assert all(number <= limit for number, limit in zip(counted, most[one["case"]], strict=True)), one
 
 
 @pytest.mark.slow

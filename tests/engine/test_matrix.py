@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 NUM_RANKS = (1, 2)
 CELLS = [(precision, stage, accumulation) for precision in DTYPES for stage in STAGES for accumulation in (1, 2)]
 # Of the gradient norm, relative. bf16 rounds each number by up to 3.9e-3, and CPUs add in different orders: 7.2e-5 to 1.2e-4.
-LARGEST_ERROR = {"fp32": 1e-5, "bf16": 5e-4, "fp16": 1e-4}
+LARGEST_ERROR = {"fp32": 1e-5, "bf16": 2e-4, "fp16": 1e-4}
 
 
 def matrix(num_ranks: int) -> list[dict[str, Any]]:
