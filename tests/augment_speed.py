@@ -7,8 +7,6 @@ loader that the script uses, in batches of 500, and there by torchvision's trans
 DataLoader does, collated into the same batches. In rounds, so that other load affects both; the best round counts.
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from collections.abc import Callable

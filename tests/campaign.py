@@ -8,8 +8,6 @@ resume from what was saved, is a lost run; a run with other weights, rows or bes
 Exit code 0: neither was found. Ranks are forked when the slow imports are done.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import json

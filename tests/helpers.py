@@ -1,7 +1,5 @@
 """What tests share: real launches of several ranks, engines and loaders in a world of one, counts of PyTorch operations."""
 
-from __future__ import annotations
-
 import functools
 import sys
 import tempfile

@@ -1,7 +1,5 @@
 """python -m tests.matrix_table: the cells that test_matrix.py checks, as a table in Markdown."""
 
-from __future__ import annotations
-
 from tests.helpers import measured
 from tests.workers.matrix import DTYPES
 

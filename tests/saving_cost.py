@@ -5,8 +5,6 @@
 bn_cnn in fp32, global batch 64; only the ratio can be compared with other machines.
 """
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 import time

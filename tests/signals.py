@@ -6,8 +6,6 @@ Real launches through main.py with two ranks. A chain is one run: its command is
 signal; at last it is left alone, and must end with the weights of a run without signals. Exit code 0: all did.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

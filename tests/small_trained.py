@@ -1,7 +1,5 @@
 """Small runs that several test files use: trained once per process, on data sets of 600 and 200 images."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -6,8 +6,6 @@ The step is the script's own: loader, DeepSpeed's engine, guard and metric buffe
 matrices in the same precision on the same threads, measured right before and after; the better of the two counts.
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from statistics import median

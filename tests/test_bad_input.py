@@ -3,8 +3,6 @@
 Single values and keys are tried in test_recipe.py and test_ds_config.py; whole command lines meet the disk in this file.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

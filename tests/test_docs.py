@@ -3,8 +3,6 @@
 A new line of shell or a new block fails until it is in RUN (run on a small run), PRINTED (copied from a log) or TIED.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 import shutil

@@ -1,7 +1,5 @@
 """The reference documents' systems: their recipes hold the documents' numbers, and small runs of them end well."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

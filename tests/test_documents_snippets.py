@@ -3,8 +3,6 @@
 Ours are only `test_images`, which they leave to the reader, and the grayscale snippet's module name and loaded weights.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

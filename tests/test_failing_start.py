@@ -1,7 +1,5 @@
 """What fails before a run's first step is one line and exit code 2, and the folder then takes a corrected JSON."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a newcomer meets first: ~ in paths, data where a run had it, a dry run, folders that vanish, Ctrl-Z."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

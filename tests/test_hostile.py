@@ -2,8 +2,6 @@
 overwritten or deleted. Each case is a start of its own in a folder of its own.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

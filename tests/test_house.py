@@ -1,7 +1,5 @@
 """The architecture, read from the source: who imports whom, what importing does, and how long the script is."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re

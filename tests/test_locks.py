@@ -1,7 +1,5 @@
 """Locks between processes: a lock names its holder and its file, also where the file system has none."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import multiprocessing

@@ -1,7 +1,5 @@
 """Runs inside another program: many in one process, in a thread, in an event loop; docs/notebook.ipynb in a Jupyter kernel."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import sys

@@ -1,7 +1,5 @@
 """What is resolved before anything starts: precision, SyncBatchNorm, learning rate scaling, the log interval."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

@@ -1,7 +1,5 @@
 """cifar10_deepspeed.py: the network, the learning rate schedule, accuracy and loss, the summary and the closing lines."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import doctest

@@ -1,7 +1,5 @@
 """--set overrides keys of DeepSpeed's JSON, and "auto" in a JSON is replaced by what is known."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

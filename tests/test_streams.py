@@ -1,7 +1,5 @@
 """Output: no reader, terminal or encoding can end a run. Readers that leave, sleep or never were, from the shell."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -4,8 +4,6 @@ It trains the same run: the same initial weights, and the same images in the sam
 agree to rounding; tests/commands/test_eject.py compares them.
 """
 
-from __future__ import annotations
-
 import ast
 import shlex
 import sys

@@ -12,8 +12,6 @@
 Each is a process with a deadline, and leaves STAGE.json and STAGE.log in --output-dir, whatever becomes of the others.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """`python -m cifar10 schedule`: the learning rate of a run, step by step, as a picture and in the terminal."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

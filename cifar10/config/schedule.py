@@ -4,8 +4,6 @@ Each is a closed form of the position in the run, equal to torch's scheduler of 
 one, write a class here; everything else finds it by its name. Positions are in epochs, counted from the start of the run.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import re

@@ -1,7 +1,5 @@
 """Values that are written as calls: `RandomCrop(4)` in --augment, `step(30, 0.1)` in --lr-schedule. Nothing is executed."""
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import math

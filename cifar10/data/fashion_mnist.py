@@ -1,7 +1,5 @@
 """Fashion-MNIST: Zalando's 28x28 grayscale pictures of clothes, in MNIST's format, read from their archives."""
 
-from __future__ import annotations
-
 import gzip
 from dataclasses import dataclass, replace
 from pathlib import Path

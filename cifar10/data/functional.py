@@ -3,8 +3,6 @@
 The pixels are torchvision's, to within one of 255 levels (tests/data/test_functional.py compares every operation).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """SVHN: 32x32 color pictures of house numbers' digits (Netzer et al. 2011), in MATLAB's format, which scipy reads."""
 
-from __future__ import annotations
-
 import io
 from dataclasses import dataclass
 from pathlib import Path

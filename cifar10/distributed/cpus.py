@@ -1,7 +1,5 @@
 """How many CPU cores this process may use, and how many threads that makes. Imports no torch."""
 
-from __future__ import annotations
-
 import math
 import os
 from contextlib import suppress

@@ -3,8 +3,6 @@
 `--model torchvision:NAME` and `--model timm:NAME` build any of their classifiers: the functions here that take a `name`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn

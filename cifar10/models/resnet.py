@@ -4,8 +4,6 @@ Images below 64 pixels a side get 3x3 filters without stride and no pooling, so 
 larger ones torchvision's own stem, which ImageNet's weights fit.
 """
 
-from __future__ import annotations
-
 from torch import nn
 from torchvision import models
 

@@ -1,7 +1,5 @@
 """ResNet-9, the network that Page 2018 ("How to train your ResNet") made for training CIFAR-10 fast."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 

@@ -1,7 +1,5 @@
 """Vision transformers (Dosovitskiy et al. 2020, arXiv 2010.11929) for small images, trained from scratch."""
 
-from __future__ import annotations
-
 from torch import nn
 from torchvision.models import VisionTransformer
 from torchvision.ops import StochasticDepth

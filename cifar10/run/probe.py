@@ -1,7 +1,5 @@
 """How long a run will take, from its first seconds: for --dry-run."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta

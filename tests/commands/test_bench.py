@@ -1,7 +1,5 @@
 """python -m cifar10 bench and scaling: loops side by side, and ratios that fit them. Speed itself is not tested."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

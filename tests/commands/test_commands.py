@@ -1,7 +1,5 @@
 """python -m cifar10: which commands there are, and that one does not import what only another needs."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """python -m cifar10 compare: which runs are started, when it ends, and what it says; one real comparison is a slow test."""
 
-from __future__ import annotations
-
 import json
 import signal
 import sys

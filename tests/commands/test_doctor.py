@@ -1,7 +1,5 @@
 """python -m cifar10 doctor: each failure is provoked, found and comes with a fix, whatever else is missing."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

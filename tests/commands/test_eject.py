@@ -1,7 +1,5 @@
 """python -m cifar10 eject: a file of plain DeepSpeed that trains the same run."""
 
-from __future__ import annotations
-
 import ast
 import csv
 import re

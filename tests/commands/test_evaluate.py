@@ -1,7 +1,5 @@
 """python -m cifar10 evaluate: the run's own numbers again, on any split, with and without test-time augmentation."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """python -m cifar10 export: every file answers as the model does, also without DeepSpeed and this program."""
 
-from __future__ import annotations
-
 import json
 import runpy
 import subprocess

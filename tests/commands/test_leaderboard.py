@@ -1,7 +1,5 @@
 """The leaderboard: which runs form a row, the order of rows, and the escaping of names."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

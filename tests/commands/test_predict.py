@@ -1,7 +1,5 @@
 """python -m cifar10 predict: images in every format become what the model expects, and unreadable files are reported."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,7 +1,5 @@
 """DeepSpeed's JSON: each situation is refused in one line that names the key, or told in a note, before anything starts."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """DeepSpeed's JSON: what is refused, how the batch is resolved, and that DeepSpeed accepts, and reads, what comes out."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 import inspect

@@ -1,7 +1,5 @@
 """Flags of other programs are answered with what to type here."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from dataclasses import fields

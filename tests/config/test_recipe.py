@@ -1,7 +1,5 @@
 """The command line, the recipes, recipe.json; what is refused is refused in a line saying what to type."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

@@ -1,7 +1,5 @@
 """--lr-schedule: each schedule equals torch's step by step, is spelled in one way, and replaces the flags of 0.2."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

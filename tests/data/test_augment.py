@@ -1,7 +1,5 @@
 """Augmentation equals torchvision's bit for bit, and its random numbers are uniform, independent and reproducible."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import re

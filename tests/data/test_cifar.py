@@ -1,7 +1,5 @@
 """CIFAR-10: verification, restoring and download from a local server; validation splits."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os

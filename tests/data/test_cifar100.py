@@ -1,7 +1,5 @@
 """CIFAR-100 on a tiny archive of its format: torchvision's facts, a download, and a run that is trained, tested and used."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import subprocess

@@ -1,7 +1,5 @@
 """Data sets are what they describe; generated images; MNIST."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import io

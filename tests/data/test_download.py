@@ -1,7 +1,5 @@
 """Downloads from several sources, good and bad, of a local server."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import random

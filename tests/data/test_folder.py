@@ -1,7 +1,5 @@
 """A user's own images: layouts, orientation, damaged files, the cache, the split, normalization, changes."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Batched operations equal torchvision's for the same numbers: within 1 of 255, and pixels from the same places."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """The ledger of the test set: each opening is one look, in the run's folder and the user's ledger; --sealed refuses any."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

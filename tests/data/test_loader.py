@@ -1,7 +1,5 @@
 """The same global batches at any world size and from any step; every evaluation image exactly once."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from types import SimpleNamespace

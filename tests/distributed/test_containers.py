@@ -1,7 +1,5 @@
 """What containers limit: CPU quotas of both kinds of cgroups decide the threads, and gloo finds an interface that there is."""
 
-from __future__ import annotations
-
 import os
 import socket
 from pathlib import Path

@@ -3,8 +3,6 @@
 The machine is made of real files: a `nvidia-smi` on PATH, device files below another root. PyTorch's answers are replaced.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

@@ -1,7 +1,5 @@
 """Rank, world size, address and port from the variables of srun and mpirun, without a cluster."""
 
-from __future__ import annotations
-
 import os
 import re
 import socket

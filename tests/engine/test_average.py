@@ -1,7 +1,5 @@
 """Averages of the weights: EMA and SWA equal PyTorch's, and a skipped step leaves them as they are."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 
 import pytest

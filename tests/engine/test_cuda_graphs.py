@@ -1,7 +1,5 @@
 """The levels of CUDA graphs, on a CPU: instead of a graph, recorded operations are executed again (see also test_gpu.py)."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Any

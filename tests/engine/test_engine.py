@@ -1,7 +1,5 @@
 """The engine against plain PyTorch on one rank, and two ranks against one; the cost of a step, and skipped steps."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 from collections import Counter

@@ -1,7 +1,5 @@
 """The JSONs of DeepSpeedExamples' CIFAR example, and those with its offloading, train as they are."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """On a GPU: the levels agree, no step synchronizes, and every precision trains at every ZeRO stage (never run so far)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """--engine-level: what each level refuses before any rank starts, and compiled steps against eager ones."""
 
-from __future__ import annotations
-
 import shutil
 import sysconfig
 from pathlib import Path

@@ -1,7 +1,5 @@
 """fp16's loss scale: when it halves, when it doubles, and how the config sets it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

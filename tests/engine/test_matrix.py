@@ -3,8 +3,6 @@
 tests/workers/matrix.py is launched once for each number of ranks: about 100 seconds of CPU together.
 """
 
-from __future__ import annotations
-
 from statistics import fmean
 from typing import Any
 

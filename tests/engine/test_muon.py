@@ -1,7 +1,5 @@
 """MuonWithSGD: nearly orthogonal updates, parameter groups, and SGD as in PyTorch."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

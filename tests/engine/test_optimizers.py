@@ -1,7 +1,5 @@
 """Every optimizer that PyTorch or DeepSpeed has a name for trains, or is refused in one line before anything starts."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A scheduler of DeepSpeed's JSON is tried out before training: its course in a line, or the step at which it would fail."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """A short campaign of kills: no run is lost, and each ends like an undisturbed run."""
 
-from __future__ import annotations
-
 import json
 import sys
 

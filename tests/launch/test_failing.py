@@ -1,7 +1,5 @@
 """Runs that fail: a rank dies or hangs, the disk or the memory is full. What was saved stays, and the reason is reported."""
 
-from __future__ import annotations
-
 import os
 import resource
 import signal

@@ -1,7 +1,5 @@
 """Launch options, and the deepspeed command line that they become."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from dataclasses import fields

@@ -1,7 +1,5 @@
 """main.py and doctor on machines with GPUs that compute nothing (see tests/stand_in.py)."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """docs/own_data.md, line by line, on generated photos: from a folder to a model that answers."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

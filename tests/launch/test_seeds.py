@@ -1,7 +1,5 @@
 """main.py --seeds: the runs that are started, stops and failures, and the summary at the end."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

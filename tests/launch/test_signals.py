@@ -1,7 +1,5 @@
 """A chain of cells of tests/signals.py; signals to main.py during training are in test_launchers.py."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.signals import AT_ONCE, Cell, carry_out, command_for, fault_of, undisturbed, weights_of

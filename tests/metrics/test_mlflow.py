@@ -1,7 +1,5 @@
 """MLflow as a sink, against a local SQLite store: a stopped and resumed run has every row once, under one id."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

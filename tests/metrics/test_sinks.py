@@ -1,7 +1,5 @@
 """The CSV files, and what the console shows with and without a terminal."""
 
-from __future__ import annotations
-
 import csv
 import re
 import sys

@@ -1,7 +1,5 @@
 """What a run prints: true shapes and parameter counts in few lines, without changing the model; settings and failures."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

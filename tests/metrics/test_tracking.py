@@ -3,8 +3,6 @@
 wandb 0.31 has no reader in Python; its files are LevelDB logs of its own protobuf records, and are read as such.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

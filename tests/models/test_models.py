@@ -1,7 +1,5 @@
 """Networks: parameters, shapes, initial weights, and the names that the reference documents import."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import math

@@ -1,7 +1,5 @@
 """Every network trains, resumes bit for bit and is exported at every ZeRO stage; options, checkpointing, freezing."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """--weights: training starts from exactly these, or the run is refused in one line."""
 
-from __future__ import annotations
-
 import hashlib
 import http.server
 import socket

@@ -1,7 +1,5 @@
 """Paired differences: how often the test is wrong, what it finds within how many pairs, and what it says of real files."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

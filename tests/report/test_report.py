@@ -1,7 +1,5 @@
 """Reports: their numbers are those of the run's files, their plots can be opened, and no name in them is code."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import doctest

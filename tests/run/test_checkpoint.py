@@ -3,8 +3,6 @@
 Runs are whole ones, on a small synthetic data set: 500 training images, so 15 steps of 32 an epoch.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import re

@@ -1,7 +1,5 @@
 """Test-time augmentation: the weights of the views, and independence of the batch."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

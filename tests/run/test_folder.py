@@ -1,7 +1,5 @@
 """A run's folder: which one it is, whether a command may use it, and its settings."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import subprocess

@@ -1,7 +1,5 @@
 """Metrics of steps, summed over ranks; skipped steps are counted and kept out of the means."""
 
-from __future__ import annotations
-
 import json
 import math
 from typing import Any

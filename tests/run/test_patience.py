@@ -1,7 +1,5 @@
 """What counts as an improvement, when a plateau is reported, and when a run stops early."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Damaged checkpoints are named and passed over; those of another run are refused."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -3,8 +3,6 @@
 The engines are those of tests/workers/resumes.py.
 """
 
-from __future__ import annotations
-
 import functools
 import tempfile
 from pathlib import Path

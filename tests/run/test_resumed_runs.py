@@ -3,8 +3,6 @@
 On a small synthetic data set: 15 steps of 32 images an epoch.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Loading a trained model, and refusing anything else in one line."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

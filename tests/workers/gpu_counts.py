@@ -3,8 +3,6 @@
 python tests/workers/gpu_counts.py "bn_cnn eager" "bn_cnn eager --set zero_optimization.stage=2"     (see tests/stand_in.py)
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from itertools import islice

@@ -5,8 +5,6 @@
 Each rank writes its measurements to <folder>/rank_<n>.pt.
 """
 
-from __future__ import annotations
-
 import sys
 from itertools import cycle, islice, product
 from pathlib import Path

@@ -6,8 +6,6 @@ Writes FOLDER/outcomes.json: what each start came to, which is the summary's sta
 whether the process was left as it was: signal handlers, process groups, locks, variables.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

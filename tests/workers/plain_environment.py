@@ -7,8 +7,6 @@ IMAGES is CIFAR-10's own test_batch, or a .npz with uint8 `images` [N, C, S, S].
 evaluate RUN`, holds the expected logits. Exit code 1 unless all fp32 files give the same predictions, with logits within 1e-4.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import json

@@ -1,7 +1,5 @@
 """`plain_load.py RUN` loads a run's best_model and final without DeepSpeed and prints facts about them as JSON."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -6,8 +6,6 @@ Four worlds, forked one after another when the slow imports are done: one rank t
 from all checkpoints, then two. Each rank writes its measurements to FOLDER.
 """
 
-from __future__ import annotations
-
 import gc
 import hashlib
 import sys

@@ -8,8 +8,6 @@ start is forked when the slow imports are done; then the run's summary.json is c
 rank 0 has written there how the run ended.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

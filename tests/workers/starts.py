@@ -5,8 +5,6 @@ md5, "archive": [bytes, md5]}}; its result is a line on stdout: {"code": ..., "s
 A start is one forked rank, on the images of small_runs.py.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

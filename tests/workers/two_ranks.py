@@ -3,8 +3,6 @@
 torchrun --nproc_per_node=2 tests/workers/two_ranks.py FOLDER
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
 from pathlib import Path
