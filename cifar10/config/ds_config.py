@@ -164,7 +164,10 @@ def batch(config: dict[str, Any], world_size: int) -> Batch:
         return Batch(micro * accumulation * world_size, micro, accumulation, world_size)
     if total % world_size:
         near = max(1, round(total / world_size)) * world_size
-        raise UsageError(f"global batch size {total} is not divisible by {world_size} ranks; try --global-batch-size {near}")
+        fits = [ranks for ranks in range(1, total + 1) if total % ranks == 0]
+        nearest = [*[ranks for ranks in fits if ranks < world_size][-1:], *[ranks for ranks in fits if ranks > world_size][:1]]
+        ways = f"but by {' or '.join(map(str, nearest))}; or try --global-batch-size {near}"
+        raise UsageError(f"global batch size {total} is not divisible by {world_size} ranks, {ways}")
     per_rank = total // world_size
     if micro is None:
         micro = per_rank // accumulation if accumulation and per_rank % accumulation == 0 else per_rank

@@ -335,6 +335,8 @@ def test_the_batch_triple_of_every_kind_of_json_at_every_world_size(world_size):
             advice = int(re.search(r"--global-batch-size (\d+)$", str(caught.value))[1])
             assert batch(override(triple, lr=None, global_batch_size=advice), world_size).global_images == advice
             assert abs(advice - train) < world_size
+            fitting = [int(ranks) for ranks in re.search(r"but by (.+);", str(caught.value))[1].split(" or ")]
+            assert [ranks for ranks in fitting if train % ranks] == []
             continue
         resolved += 1
         sizes = batch(triple, world_size)
