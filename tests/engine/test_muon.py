@@ -121,3 +121,13 @@ def test_zero_is_refused_because_it_partitions_matrices(stage):
 def test_invalid_params_are_refused(wrong):
     with pytest.raises(UsageError):
         ds_config.check({"train_batch_size": 8, "optimizer": {"type": muon.NAME, "params": {**PARAMS, **wrong}}})
+
+
+@pytest.mark.parametrize("native", [("fp32",), ("fp32", "bf16")])
+def test_products_are_in_bfloat16_only_where_it_is_native(native, monkeypatch):
+    monkeypatch.setattr(muon, "native_precisions", lambda: native)
+    muon._dtype.cache_clear()
+    found = orthogonalized(torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(1)))
+    muon._dtype.cache_clear()
+    assert found.dtype == torch.float32
+    assert torch.equal(found, found.bfloat16().float()) == ("bf16" in native)
