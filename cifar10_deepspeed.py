@@ -71,7 +71,7 @@ def initial_model(plan: Plan) -> tuple[nn.Module, list[str]]:
     for shape in (plan.image_shape, *((plan.dataset.channels, size, size) for size in recipe.first_sizes)):
         check_shapes(model, recipe.model, shape, classes)
     if plan.options.gradient_checkpointing:
-        checkpoint_blocks(model, recipe.model)
+        checkpoint_blocks(model, recipe.model, plan.given_config.get("activation_checkpointing"))
     return model, notes
 
 

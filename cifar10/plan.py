@@ -174,9 +174,10 @@ def make_plan(
     log_every = options.log_every_steps or config.get("steps_per_print") or 100
     kernels.refuse_missing_kernel(config)
     level = levels.resolve_level(options.engine_level, config, world_size, sync_bn=recipe.sync_bn)
-    if options.gradient_checkpointing and level != "eager":
+    saving = options.gradient_checkpointing or "activation_checkpointing" in given
+    if saving and level != "eager":
         raise UsageError(f"--gradient-checkpointing is not supported with --engine-level {level}; use --engine-level eager")
-    options = dataclasses.replace(options, log_every_steps=log_every, engine_level=level)
+    options = dataclasses.replace(options, log_every_steps=log_every, engine_level=level, gradient_checkpointing=saving)
     if options.sealed:
         if options.test_images:
             raise UsageError("--test-images opens the test split, which --sealed refuses; leave out one of them")

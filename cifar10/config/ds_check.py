@@ -32,6 +32,10 @@ _TYPES: dict[str, Any] = {  # a type; or DeepSpeed's file and class for a sectio
     "comms_logger": "comm/config.py CommsLoggerConfig",
     "optimizer": {"type": "str", "params": "dict", "legacy_fusion": "bool"},
     "scheduler": {"type": "str", "params": "dict"},
+    "activation_checkpointing": {
+        **dict.fromkeys(("partition_activations", "contiguous_memory_optimization", "cpu_checkpointing"), "bool"),
+        **{"number_checkpoints": "Optional[int]", "synchronize_checkpoint_boundary": "bool", "profile": "bool"},
+    },
     "timers": {"throughput": "utils/config.py DeepSpeedThroughputTimerConfig"},
     "torch_autocast": {"enabled": "bool", "dtype": "str", "lower_precision_safe_modules": "list"},
     "flops_profiler": {
@@ -42,7 +46,6 @@ _TYPES: dict[str, Any] = {  # a type; or DeepSpeed's file and class for a sectio
 
 _LR_ALONE = "DeepSpeed would log the learning rate alone; this run's metrics go to "
 LEFT_OUT = {  # what would have no effect here is not passed on to DeepSpeed, and there is a note
-    "activation_checkpointing": "use --gradient-checkpointing, which saves the same memory",
     "aio": "it is for offloading to NVMe",
     "checkpoint": "checkpoints are written by this program",
     "comet": _LR_ALONE + "TensorBoard and, with --wandb, to W&B",
@@ -71,6 +74,7 @@ _REFUSED = {
     "tensor_parallel": "it is for transformers",
     "weight_quantization": "it is for inference",
     "zero_optimization.compute_grad_norm": "the gradient norm is reported here; set it to true",
+    "zero_optimization.offload_optimizer.super_offload": "it is for GH200 superchips",
     "zero_optimization.zenflow": "it updates weights with old gradients, on GPUs only",
 }
 _ON_BY_DEFAULT = ("managed_gradient_accumulation", "zero_optimization.compute_grad_norm")  # refused if false

@@ -187,6 +187,7 @@ def resolve(config: dict[str, Any], world_size: int) -> tuple[dict[str, Any], Ba
         if is_on(config[key]):
             del config[key]
             notes.append(f"{key}: left out ({LEFT_OUT[key]})")
+    _resolve_checkpointing(config.pop("activation_checkpointing", None), notes)
     sizes = batch(config, world_size)
     triple = dict(zip(BATCH_KEYS, (sizes.global_images, sizes.micro_images, sizes.accumulation), strict=True))
     if changed := [f"{key} {config[key]}" for key, value in triple.items() if config.get(key, value) != value]:
@@ -223,6 +224,26 @@ _NOT_IN_AUTOCAST = """hysteresis consecutive_hysteresis min_loss_scale fp16_mast
     bf16_master_weights_and_grads bf16_optimizer_states immediate_grad_update""".split()
 
 
+_NOT_IN_CHECKPOINTING = {
+    "partition_activations": "no ranks share a model's layers here",
+    "contiguous_memory_optimization": "it needs partition_activations",
+    "number_checkpoints": "it sizes the buffer of contiguous_memory_optimization; every block is one checkpoint",
+    "synchronize_checkpoint_boundary": "it would only wait for the device",
+    "profile": "use the flops_profiler section, or --dry-run for the time of a step",
+}
+
+
+def _resolve_checkpointing(section: dict[str, Any] | None, notes: list[str]) -> None:
+    """Notes on `activation_checkpointing`, which DeepSpeed leaves to the model and plan.py turns into an option."""
+    if section is None:
+        return
+    where = "CPU memory" if section.get("cpu_checkpointing") is True else "memory"
+    notes.append(f"activation_checkpointing: only each block's input stays in {where}, as with --gradient-checkpointing")
+    for key, why in _NOT_IN_CHECKPOINTING.items():
+        if section.get(key) not in (None, False, "auto"):
+            notes.append(f"activation_checkpointing.{key}: left out ({why})")
+
+
 _OFFLOADS = {"offload_optimizer": 1, "offload_param": 3}  # and the least ZeRO stage
 
 
@@ -232,11 +253,16 @@ def _resolve_zero(config: dict[str, Any], notes: list[str]) -> None:
         if zero.pop(old, None) and new not in zero:
             zero[new] = {"device": "cpu"}
             notes.append(f'zero_optimization: {old} is deprecated by DeepSpeed; read as {new}: {{"device": "cpu"}}')
-    stage, offloaded = zero.get("stage", 0), [key for key in _OFFLOADS if look_up(zero, f"{key}.device") == "cpu"]
-    if offloaded and stage < (least := _OFFLOADS[offloaded[-1]]):
-        raise UsageError(f"zero_optimization.{offloaded[-1]} needs ZeRO stage {least} at least; set zero_optimization.stage")
+    stage = zero.get("stage", 0)
+    for key, least in _OFFLOADS.items():
+        if stage < least and look_up(zero, f"{key}.device") == "cpu":
+            raise UsageError(f"zero_optimization.{key} to cpu needs ZeRO stage {least} at least; set zero_optimization.stage")
+    if look_up(zero, "offload_optimizer.ratio", 1) != 1:
+        raise UsageError("zero_optimization.offload_optimizer.ratio below 1 splits the optimizer's state; leave it out")
     if not stage:
         return
+    if zero.pop("round_robin_gradients", False):
+        notes.append("zero_optimization.round_robin_gradients: left out (DeepSpeed 0.19.8 gathers the wrong weights with it)")
     if optimizer in (*OUR_OPTIMIZERS, "Adafactor"):
         raise UsageError(f"{optimizer} needs whole matrices, which ZeRO partitions: set zero_optimization.stage to 0")
     for bucket in ("reduce_bucket_size", "allgather_bucket_size"):

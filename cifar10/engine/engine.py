@@ -15,7 +15,7 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import MethodType
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -103,12 +104,14 @@ def _is_random(module: nn.Module) -> bool:
     return drops or any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
-def checkpoint_blocks(model: nn.Module, model_name: str) -> None:
+def checkpoint_blocks(model: nn.Module, model_name: str, section: Mapping[str, Any] | None = None) -> None:
     """Let a model's blocks keep only their inputs, and compute the rest again in backward. Raises UsageError if it has none.
 
     A block is a member of a Sequential or ModuleList that has layers of its own. In the second pass dropout draws the same
-    numbers, and BatchNorm leaves its running statistics alone.
+    numbers, and BatchNorm leaves its running statistics alone. `section` is DeepSpeed's `activation_checkpointing`, whose
+    `cpu_checkpointing` keeps the inputs in CPU memory.
     """
+    keeping = save_on_cpu if section and section.get("cpu_checkpointing") is True else nullcontext
     lists, blocks, inside = (nn.Sequential, nn.ModuleList), [], set()
     for parent in model.modules():  # a parent comes before its children
         for child in parent.children() if isinstance(parent, lists) else ():
@@ -116,16 +119,18 @@ def checkpoint_blocks(model: nn.Module, model_name: str) -> None:
                 blocks.append(child)
                 inside.update(child.modules())
     for block in blocks:
-        block.forward = partial(_checkpointed, block, block.forward)
+        block.forward = partial(_checkpointed, block, block.forward, keeping)
     if not blocks:
-        raise UsageError(f"--gradient-checkpointing: --model {model_name} has no blocks to compute again; leave it out")
+        flag = "--gradient-checkpointing" if section is None else "activation_checkpointing in the JSON"
+        raise UsageError(f"{flag}: --model {model_name} has no blocks to compute again; leave it out")
 
 
-def _checkpointed(block: nn.Module, forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+def _checkpointed(block: nn.Module, forward: Callable[..., Any], keeping: Callable[[], Any], *inputs: Any, **named: Any) -> Any:
     if not (block.training and torch.is_grad_enabled()):
         return forward(*inputs, **named)
     contexts = partial(_first_and_second_pass, block)
-    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts, **named)
+    with keeping():  # of the inputs only: what the block saves itself is thrown away
+        return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts, **named)
 
 
 def _first_and_second_pass(block: nn.Module) -> tuple[Any, Any]:

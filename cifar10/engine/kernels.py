@@ -7,15 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from cifar10 import UsageError
+from cifar10.config.ds_check import look_up
 from cifar10.distributed import device
 
 
 def kernel_of(config: dict[str, Any]) -> str | None:
-    """The kernel that a resolved config's optimizer needs; None if it is PyTorch's or this program's."""
+    """The kernel that a resolved config's optimizer needs; None if it is PyTorch's or this program's.
+
+    Offloaded, DeepSpeed has kernels for the CPU of its own; Adam and AdamW use PyTorch's unless torch_adam is false.
+    """
     name, params = config["optimizer"]["type"].lower(), config["optimizer"].get("params", {})
+    offloads = look_up(config, "zero_optimization.offload_optimizer.device", "none") != "none"
     if name in ("adam", "adamw"):
-        offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
-        return None if params.get("torch_adam") else "cpu_adam" if offload.get("device") == "cpu" else "fused_adam"
+        return None if params.get("torch_adam") else "cpu_adam" if offloads else "fused_adam"
+    if offloads and name in ("adagrad", "lion"):
+        return f"cpu_{name}"
     return {"lamb": "fused_lamb", "lion": "fused_lion"}.get(name)
 
 

@@ -56,6 +56,10 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, ("offload_param", "{...}")),
     ({"zero_optimization": {"stage": 3, "offload_param": {"device": "gpu"}}}, ("offload_param.device", "cpu")),
     ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, ("offload_optimizer.device", "NVMe")),
+    ({"zero_optimization": {"stage": 3, "offload_optimizer": {"super_offload": True}}}, ("super_offload", "superchips")),
+    ({"activation_checkpointing": {"partitioned_activations": True}}, ("activation_checkpointing", "'partition_activations'")),
+    ({"activation_checkpointing": {"number_checkpoints": "all"}}, ("number_checkpoints", "an integer")),
+    ({"activation_checkpointing": None}, ("activation_checkpointing", "{...}")),
     ({"zero_optimization": {"stage": 3, "offload_optimizer": {"ratio": 2}}}, ("offload_optimizer.ratio", "<= 1")),
     ({"optimizer": of_type("AdamW", lr=0.1, betas=0.9)}, ("optimizer.params.betas", "0.9")),
     ({"optimizer": of_type("AdamW", lr=0.1, betas=[0.9])}, ("optimizer.params.betas", "[0.9]")),
@@ -119,7 +123,6 @@ LEFT: list[tuple[str, Any]] = [
     ("wandb", {"enabled": True, "project": "mine"}),
     ("csv_monitor", {"enabled": True, "output_path": "logs/"}),
     ("comet", {"enabled": True}),
-    ("activation_checkpointing", {"partition_activations": True, "number_checkpoints": 4}),
     ("pipeline", {"stages": 2, "partition": "best"}),
     ("checkpoint", {"tag_validation": "Warn", "load_universal": True}),
     ("data_types", {"grad_accum_dtype": "bf16"}),
@@ -143,12 +146,43 @@ def test_each_key_that_is_left_out_is_tried():
     assert {key for key, _ in LEFT} == LEFT_OUT.keys()
 
 
+UNRESOLVED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, ("offload_optimizer to cpu", "stage 1 at least")),
+    ({"stage": 2, "offload_param": {"device": "cpu"}}, ("offload_param to cpu", "stage 3 at least")),
+    ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, ("offload_optimizer.ratio", "leave it out")),
+]
+
+
+@pytest.mark.parametrize(("zero", "named"), UNRESOLVED)
+def test_offloading_that_deepspeed_lacks_at_a_stage_is_refused(zero, named):
+    with pytest.raises(UsageError) as caught:
+        notes(zero_optimization=zero)
+    assert all(words in str(caught.value) for words in named)
+
+
+def test_each_key_of_activation_checkpointing_is_honored_or_noted():
+    assert len(notes(activation_checkpointing={"profile": False, "number_checkpoints": None})) == 1
+    on_cpu = notes(activation_checkpointing={"cpu_checkpointing": True, "partition_activations": False})
+    assert len(on_cpu) == 1
+    assert "CPU memory" in on_cpu[0]
+    others = ("partition_activations", "contiguous_memory_optimization", "synchronize_checkpoint_boundary", "profile")
+    _, *told = notes(activation_checkpointing={**dict.fromkeys(others, True), "number_checkpoints": 4})
+    assert {line.partition(":")[0] for line in told} == {
+        f"activation_checkpointing.{key}" for key in (*others, "number_checkpoints")
+    }
+
+
+def test_round_robin_gradients_are_left_out():
+    """DeepSpeed 0.19.8 gathers weights in the order that they have without them."""
+    told = notes(zero_optimization={"stage": 2, "round_robin_gradients": True})
+    assert any(note.startswith("zero_optimization.round_robin_gradients: left out") for note in told)
+
+
 OFF = [
     *(
         {key: {"enabled": False}}
         for key in ("tensorboard", "wandb", "autotuning", "flops_profiler", "data_efficiency", "comet")
     ),
-    {"activation_checkpointing": {"partition_activations": False, "cpu_checkpointing": False}},
     {"compile": {"deepcompile": False}},
     {"prescale_gradients": False, "gradient_predivide_factor": 1.0, "gradient_allreduce_op": "mean"},
     {"communication_data_type": "fp32", "dump_state": False, "steps_per_print": None, "log_level": "warning"},

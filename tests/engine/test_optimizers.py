@@ -70,6 +70,21 @@ def test_what_a_kernel_needs_is_missing(monkeypatch: pytest.MonkeyPatch) -> None
         kernels.refuse_missing_kernel(LAMB)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "kernel"),
+    [
+        ({"type": "AdamW", "params": {"torch_adam": True}}, None),
+        ({"type": "AdamW", "params": {"torch_adam": False}}, "cpu_adam"),
+        ({"type": "Lion"}, "cpu_lion"),
+        ({"type": "Adagrad"}, "cpu_adagrad"),
+        ({"type": "SGD"}, None),
+    ],
+)
+def test_the_kernel_of_an_offloaded_optimizer(optimizer: dict[str, Any], kernel: str | None) -> None:
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    assert kernels.kernel_of({"optimizer": optimizer, "zero_optimization": zero}) == kernel
+
+
 @pytest.mark.parametrize(("variable", "below"), [("TORCH_EXTENSIONS_DIR", ""), ("XDG_CACHE_HOME", "torch_extensions/py3_cpu")])
 def test_the_lock_of_a_build_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, below: str) -> None:
     """PyTorch would wait for it without end."""

@@ -218,6 +218,24 @@ def kept_bytes(model: nn.Module, images: Tensor) -> int:
     return sum(kept.values())
 
 
+def test_deepspeeds_key_keeps_the_inputs_of_blocks_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else: what a block saves itself is computed again."""
+    packed: list[Tensor] = []
+
+    def keeping() -> torch.autograd.graph.saved_tensors_hooks:
+        return torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: (packed.append(tensor), tensor)[1], lambda tensor: tensor
+        )
+
+    monkeypatch.setattr("cifar10.engine.engine.save_on_cpu", keeping)
+    model, inputs = small(), []
+    checkpoint_blocks(model, "small", {"cpu_checkpointing": True})
+    for block in model.layers:
+        block.register_forward_pre_hook(lambda _, given: inputs.append(given[0].data_ptr()))
+    model.train()(batch(8)[0]).sum().backward()
+    assert [tensor.data_ptr() for tensor in packed] == inputs
+
+
 def test_checkpointing_keeps_less_memory() -> None:
     plain, saving, images = small(), small(), batch(64)[0]
     checkpoint_blocks(saving, "small")
@@ -235,8 +253,9 @@ def test_the_blocks_of_each_network_are_found(name: str, blocks: int) -> None:
 
 
 def test_a_network_without_blocks_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"bn_cnn.*no blocks"):
-        checkpoint_blocks(build_model("bn_cnn", 0, 10), "bn_cnn")
+    for section, key in ((None, "--gradient-checkpointing"), ({}, "activation_checkpointing")):
+        with pytest.raises(UsageError, match=rf"{key}.*bn_cnn.*no blocks"):
+            checkpoint_blocks(build_model("bn_cnn", 0, 10), "bn_cnn", section)
 
 
 # --- training only some parameters ------------------------------------------------------------------------------------
