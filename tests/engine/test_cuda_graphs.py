@@ -150,6 +150,25 @@ def test_two_hundred_steps_are_the_eager_ones_to_the_bit(level: Level, dropout: 
     assert (recorder.captured, recorder.replayed) == (1, 200)
 
 
+@pytest.mark.parametrize("level", ["graph", "captured"])
+def test_soft_targets_are_the_eager_ones_to_the_bit(level: Level) -> None:
+    """As MixUp and CutMix make them; a captured step beside one with classes, too."""
+    recorder = CpuRecorder()
+    both = [at_level(name, small_net(0.3), recorder) for name in ("eager", level)]
+    rows = []
+    for engine, step in both:
+        buffer = MetricBuffer(12, one_rank().device)
+        for number in range(12):
+            images, classes = batch(8, seed=number)
+            targets = torch.nn.functional.one_hot(classes, 10).float()
+            mixed = torch.lerp(targets, targets.roll(1, 0), number / 20)
+            logged_step(step, engine, [(images, classes if number % 4 == 3 else mixed)], buffer, 0.5, 0.1)
+        rows.append(buffer.read(one_rank()))
+    assert rows[0] == rows[1]
+    assert same_bits(snapshot(both[0][0]), snapshot(both[1][0]))
+    assert recorder.captured == (2 if level == "captured" else 1), "one for each type of targets"
+
+
 @pytest.mark.parametrize("bad_first", [False, True])
 @pytest.mark.parametrize("optimizer", [None, MUON], ids=["SGD", "Muon"])
 def test_capturing_leaves_no_trace(optimizer: Any, bad_first: bool) -> None:
