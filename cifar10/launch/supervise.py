@@ -1,4 +1,4 @@
-"""Supervises a launcher: forwards signals to its process group, waits for all of its processes, restarts failed runs."""
+"""Supervises a launcher: passes signals on to its ranks, waits for all of its processes, restarts failed runs."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ from cifar10.launch.command import SCRIPT, LaunchOptions, deepspeed_command, sta
 from cifar10.run.summary import Summary, read_summary
 
 FINISHED, FAILED, REFUSED, RESUMABLE = 0, 1, 2, 75  # 75 is sysexits.h's EX_TEMPFAIL: try again
-SECONDS_TO_SAVE = 60  # from a signal until the remaining processes are killed; DeepSpeed's launcher gives each rank 30
+SECONDS_TO_SAVE = 60  # from a signal until the remaining processes are killed
 SECONDS_TO_FAIL = 5  # from the death of a rank until the others are killed, which may be waiting for it on the GPU
 
 
@@ -49,7 +49,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 class Launch:
-    """A launcher in a process group of its own, to which signals are forwarded; it may exit before its ranks do."""
+    """A launcher in a process group of its own, whose ranks get the signals; it may exit before they do."""
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         self.signalled = False
@@ -59,11 +59,20 @@ class Launch:
         self._handlers_before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._pause)
         self._process = subprocess.Popen(command, env=environment, start_new_session=True)
         if self.signalled:  # while the process was being started
-            self._signal_all(signal.SIGTERM)
+            self._ask_to_stop()
 
     def _signal_all(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
+
+    def _ask_to_stop(self) -> None:
+        """Send SIGTERM to the ranks, or to all where there are none yet. DeepSpeed's launcher would kill them 30 s after it."""
+        ranks = rank_processes(self._process.pid)
+        for rank in ranks:
+            with contextlib.suppress(psutil.Error):
+                rank.terminate()
+        if not ranks:
+            self._signal_all(signal.SIGTERM)
 
     def _pause(self, *_: object) -> None:
         """Ctrl-Z: the ranks, which the terminal does not reach, stop with this process and go on with it."""
@@ -80,7 +89,10 @@ class Launch:
             self._first, self._deadline = now, now + SECONDS_TO_SAVE
         self.signalled = True
         if hasattr(self, "_process"):
-            self._signal_all(signal.SIGKILL if again else signal.SIGTERM)
+            if again:
+                self._signal_all(signal.SIGKILL)
+            else:
+                self._ask_to_stop()
 
     def _end_after_a_death(self, ranks: int, is_over: Callable[[], bool]) -> None:
         """Kill what is left of `ranks` ranks a few seconds after the first has died, unless the run had come to its end.

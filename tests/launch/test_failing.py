@@ -152,6 +152,37 @@ def test_ranks_that_wait_for_a_dead_one_are_killed_and_its_exit_code_is_kept(tmp
     assert supervise.live_processes(launch._process.pid) == []
 
 
+SAVING = """
+import pathlib, signal, subprocess, sys, time
+role, *rest = sys.argv[1:]
+again = [sys.executable, __file__]
+if role == "runner":
+    sys.exit(subprocess.call([*again, "launcher", *rest]))
+if role == "launcher":
+    rank = subprocess.Popen([*again, "rank", *rest])
+    signal.signal(signal.SIGTERM, lambda *_: rank.kill())  # as DeepSpeed's does, after 30 seconds
+    sys.exit(rank.wait())
+folder = pathlib.Path(rest[0])
+def save(*_):
+    time.sleep(0.5)
+    (folder / "saved").touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, save)
+(folder / "trains").touch()
+time.sleep(600)
+"""
+
+
+def test_a_rank_may_take_longer_to_save_than_deepspeeds_launcher_would_wait(tmp_path: Path) -> None:
+    (tmp_path / "tree.py").write_text(SAVING)
+    command = [sys.executable, str(tmp_path / "tree.py"), "runner", str(tmp_path), str(supervise.SCRIPT)]
+    launch = supervise.Launch(command, dict(os.environ))
+    wait_until((tmp_path / "trains").exists, "the rank")
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert launch.wait() == 0
+    assert (tmp_path / "saved").exists()
+
+
 @pytest.mark.slow
 def test_a_rank_that_cannot_save_does_not_hold_up_the_end_of_a_run_that_has_lost_another(tmp_path: Path) -> None:
     """DeepSpeed's launcher would wait 30 seconds for the stopped one, as it does for a rank that waits on its GPU."""
