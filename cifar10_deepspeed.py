@@ -364,7 +364,7 @@ def start_run(plan: Plan, world: World, folder: Path, model: nn.Module) -> tuple
 
 def dry_run(plan: Plan, world: World, model: nn.Module) -> None:
     """Say what a run would do, and measure some of its steps on random images; nothing is written."""
-    folder = plan.options.output_dir or Path("runs") / f"{plan.options.recipe}-<time>"
+    folder = plan.options.output_dir or run_folder.unnamed(plan.options.recipe, "<time>")
     with text.beginning(plan, world):
         run, _ = start_run(plan, world, folder, model)
     first = world.from_main(lambda: getattr(read_summary(folder), "steps", 0))

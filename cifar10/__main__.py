@@ -13,21 +13,21 @@ from typing import Any
 from cifar10 import UsageError, at_home, streams
 
 COMMANDS = {  # each is the `run` of a file in cifar10/commands
-    "evaluate": "evaluate a trained model on a split: loss, per-class accuracy, confusions, calibration",
+    "evaluate": "evaluate a trained model on a split: loss, per-class accuracy, confusion matrix, calibration",
     "predict": "classify image files of any format and size",
     "export": "export to safetensors, state dict, torch.export, ONNX and INT8 ONNX, each verified against the model",
-    "report": "HTML report of a run (curves, confusions, calibration, mistakes), or a comparison of several",
-    "compare": "which recipe or setting is better: paired runs on validation images until it is decided",
-    "ledger": "every opening of a test split: when, by which run, and what was learned",
-    "leaderboard": "Markdown table of all finished runs in some folders",
+    "report": "write the HTML report of a run (curves, confusion matrix, calibration, mistakes), or compare several",
+    "compare": "train recipes or settings with the same seeds until one is better on validation images",
+    "ledger": "list every opening of a test split: when, by which run, and what was learned",
+    "leaderboard": "print a Markdown table of all finished runs in some folders",
     "doctor": "check whether this machine can train, and suggest fixes",
-    "bench": "images per second, compared to a plain PyTorch loop and a stock DeepSpeed loop",
-    "gpu-check": "what to try first on a GPU, in stages that each leave their results, in about half an hour",
-    "scaling": "speedup with more ranks, and the engine's overhead at each ZeRO stage and precision",
+    "bench": "measure images per second beside a plain PyTorch loop and a stock DeepSpeed loop",
+    "gpu-check": "run the first checks on a GPU, about half an hour, in stages that each leave their results",
+    "scaling": "measure the speedup with more ranks, and the engine's overhead at each ZeRO stage and precision",
     "schedule": "draw the learning rate over a run: a picture, and a line in the terminal",
-    "lr-finder": "the loss at growing learning rates, on training images, and which rate to try",
-    "eject": "a run as one short file of plain DeepSpeed, without this program",
-    "recipes": "Markdown table of the recipes: model, parameters, measured results",
+    "lr-finder": "find a learning rate: the loss at growing rates, on training images",
+    "eject": "write a run as one short file of plain DeepSpeed, without this program",
+    "recipes": "print a Markdown table of the recipes: model, parameters, measured results",
 }
 PROGRAM = "python -m cifar10"
 
@@ -48,7 +48,8 @@ def _called(run: Callable[..., Any], argv: list[str], command: str) -> int:
 def _listed() -> str:
     width = max(map(len, COMMANDS))
     lines = (f"  {name:{width}}  {what}" for name, what in COMMANDS.items())
-    return f"usage: {PROGRAM} COMMAND ...\n\n" + "\n".join(lines) + f"\n\nRun {PROGRAM} COMMAND --help for details."
+    how = f"To train: python main.py. Run {PROGRAM} COMMAND --help for details."
+    return f"usage: {PROGRAM} COMMAND ...\n\n" + "\n".join(lines) + f"\n\n{how}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -30,7 +30,7 @@ Precisions = tuple[Literal["fp32", "bf16", "fp16"], ...]
 
 @dataclass(frozen=True)
 class Recipe:
-    """One experiment's hyperparameters; a field's docstring is its flag's help text."""
+    """The experiment's hyperparameters; each flag overrides the recipe."""
 
     epochs: float
     """Passes over the training split; fractions are allowed. The learning rate schedule spans them."""

@@ -29,6 +29,8 @@ def _functions() -> dict[str, tuple[str, list[str]]]:
         body = ast.parse(path.read_text(encoding="utf-8")).body if path.stem not in NOT_NETWORKS else []
         for node in body:
             if isinstance(node, ast.FunctionDef) and node.name[0] != "_":
+                if node.name in found:
+                    raise UsageError(f"two networks are called {node.name}: in {found[node.name][0]}.py and {path.name}")
                 found[node.name] = path.stem, [argument.arg for argument in node.args.args]
     return found
 

@@ -33,12 +33,17 @@ LOCK = ".lock"
 _held: dict[Path, BaseFileLock] = {}  # a lock is released when its object is deleted
 
 
+def unnamed(recipe: str, when: str) -> Path:
+    """The folder of a run that was given none; a recipe.json lends the name of the folder it is in."""
+    name = Path(recipe).parent.name if recipe.endswith(".json") else recipe
+    return Path("runs") / f"{name}-{when}"
+
+
 def choose(output_dir: Path | None, recipe: str) -> Path:
     """The given folder, or a new runs/<recipe>-<time>, created at once so that no other run can choose it."""
     if output_dir is not None:
         return output_dir
-    name = Path(recipe).parent.name if recipe.endswith(".json") else recipe
-    stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    stem = unnamed(recipe, time.strftime("%Y%m%d-%H%M%S"))
     for number in itertools.count(1):
         folder = stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
         try:
