@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar10 import RunFailed, UsageError, streams
@@ -37,6 +36,7 @@ from cifar10.engine import schedule
 from cifar10.engine.cuda_graphs import accelerate
 from cifar10.engine.engine import Engine, checkpoint_blocks, leave, own_optimizer, prepare, synchronize_batch_norm
 from cifar10.engine.full_state import weights_sha256
+from cifar10.engine.loss import count_correct, cross_entropy
 from cifar10.metrics import text
 from cifar10.metrics.open import open_sinks
 from cifar10.metrics.sink import EpochRow, Metrics, StepRow
@@ -131,12 +131,11 @@ def train_step(engine: Engine, micro_batches: list[MicroBatch], smoothing: float
     losses, corrects = [], []
     for images, labels in micro_batches:
         logits = engine.forward(images).float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        loss = cross_entropy(logits, labels, smoothing)
         engine.backward(loss)
         engine.step()  # updates the weights after the last micro-batch
         losses.append(loss.detach())
-        classes = labels if labels.dim() == 1 else labels.argmax(dim=1)
-        corrects.append((logits.detach().argmax(dim=1) == classes).sum())
+        corrects.append(count_correct(logits, labels))
     return (losses[0], corrects[0]) if len(losses) == 1 else (torch.stack(losses).mean(), torch.stack(corrects).sum())
 
 

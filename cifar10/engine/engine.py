@@ -33,6 +33,7 @@ from cifar10.distributed.device import count_gpus
 from cifar10.distributed.world import World
 from cifar10.engine import full_state, muon
 from cifar10.engine.average import WeightAverage
+from cifar10.engine.buffers import KeptBuffers
 from cifar10.engine.loss_scale import LossScale
 from cifar10.engine.muon import MuonWithSGD
 
@@ -177,9 +178,11 @@ class Engine:
         self._accumulation = deepspeed_engine.gradient_accumulation_steps()
         self._micro_batch = 0  # of the current step
         self._seed = seed
-        self._buffers = list(self.module.buffers())
-        self._saved_buffers = [torch.empty_like(b) for b in self._buffers]
-        averaged = [*full_state.fp32_weights(self), *(buffer for buffer in self._buffers if buffer.is_floating_point())]
+        if world.device.type == "cuda" and not self.stage:  # as images are, or each convolution would convert its weight
+            self.module.to(memory_format=torch.channels_last)
+        self._buffers = KeptBuffers(self.module)
+        statistics = [buffer for buffer in self._buffers.tensors if buffer.is_floating_point()]
+        averaged = [*full_state.fp32_weights(self), *statistics]
         self.average, self._ema = WeightAverage(averaged) if ema or swa else None, ema
         if deepspeed_engine.torch_autocast_enabled() and deepspeed_engine.torch_autocast_dtype() == torch.float16:
             self._replace_loss_scaler()
@@ -234,8 +237,8 @@ class Engine:
 
     def forward(self, images: Tensor) -> Tensor:
         """float32 [B, C, S, S] -> logits [B, classes], through DeepSpeed's forward."""
-        if self._micro_batch == 0 and self._buffers:
-            torch._foreach_copy_(self._saved_buffers, self._buffers)
+        if self._micro_batch == 0:
+            self._buffers.keep()
         if self.seeds_dropout:
             self.seed_dropout()
         return self.deepspeed(images)
@@ -243,7 +246,7 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch's mean loss; after a step's last micro-batch, average them over ranks."""
         value = loss.detach()  # a hook that held the loss itself would be a cycle and keep every graph alive
-        loss.register_hook(lambda gradient: gradient + value * 0)  # NaN if it is not finite, and then on every rank
+        loss.register_hook(lambda gradient: gradient.add(value, alpha=0))  # NaN if it is not finite, and then on every rank
         self.deepspeed.backward(loss, scale_wrt_gas=self._accumulation > 1)
         self._micro_batch += 1
 
@@ -258,9 +261,7 @@ class Engine:
             if self.stage:  # ZeRO measures, clips and skips by itself, and synchronizes to do so
                 self.grad_norm.fill_(self.deepspeed.get_global_grad_norm())  # a copy from the host would be one more wait
                 self.skipped.fill_(0.0 if self.deepspeed.was_step_applied() else 1.0)
-            skipped = self.skipped.bool()
-            for buffer, saved in zip(self._buffers, self._saved_buffers, strict=True):
-                torch.where(skipped, saved, buffer, out=buffer)
+            self._buffers.put_back(self.skipped)
             if self._ema:
                 self.average.follow(self._ema, self.skipped)
 
@@ -292,7 +293,7 @@ class Engine:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
         if limit:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
-        self.grad_norm, self.skipped = norm, torch.isfinite(norm).logical_not().to(torch.float32)
+        self.grad_norm, self.skipped = norm, torch.ne(norm * 0, 0, out=torch.empty_like(norm))  # 1.0 if it is not finite
         # PyTorch's fused optimizers skip a step in their own kernel, except for SGD with dampening
         if getattr(self.optimizer, "_step_supports_amp_scaling", False) and not self.optimizer.defaults.get("dampening"):
             self.optimizer.found_inf = self.skipped
