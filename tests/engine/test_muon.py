@@ -92,6 +92,31 @@ def test_a_weight_of_zeros_grows_from_its_update():
     assert weight.abs().max() > 0
 
 
+def test_weights_that_are_channels_last_get_the_same_updates():
+    """As a GPU keeps them: to rounding, in their own layout, and a bad step changes nothing."""
+    models = [build_model("speednet_small", 0, 10) for _ in range(2)]
+    models[1].to(memory_format=torch.channels_last)
+    optimizers = [MuonWithSGD(parameter_groups(model, PARAMS)) for model in models]
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        gradients = [
+            torch.randn(p.shape, generator=generator) * (float("nan") if step == 1 else 1) for p in models[0].parameters()
+        ]
+        before = [p.detach().clone() for p in models[1].parameters()]
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.found_inf = torch.tensor(float(step == 1))
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter.grad = torch.empty_like(parameter).copy_(gradient)
+            optimizer.step()
+        assert (step == 1) == all(torch.equal(p, old) for p, old in zip(models[1].parameters(), before, strict=True))
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(q, p, rtol=0, atol=1e-3)
+        momentum = optimizers[1].state[q]["momentum_buffer"]
+        assert torch.equal(momentum, optimizers[0].state[p]["momentum_buffer"])
+        assert momentum.stride() == q.stride()
+    assert models[1].groups[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_muon_learns():
     model = build_model("speednet_small", 0, 10)
     optimizer = MuonWithSGD(parameter_groups(model, {"lr": 0.1, "bias_lr": 0.05, "head_lr": 20}))
