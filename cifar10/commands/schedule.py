@@ -1,12 +1,13 @@
-"""`python -m cifar10 schedule`: the learning rate of a run, step by step, as a picture and in the terminal."""
+"""`python -m cifar10 schedule [flags of a run]`: its learning rate, step by step, as a picture and in the terminal."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from cifar10 import UsageError
-from cifar10.commands.common import as_flags, write_picture
+from cifar10.commands.common import write_picture
 from cifar10.config import cli, ds_config, recipe
 from cifar10.config.schedule import parse
 from cifar10.data import registry
@@ -15,6 +16,14 @@ from cifar10_deepspeed import lr_multiplier, total_steps
 
 WIDTH, HEIGHT = 72, 10  # of the drawing in the terminal, in characters
 BARS = " ▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """Where the picture goes."""
+
+    output: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path("schedule.png")
+    """The picture's file, a PNG."""
 
 
 def drawn(rates: list[float]) -> str:
@@ -27,7 +36,7 @@ def drawn(rates: list[float]) -> str:
 
 def rates_of(flags: list[str]) -> tuple[list[float], int, str]:
     """The learning rate at each step of the run that these flags of main.py ask for, steps per epoch, and what it is."""
-    chosen, options = cli.parse(flags)
+    chosen, options = cli.parse(flags, "python -m cifar10 schedule", __doc__, ScheduleOptions)
     config = ds_config.read(options.deepspeed_config or recipe.load(options.recipe).deepspeed)
     config, batch, _ = ds_config.resolve(ds_config.override(config, lr=options.lr, global_batch_size=None), 1)
     if scheduler := config.get("scheduler"):
@@ -40,26 +49,10 @@ def rates_of(flags: list[str]) -> tuple[list[float], int, str]:
     return [base * lr_multiplier(chosen, step, per_epoch) for step in steps], per_epoch, parse(chosen.lr_schedule).describe()
 
 
-def run(
-    recipe: str = "bn_cnn",
-    lr_schedule: str | None = None,
-    epochs: float | None = None,
-    warmup_epochs: float | None = None,
-    lr: float | None = None,
-    output: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path("schedule.png"),
-) -> None:
-    """Draw the learning rate over a run.
-
-    Args:
-        recipe: A recipe's name, or the path of an earlier run's recipe.json; the flags below override it.
-        lr_schedule: As for main.py, for example "step(30, 0.1)".
-        epochs: Epochs of the run.
-        warmup_epochs: Epochs of linear warmup.
-        lr: Base learning rate.
-        output: The picture's file, a PNG.
-    """
-    flags = {"--recipe": recipe, "--lr-schedule": lr_schedule, "--epochs": epochs, "--warmup-epochs": warmup_epochs, "--lr": lr}
-    rates, per_epoch, what = rates_of(as_flags(flags))
-    write_picture(output, plots.png(plots.schedule, rates, per_epoch, what))
+def run(argv: list[str]) -> None:
+    """Draw the learning rate over a run."""
+    options, flags = cli.split_options(argv, ScheduleOptions)
+    rates, per_epoch, what = rates_of(flags)
+    write_picture(options.output, plots.png(plots.schedule, rates, per_epoch, what))
     print(f"{drawn(rates)}\n{0:>9} {len(rates):,} steps of {per_epoch:,} an epoch: {what}")
-    print(f"first {rates[0]:.4g}, highest {max(rates):.4g}, last {rates[-1]:.4g}; written to {output}")
+    print(f"first {rates[0]:.4g}, highest {max(rates):.4g}, last {rates[-1]:.4g}; written to {options.output}")

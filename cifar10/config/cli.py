@@ -199,7 +199,8 @@ def parse(
         report=os.environ.get("CIFAR10_REPORT") != "0",
         sealed=os.environ.get("CIFAR10_SEALED", "0") not in ("", "0"),
     )
-    tables = {**({"launch": extra()} if extra else {}), "run": options, "experiment": experiment.recipe}
+    own = "launch" if program == "main.py" else program.split()[-1].replace("-", "_")
+    tables = {**({own: extra()} if extra else {}), "run": options, "experiment": experiment.recipe}
     kind = make_dataclass("CommandLine", [(table, type(values)) for table, values in tables.items()])
     line, unknown = _tyro(kind, argv, default=kind(**tables), prog=program, description=description)
     if unknown:
