@@ -32,7 +32,7 @@ from cifar10.data.loader import EvaluationLoader, MicroBatch, TrainLoader
 from cifar10.distributed import launchers
 from cifar10.distributed import world as distributed
 from cifar10.distributed.world import World
-from cifar10.engine import schedule
+from cifar10.engine import pipeline, schedule
 from cifar10.engine.cuda_graphs import accelerate
 from cifar10.engine.engine import Engine, checkpoint_blocks, leave, own_optimizer, prepare, synchronize_batch_norm
 from cifar10.engine.full_state import weights_sha256
@@ -72,6 +72,7 @@ def initial_model(plan: Plan) -> tuple[nn.Module, list[str]]:
         check_shapes(model, recipe.model, shape, classes)
     if plan.options.gradient_checkpointing:
         checkpoint_blocks(model, recipe.model, plan.given_config.get("activation_checkpointing"))
+    pipeline.check_layers(model, recipe.model, plan.ds_config)
     return model, notes
 
 
@@ -327,14 +328,16 @@ def start_run(plan: Plan, world: World, folder: Path, model: nn.Module) -> tuple
     model = model.to(world.device)
     if recipe.weights == "none" and hasattr(model, "start_from_images"):
         model.start_from_images(train.first_images(min(model.patch_images, len(train.labels))))
-    plain = deepcopy(model)
+    plain, make_engine, step = deepcopy(model), Engine, train_step
+    if plan.batch.stages > 1:
+        model, make_engine, step = pipeline.this_stage(model, config), pipeline.PipelineEngine, pipeline.train_step
     if recipe.sync_bn:
         synchronize_batch_norm(model)
     own = own_optimizer(model, config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     deepspeed_engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, optimizer=own, config=config)
+    engine = make_engine(deepspeed_engine, world, recipe.seed, ema=recipe.ema, swa=recipe.swa_epochs > 0)
     distributed.limit_waiting(options.timeout_minutes)
-    engine = Engine(deepspeed_engine, world, recipe.seed, ema=recipe.ema, swa=recipe.swa_epochs > 0)
     start_from = None if options.resume in ("auto", "never") else run_folder.find_checkpoint(options.resume)
     place = folder / "checkpoints", start_from, engine, world, plan.settings
     state = RunState() if options.dry_run else checkpoint.resume(*place)
@@ -348,7 +351,7 @@ def start_run(plan: Plan, world: World, folder: Path, model: nn.Module) -> tuple
         world=world,
         folder=folder,
         engine=engine,
-        step=accelerate(train_step, engine, options.engine_level),
+        step=accelerate(step, engine, options.engine_level),
         train=train,
         val=val,
         model=plain,

@@ -95,6 +95,7 @@ _OF_FLAGS = {  # paths of DeepSpeed's config, which --set must not set as well
     "lr": ["optimizer.params.lr"],
     "global_batch_size": ["train_batch_size"],
     "micro_batch_size": ["train_micro_batch_size_per_gpu"],
+    "pipeline_stages": ["pipeline.stages"],
     "precision": [f"{section}.enabled" for section in ds_check.LOW_PRECISIONS],
 }
 
@@ -109,7 +110,7 @@ def _given_config(options: Options) -> tuple[dict[str, Any], list[str]]:
         if any(word.startswith(f"{path}=") for word in options.set):
             raise UsageError(f"--{flag.replace('_', '-')} and --set {path} are the same setting; leave out one of them")
     sizes = {"global_batch_size": options.global_batch_size, "micro_batch_size": options.micro_batch_size}
-    given = ds_config.override(given, lr=options.lr, **sizes)
+    given = ds_config.override(given, lr=options.lr, **sizes, stages=options.pipeline_stages)
     known = {"train_batch_size": own.get("train_batch_size")}
     sizes, auto = ds_config.without_auto({key: given.pop(key) for key in ds_check.BATCH_KEYS if key in given}, known)
     return {**given, **sizes}, [*notes, *auto]
@@ -182,6 +183,7 @@ def make_plan(
         if options.test_images:
             raise UsageError("--test-images opens the test split, which --sealed refuses; leave out one of them")
         options = dataclasses.replace(options, test_images=0)
+    _check_pipeline(recipe, config, batch.stages)
     _check_schedule(recipe, config, load(options.recipe).recipe.lr_schedule)
     _check_sizes(recipe, options, batch, facts)
     _check_images(recipe, facts)
@@ -213,6 +215,21 @@ def make_plan(
     return plan
 
 
+def _check_pipeline(recipe: Recipe, config: dict[str, Any], stages: int) -> None:
+    """Refuse what the stages of a pipeline cannot do; whether the network has layers for them is known when it is built."""
+    stage, optimizer = ds_check.look_up(config, "zero_optimization.stage", 0), config["optimizer"]["type"]
+    timer = next((key for key in levels.TIMERS if levels.is_timed(config, key)), None)
+    refused = {
+        f"ZeRO stage {stage}, which DeepSpeed's pipelines refuse; set zero_optimization.stage to 0 or 1": stage > 1,
+        f"{optimizer}, which treats the last layer apart; use SGD or AdamW": optimizer in ds_check.OUR_OPTIMIZERS,
+        "fp16, whose loss scale is one for all stages; use --precision bf16": precision_of(config) == "fp16",
+        "--sync-bn, whose statistics are of all ranks; leave it out": recipe.sync_bn,
+        f"DeepSpeed's {timer}; remove it from the JSON": timer is not None,
+    }
+    for reason in (reason for reason, holds in refused.items() if holds and stages > 1):
+        raise UsageError(f"--pipeline-stages {stages} is not supported with {reason}")
+
+
 def _check_schedule(recipe: Recipe, config: dict[str, Any], own: str) -> None:
     """Refuse what a scheduler in the config would silently ignore; it may replace the recipe's `own` schedule."""
     unused = {
@@ -237,7 +254,7 @@ def _check_sizes(recipe: Recipe, options: Options, batch: ds_config.Batch, datas
     if batch.global_images > train_images:
         raise UsageError(
             f"global batch {batch.global_images} is larger than the {train_images} training images;"
-            f" try --global-batch-size {min(128, train_images) // batch.world_size * batch.world_size}"
+            f" try --global-batch-size {min(128, train_images) // batch.data_ranks * batch.data_ranks}"
         )
     if options.test_images is not None and options.test_images > dataset.test_images:
         raise invalid("--test-images", options.test_images, f"0 to {dataset.test_images}", dataset.test_images)

@@ -39,6 +39,9 @@ TIED = {  # a line of shell, or the first line of another block -> the test in t
     'uv run python -m cifar10 compare bn_cnn "bn_cnn --lr 0.2" --epochs 10 --output-dir runs/lr': (
         "../commands/test_compare.py test_real_runs_are_compared_without_a_test_image"
     ),
+    "uv run python main.py --num-gpus 2 --recipe vgg_pipeline --pipeline-stages 2": (
+        "../engine/test_pipeline.py test_the_documented_command_trains_a_pipeline_on_two_cpu_ranks"
+    ),
     MAIN: "test_two_hosts.py test_main_on_each_host",
     DEEPSPEED: "test_two_hosts.py test_deepspeed_without_ssh",
     "deepspeed --hostfile hosts cifar10_deepspeed.py": "test_two_hosts.py test_deepspeed_over_ssh_from_the_first_host",

@@ -54,6 +54,9 @@ class Options:
     natively; a single one is always used (default: the recipe's preference, if it has one and its own JSON is used)."""
     global_batch_size: _Whole = None
     """Images per optimizer step, over all ranks and accumulation steps; overrides the JSON."""
+    pipeline_stages: _Whole = None
+    """Split the network's layers into N stages, one a rank, through which micro-batches pass; overrides the JSON. The number of
+    ranks is a multiple of it, the network one like vgg11."""
     data_dir: Annotated[Path, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = Path("data")
     """Folder of the data set; CIFAR-10 is downloaded to it if missing (default: $CIFAR10_DIR, else data/)."""
     output_dir: _Folder = None
@@ -108,7 +111,7 @@ class Options:
 
 def check_options(options: Options) -> None:
     """Validate ranges. Raises UsageError, which names the flag and an example."""
-    at_least_1 = "max_steps global_batch_size micro_batch_size threads log_every_steps keep_checkpoints"
+    at_least_1 = "max_steps global_batch_size micro_batch_size threads log_every_steps keep_checkpoints pipeline_stages"
     check_values(
         options,
         (at_least_1, lambda n: n >= 1, "an integer >= 1"),

@@ -30,6 +30,11 @@ _TYPES: dict[str, Any] = {  # a type; or DeepSpeed's file and class for a sectio
     "fp16": "runtime/precision_config.py DeepSpeedFP16Config",
     "bf16": "runtime/precision_config.py DeepSpeedBF16Config",
     "comms_logger": "comm/config.py CommsLoggerConfig",
+    "pipeline": {
+        **dict.fromkeys(("stages", "activation_checkpoint_interval"), "int"),
+        **dict.fromkeys(("seed_layers", "pipe_partitioned", "grad_partitioned", "use_reentrant"), "bool"),
+        "partition": "Literal['best', 'parameters', 'uniform']",
+    },
     "optimizer": {"type": "str", "params": "dict", "legacy_fusion": "bool"},
     "scheduler": {"type": "str", "params": "dict"},
     "activation_checkpointing": {
@@ -54,7 +59,6 @@ LEFT_OUT = {  # what would have no effect here is not passed on to DeepSpeed, an
     "dataloader_drop_last": "it is for DeepSpeed's loader; here an epoch's last partial batch is always left out",
     "disable_allgather": "this version of DeepSpeed does not use it",
     "gradient_predivide_factor": "gradients are averaged without it",
-    "pipeline": "the networks here have no pipeline stages",
     "prescale_gradients": "gradients are averaged without it",
     "seq_parallel_communication_data_type": "there is no sequence parallelism here",
     "tensorboard": _LR_ALONE + "TensorBoard with --tensorboard",
@@ -118,7 +122,8 @@ _DTYPES = tuple(
 )
 _OFFLOADED = [f"zero_optimization.offload_{what}.device" for what in ("optimizer", "param")]
 _VALUES: list[tuple[list[str], Callable[[Any], bool], str]] = [  # paths, a predicate, and what is expected
-    ([*BATCH_KEYS, "fp16.loss_scale_window"], _integer(1), "an integer >= 1"),
+    ([*BATCH_KEYS, "fp16.loss_scale_window", "pipeline.stages"], _integer(1), "an integer >= 1"),
+    (["pipeline.activation_checkpoint_interval"], _integer(0), "an integer >= 0, in layers"),
     (["steps_per_print"], lambda value: value is None or _integer(1)(value), "an integer >= 1"),
     ([f"scheduler.params.{key}" for key in _STEPS], _integer(1), "an integer >= 1, in steps"),
     (["scheduler.params.warmup_type"], ("log", "linear").__contains__, "log or linear"),

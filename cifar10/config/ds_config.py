@@ -20,12 +20,18 @@ from cifar10.config.settings import is_deep
 
 @dataclass(frozen=True)
 class Batch:
-    """The batch triple and the world size it was resolved for: global = micro * accumulation * world_size."""
+    """The batch triple and the ranks it was resolved for: global = micro * accumulation * data_ranks."""
 
     global_images: int
     micro_images: int
     accumulation: int
     world_size: int
+    stages: int = 1  # of a pipeline; the ranks of one pipeline share their images
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks that have images of their own."""
+        return self.world_size // self.stages
 
     @property
     def rank_images(self) -> int:
@@ -125,10 +131,17 @@ def without_auto(config: dict[str, Any], known: Mapping[str, Any]) -> tuple[dict
 
 
 def override(
-    config: dict[str, Any], *, lr: float | None, global_batch_size: int | None, micro_batch_size: int | None = None
+    config: dict[str, Any],
+    *,
+    lr: float | None,
+    global_batch_size: int | None,
+    micro_batch_size: int | None = None,
+    stages: int | None = None,
 ) -> dict[str, Any]:
-    """A copy of `config` with --lr and batch sizes from the command line."""
+    """A copy of `config` with --lr, batch sizes and --pipeline-stages from the command line."""
     config = copy.deepcopy(config)
+    if stages is not None:
+        config["pipeline"] = {**config.get("pipeline", {}), "stages": stages}
     if lr is not None:
         config["optimizer"]["params"]["lr"] = lr
     if global_batch_size is not None:
@@ -156,24 +169,32 @@ def batch(config: dict[str, Any], world_size: int) -> Batch:
 
     Without a global batch size in the JSON, each rank trains on micro * accumulation images. Raises UsageError.
     """
+    stages = look_up(config, "pipeline.stages", 1)
+    if world_size % stages:
+        ranks = f"{world_size} rank{'' if world_size == 1 else 's'}"
+        raise UsageError(
+            f"a pipeline of {stages} stages needs a multiple of {stages} ranks, not {ranks}; start"
+            f" main.py with --num-gpus {stages} (ranks on the CPU, too), or use --pipeline-stages 1"
+        )
+    data_ranks = world_size // stages
     total, micro, accumulation = (config.get(key) for key in BATCH_KEYS)
     if total is None and micro is None:
         raise UsageError('the JSON sets no batch size; add "train_batch_size": 128, or use --global-batch-size 128')
     if total is None:
         accumulation = accumulation or 1
-        return Batch(micro * accumulation * world_size, micro, accumulation, world_size)
-    if total % world_size:
-        near = max(1, round(total / world_size)) * world_size
+        return Batch(micro * accumulation * data_ranks, micro, accumulation, world_size, stages)
+    if total % data_ranks:
+        near = max(1, round(total / data_ranks)) * data_ranks
         fits = [ranks for ranks in range(1, total + 1) if total % ranks == 0]
-        nearest = [*[ranks for ranks in fits if ranks < world_size][-1:], *[ranks for ranks in fits if ranks > world_size][:1]]
+        nearest = [*[ranks for ranks in fits if ranks < data_ranks][-1:], *[ranks for ranks in fits if ranks > data_ranks][:1]]
         ways = f"but by {' or '.join(map(str, nearest))}; or try --global-batch-size {near}"
-        raise UsageError(f"global batch size {total} is not divisible by {world_size} ranks, {ways}")
-    per_rank = total // world_size
+        raise UsageError(f"global batch size {total} is not divisible by {data_ranks} ranks, {ways}")
+    per_rank = total // data_ranks
     if micro is None:
         micro = per_rank // accumulation if accumulation and per_rank % accumulation == 0 else per_rank
     elif per_rank % micro:  # never more than that, which may not fit into memory
         micro = next(n for n in range(min(micro, per_rank), 0, -1) if per_rank % n == 0)
-    return Batch(total, micro, per_rank // micro, world_size)
+    return Batch(total, micro, per_rank // micro, world_size, stages)
 
 
 def resolve(config: dict[str, Any], world_size: int) -> tuple[dict[str, Any], Batch, list[str]]:
@@ -193,7 +214,7 @@ def resolve(config: dict[str, Any], world_size: int) -> tuple[dict[str, Any], Ba
     if changed := [f"{key} {config[key]}" for key, value in triple.items() if config.get(key, value) != value]:
         notes.append(
             f"batch: {sizes.global_images} images = {sizes.micro_images} per micro-batch x {sizes.accumulation} accumulation"
-            f" x {world_size} ranks (the config's {', '.join(changed)} does not fit)"
+            f" x {sizes.data_ranks} ranks (the config's {', '.join(changed)} does not fit)"
         )
     config.update(triple)
     if "gradient_clipping" not in config:
@@ -212,6 +233,7 @@ def resolve(config: dict[str, Any], world_size: int) -> tuple[dict[str, Any], Ba
         notes.append(f"communication_data_type: gradients are averaged in {config['communication_data_type']}, and so rounded")
     _resolve_zero(config, notes)
     _resolve_optimizer(config, notes)
+    _resolve_pipeline(config, sizes, notes)
     if config.get("scheduler"):
         config["scheduler"].setdefault("params", {})
         kind = config["scheduler"]["type"]
@@ -283,3 +305,27 @@ def _resolve_optimizer(config: dict[str, Any], notes: list[str]) -> None:
     plain = name == "sgd" or (name in ("adam", "adamw") and params["torch_adam"])
     if plain and not params.get("foreach") and not params.get("differentiable"):
         params.setdefault("fused", True)
+
+
+_NOT_IN_PIPELINES = {
+    "activation_checkpoint_interval": "use --gradient-checkpointing, which is an interval of one layer",
+    "pipe_partitioned": "it is for tensor parallelism",
+    "grad_partitioned": "it is for tensor parallelism",
+    "seed_layers": "dropout is seeded by seed, step, micro-batch and rank",
+    "use_reentrant": "--gradient-checkpointing needs no reentrant checkpoints",
+}
+
+
+def _resolve_pipeline(config: dict[str, Any], sizes: Batch, notes: list[str]) -> None:
+    """Leave out keys that have no meaning here, and the section where there is one stage."""
+    if sizes.stages == 1:
+        if config.pop("pipeline", {}).keys() - {"stages"}:
+            notes.append("pipeline: left out (one stage; --pipeline-stages N makes N of them, on N ranks or a multiple)")
+        return
+    for key in sorted(_NOT_IN_PIPELINES.keys() & config["pipeline"].keys()):
+        if config["pipeline"].pop(key):
+            notes.append(f"pipeline.{key}: left out ({_NOT_IN_PIPELINES[key]})")
+    if sizes.accumulation < sizes.stages:
+        micro = max(1, sizes.rank_images // (4 * sizes.stages))
+        passes = f"{sizes.accumulation} micro-batch{'es' * (sizes.accumulation > 1)} a step"
+        notes.append(f"pipeline: with {passes} its {sizes.stages} stages mostly wait; try --micro-batch-size {micro}")

@@ -4,8 +4,13 @@ from typing import Any
 
 from cifar10.config.schedule import modern
 
-# These may change when a run resumes: micro-batches follow from the number of ranks, and ZeRO does not change the result.
-FREE = ("deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps", "deepspeed.zero_")
+# These may change when a run resumes: micro-batches follow from the number of ranks; ZeRO and stages do not change the result.
+FREE = (
+    "deepspeed.train_micro_batch_size_per_gpu",
+    "deepspeed.gradient_accumulation_steps",
+    "deepspeed.zero_",
+    "deepspeed.pipeline.",
+)
 
 
 def is_deep(value: Any, levels: int = 20) -> bool:

@@ -84,8 +84,8 @@ class TrainLoader:
             seed=recipe.seed,
             global_images=batch.global_images,
             micro_images=batch.micro_images,
-            rank=world.rank,
-            world_size=world.size,
+            rank=world.rank % batch.data_ranks,  # as in DeepSpeed's grid of pipelines
+            world_size=batch.data_ranks,
             classes=classes,
         )
 

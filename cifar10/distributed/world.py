@@ -3,8 +3,8 @@
 import os
 import socket
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +32,7 @@ class World:
     device: torch.device
     launcher: str
     control: Any = None
+    group: Any = None  # of the device's collectives; None is that of all ranks
 
     @property
     def is_main(self) -> bool:
@@ -80,8 +81,16 @@ class World:
     def total(self, values: Tensor) -> Tensor:
         """All-reduce (sum) in place on the device."""
         if self.size > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.group)
         return values
+
+    def split(self, groups: Sequence[Sequence[int]]) -> "World":
+        """The one of these groups of ranks that this rank is in, as a world of its own; its ranks count from 0. Collective."""
+        mine = next(number for number, ranks in enumerate(groups) if self.rank in ranks)
+        control = [dist.new_group(ranks, backend="gloo") for ranks in groups][mine]
+        group = control if self.device.type == "cpu" else [dist.new_group(ranks) for ranks in groups][mine]
+        rank, size = groups[mine].index(self.rank), len(groups[mine])
+        return replace(self, rank=rank, size=size, control=control, group=group)
 
     def any_rank(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank. Collective."""

@@ -257,13 +257,17 @@ class Engine:
             self._measure_and_clip()
         self.deepspeed.step()
         if last:
-            self._micro_batch = 0
-            if self.stage:  # ZeRO measures, clips and skips by itself, and synchronizes to do so
-                self.grad_norm.fill_(self.deepspeed.get_global_grad_norm())  # a copy from the host would be one more wait
-                self.skipped.fill_(0.0 if self.deepspeed.was_step_applied() else 1.0)
-            self._buffers.put_back(self.skipped)
-            if self._ema:
-                self.average.follow(self._ema, self.skipped)
+            self._end_step()
+
+    def _end_step(self) -> None:
+        """After an update: what it came to; buffers of a skipped step go back; the average follows."""
+        self._micro_batch = 0
+        if self.stage:  # ZeRO measures, clips and skips by itself, and synchronizes to do so
+            self.grad_norm.fill_(self.deepspeed.get_global_grad_norm())  # a copy from the host would be one more wait
+            self.skipped.fill_(0.0 if self.deepspeed.was_step_applied() else 1.0)
+        self._buffers.put_back(self.skipped)
+        if self._ema:
+            self.average.follow(self._ema, self.skipped)
 
     @property
     def has_average(self) -> bool:
@@ -284,13 +288,17 @@ class Engine:
             number = (number * 1_000_003 + part + 1) % 2**63
         torch.manual_seed(number)
 
+    def _total_norm(self, gradients: list[Tensor]) -> Tensor:
+        """The norm of all gradients together: 0-dim."""
+        return torch.nn.utils.get_total_norm(gradients, foreach=True)
+
     def _measure_and_clip(self) -> None:
         """At stage 0, of averaged gradients: their norm, clipping, and the flag of a bad step, without synchronizing."""
         limit, scaler = self.deepspeed.gradient_clipping(), self.deepspeed.torch_autocast_z0_gradscaler
         if scaler is not None and not limit:
             scaler.unscale_(self.optimizer)  # with clipping DeepSpeed has done it
         parameters = [p for p in self.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
+        norm = self._total_norm([p.grad for p in parameters])
         if limit:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
         self.grad_norm, self.skipped = norm, torch.ne(norm * 0, 0, out=torch.empty_like(norm))  # 1.0 if it is not finite

@@ -12,6 +12,7 @@ No level has been measured on a GPU yet, so `auto` is eager everywhere.
 from typing import Any, Literal, get_args
 
 from cifar10 import UsageError
+from cifar10.config.ds_check import look_up
 from cifar10.distributed import device
 
 Level = Literal["eager", "compile", "graph", "captured"]
@@ -29,13 +30,21 @@ def resolve_level(wanted: str, config: dict[str, Any], world_size: int, *, sync_
     return level
 
 
+def is_timed(config: dict[str, Any], key: str) -> bool:
+    """Whether one of TIMERS is on."""
+    value = look_up(config, key, False)
+    return bool(value.get("enabled", False) if isinstance(value, dict) else value)
+
+
 def _why_not(level: Level, config: dict[str, Any], world_size: int, sync_bn: bool) -> str | None:
     stage, passes = config.get("zero_optimization", {}).get("stage", 0), config["gradient_accumulation_steps"]
     if sync_bn and world_size > 1:
         return "is not supported with --sync-bn on several ranks; use --engine-level eager"
+    if look_up(config, "pipeline.stages", 1) > 1:
+        return "is not supported with --pipeline-stages; use --engine-level eager"
     if stage == 3:
         return "is not supported with ZeRO stage 3, whose forward gathers weights; use stage 2, or --engine-level eager"
-    if timed := [key for key in TIMERS if _is_on(config, key)]:
+    if timed := [key for key in TIMERS if is_timed(config, key)]:
         return f"is not supported with DeepSpeed's {timed[0]}; remove it from the JSON, or use --engine-level eager"
     if level == "compile":
         missing = device.missing_for_compiling()
@@ -66,10 +75,3 @@ def _why_not_captured(config: dict[str, Any], world_size: int, stage: int) -> st
     if name == "SGD" and (not params.get("fused") or params.get("dampening")):
         return 'needs SGD with "fused": true and no dampening; use --engine-level graph'
     return None
-
-
-def _is_on(config: dict[str, Any], key: str) -> bool:
-    value: Any = config
-    for word in key.split("."):
-        value = value.get(word, False) if isinstance(value, dict) else False
-    return bool(value.get("enabled", False) if isinstance(value, dict) else value)

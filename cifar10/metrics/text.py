@@ -146,7 +146,8 @@ def training_section(plan: Plan) -> Section:
         settings["lr"] = f"{settings['lr'] * scale:g}"
     shown = [f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if value not in (None, True, False)]
     passes = f" x {batch.accumulation} micro-batches" if batch.accumulation > 1 else ""
-    ranks = f"{batch.world_size} rank{'' if batch.world_size == 1 else 's'}{passes} x {batch.micro_images}"
+    ranks = f"{batch.data_ranks} rank{'' if batch.data_ranks == 1 else 's'}{passes} x {batch.micro_images}"
+    stages = f"{batch.stages} stages, one a rank" + f", of {batch.data_ranks} pipelines" * (batch.data_ranks > 1)
     clipping, stage = config.get("gradient_clipping", 0), config.get("zero_optimization", {}).get("stage", 0)
     clipped = f"gradients clipped to norm {clipping:g}" if clipping else "no gradient clipping"
     watched = "validation" if recipe.val_images else "training"
@@ -160,6 +161,7 @@ def training_section(plan: Plan) -> Section:
         ("optimizer", ": ".join(filter(None, (optimizer.get("type", "none in the config"), ", ".join(shown))))),
         ("learning rate", _learning_rate(plan)),
         ("precision", f"{precision}; ZeRO stage {stage}; {clipped}"),
+        *([("pipeline", stages)] if batch.stages > 1 else []),
         ("early stopping", patience if recipe.patience else "off"),
     ]
     return Section("training", rows)

@@ -123,7 +123,6 @@ LEFT: list[tuple[str, Any]] = [
     ("wandb", {"enabled": True, "project": "mine"}),
     ("csv_monitor", {"enabled": True, "output_path": "logs/"}),
     ("comet", {"enabled": True}),
-    ("pipeline", {"stages": 2, "partition": "best"}),
     ("checkpoint", {"tag_validation": "Warn", "load_universal": True}),
     ("data_types", {"grad_accum_dtype": "bf16"}),
     ("prescale_gradients", True),

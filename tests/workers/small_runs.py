@@ -17,6 +17,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +41,20 @@ def shrink_the_data_sets() -> None:
 
 
 def stop_after(steps: int) -> None:
-    """Let the script's training step send SIGTERM after so many steps; ranks agree on it at once."""
+    """Let the script's training step, or that of pipelines, send SIGTERM after so many steps; ranks agree on it at once."""
     stop.TIMED_STEPS, stop.SECONDS_BETWEEN_AGREEMENTS = 2, 0.0
-    train_step, taken = script.train_step, 0
+    taken = 0
 
-    def counted(*args: Any) -> Any:
+    def counted(step: Callable[..., Any], *args: Any) -> Any:
         nonlocal taken
-        measured = train_step(*args)
+        measured = step(*args)
         taken += 1
         if taken == steps:
             os.kill(os.getpid(), signal.SIGTERM)
         return measured
 
-    script.train_step = counted
+    script.train_step = partial(counted, script.train_step)
+    script.pipeline.train_step = partial(counted, script.pipeline.train_step)
 
 
 def write_the_end_late() -> None:
