@@ -32,7 +32,7 @@ from cifar10.data.loader import EvaluationLoader, MicroBatch, TrainLoader
 from cifar10.distributed import launchers
 from cifar10.distributed import world as distributed
 from cifar10.distributed.world import World
-from cifar10.engine import pipeline, schedule
+from cifar10.engine import experts, pipeline, schedule
 from cifar10.engine.cuda_graphs import accelerate
 from cifar10.engine.engine import Engine, checkpoint_blocks, leave, own_optimizer, prepare, synchronize_batch_norm
 from cifar10.engine.full_state import weights_sha256
@@ -182,7 +182,7 @@ def train_one_epoch(run: Run, state: RunState) -> bool:
             break
         run.engine.set_lr(lr_scale * lr_multiplier(recipe, state.step, run.train.steps_per_epoch))
         loss, correct = run.step(run.engine, micro_batches, recipe.label_smoothing)
-        run.buffer.write(loss, correct, run.engine.grad_norm, run.engine.skipped)
+        run.buffer.write(loss, correct, run.engine.grad_norm, run.engine.skipped, run.engine.routed)
         state.step += 1
         state.epoch_step += 1
         if run.buffer.is_full or state.epoch_step % every == 0:
@@ -235,7 +235,7 @@ def finish_epoch(run: Run, state: RunState) -> None:
         which, losses = ("validation", results) if val else ("training", [train])
         lines = patience.watch(recipe, state, min(result.loss for result in losses), which)
     best = state.best_loss, state.best_accuracy if val else state.best_train_accuracy, state.epochs_without_improvement
-    run.metrics.epoch(EpochRow(epoch, train, val, sums.mean_grad_norm, run.engine.lr, sums.skipped, *best, *results[1:]))
+    run.metrics.epoch(EpochRow.of(epoch, sums, run.engine.lr, train, val, *best, *results[1:]))
     run.metrics.say(lines)
 
 
@@ -331,6 +331,7 @@ def start_run(plan: Plan, world: World, folder: Path, model: nn.Module) -> tuple
     plain, make_engine, step = deepcopy(model), Engine, train_step
     if plan.batch.stages > 1:
         model, make_engine, step = pipeline.this_stage(model, config), pipeline.PipelineEngine, pipeline.train_step
+    experts.divide(model, world, options.expert_parallel)
     if recipe.sync_bn:
         synchronize_batch_norm(model)
     own = own_optimizer(model, config)

@@ -16,7 +16,7 @@ from cifar10.data.ledger import Look
 from cifar10.distributed import device
 from cifar10.engine import kernels, levels
 from cifar10.models import weights
-from cifar10.models.registry import model_names, refuse_unknown_model
+from cifar10.models.registry import has_experts, model_names, refuse_unknown_model
 from cifar10.run import folder as run_folder
 from cifar10.run.summary import read_summary
 
@@ -184,6 +184,7 @@ def make_plan(
             raise UsageError("--test-images opens the test split, which --sealed refuses; leave out one of them")
         options = dataclasses.replace(options, test_images=0)
     _check_pipeline(recipe, config, batch.stages)
+    _check_experts(recipe, options, config, world_size)
     _check_schedule(recipe, config, load(options.recipe).recipe.lr_schedule)
     _check_sizes(recipe, options, batch, facts)
     _check_images(recipe, facts)
@@ -228,6 +229,32 @@ def _check_pipeline(recipe: Recipe, config: dict[str, Any], stages: int) -> None
     }
     for reason in (reason for reason, holds in refused.items() if holds and stages > 1):
         raise UsageError(f"--pipeline-stages {stages} is not supported with {reason}")
+
+
+def _check_experts(recipe: Recipe, options: Options, config: dict[str, Any], world_size: int) -> None:
+    """Refuse what DeepSpeed's layers of experts do not support, and their flag for networks without any."""
+    size, model, zero = options.expert_parallel, recipe.model, ds_check.look_up(config, "zero_optimization.stage", 0)
+    if not has_experts(model):
+        if size:
+            raise UsageError(f"--expert-parallel is not supported by --model {model}, which has no experts; see --recipe moe")
+        return
+    if size and world_size % size:
+        raise UsageError(f"--expert-parallel {size} does not divide the number of ranks, {world_size}; use --expert-parallel 1")
+    if zero == 3:
+        raise UsageError(
+            f"ZeRO stage 3 is not supported by --model {model}: DeepSpeed's MoE refuses it, as stage 3 partitions each weight"
+            " over all ranks, but not all have the same experts; set zero_optimization.stage to 0, 1 or 2"
+        )
+    if options.engine_level != "eager":
+        raise UsageError(
+            f"--engine-level {options.engine_level} is not supported by --model {model}: DeepSpeed's MoE reads the experts'"
+            " capacity on the host; use --engine-level eager"
+        )
+    if precision_of(config) == "fp16" and not zero and world_size > 1 and size != 1:
+        raise UsageError(
+            f"fp16 is not supported by --model {model} with experts divided over ranks at ZeRO stage 0, where each rank would"
+            " skip steps by its own experts; use --precision bf16 or fp32, --expert-parallel 1, or ZeRO stage 1 or 2"
+        )
 
 
 def _check_schedule(recipe: Recipe, config: dict[str, Any], own: str) -> None:

@@ -42,6 +42,9 @@ TIED = {  # a line of shell, or the first line of another block -> the test in t
     "uv run python main.py --num-gpus 2 --recipe vgg_pipeline --pipeline-stages 2": (
         "../engine/test_pipeline.py test_the_documented_command_trains_a_pipeline_on_two_cpu_ranks"
     ),
+    "uv run python main.py --num-gpus 2 --recipe moe --top-k 2": (
+        "../engine/test_experts.py test_a_run_of_experts_says_where_its_tokens_went_and_resumes_exactly"
+    ),
     MAIN: "test_two_hosts.py test_main_on_each_host",
     DEEPSPEED: "test_two_hosts.py test_deepspeed_without_ssh",
     "deepspeed --hostfile hosts cifar10_deepspeed.py": "test_two_hosts.py test_deepspeed_over_ssh_from_the_first_host",

@@ -86,6 +86,9 @@ class Options:
     as one CUDA graph (one GPU, no ZeRO). auto is eager, on GPUs too: the others have not been measured there yet."""
     gradient_checkpointing: bool = False
     """Save memory: keep only each block's input for the backward pass, which computes the rest again with the same results."""
+    expert_parallel: _Whole = None
+    """Ranks over which each layer of experts is divided: 1, 2 or 4; groups of so many ranks hold copies (default: the most that
+    divide both the ranks and the experts)."""
     deterministic: bool = False
     """Use deterministic algorithms on a GPU, where PyTorch has them; runs on a CPU are deterministic anyway."""
     log_every_steps: _Whole = None
@@ -115,6 +118,7 @@ def check_options(options: Options) -> None:
     check_values(
         options,
         (at_least_1, lambda n: n >= 1, "an integer >= 1"),
+        ("expert_parallel", lambda n: n in (1, 2, 4), "1, 2 or 4"),
         ("test_images save_every_epochs save_frequency", lambda n: n >= 0, "an integer >= 0"),
         ("lr max_minutes stop_at timeout_minutes", is_positive, "a number above 0"),
     )

@@ -62,7 +62,7 @@ LEFT_OUT = {  # what would have no effect here is not passed on to DeepSpeed, an
     "prescale_gradients": "gradients are averaged without it",
     "seq_parallel_communication_data_type": "there is no sequence parallelism here",
     "tensorboard": _LR_ALONE + "TensorBoard with --tensorboard",
-    "use_data_before_expert_parallelism": "there are no experts here",
+    "use_data_before_expert_parallelism": "neighboring ranks share a layer's experts; see --expert-parallel",
     "wandb": _LR_ALONE + "W&B with --wandb online",
 }
 _REFUSED = {
@@ -70,7 +70,7 @@ _REFUSED = {
     "compile": "use --engine-level compile",
     "data_efficiency": "it needs DeepSpeed's data loader, which is not used here",
     "datastates_ckpt": "checkpoints are written by this program",
-    "expert_parallel": "the networks here have no experts",
+    "expert_parallel": "it is DeepSpeed's AutoEP, for language models' experts; use --recipe moe with --expert-parallel",
     "gradient_allreduce_op": "a sum over ranks makes the learning rate depend on their number; use mean",
     "hybrid_engine": "it is for reinforcement learning with language models",
     "managed_gradient_accumulation": "DeepSpeed's accumulation is used here; set it to true",

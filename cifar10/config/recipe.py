@@ -23,6 +23,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 # Shorter metavars in the help text.
 _Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
 _Channels = Annotated[tuple[float, ...], tyro.conf.arg(metavar="X")]
+_Count = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
 _Share = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="")]
 _Sizes = Annotated[tuple[int, ...], tyro.conf.arg(metavar="N")]
 Precisions = tuple[Literal["fp32", "bf16", "fp16"], ...]
@@ -49,6 +50,13 @@ class Recipe:
     """Share of the values that dropout removes, in networks that have it (default: the network's own)."""
     drop_path: _Share = None
     """Stochastic depth: the probability of leaving out the last block for an image (default: the network's own)."""
+    top_k: _Count = None
+    """Experts that each token is sent to, in networks that have experts: 1 or 2 (default: the network's own)."""
+    capacity_factor: _Share = None
+    """Tokens that an expert takes in training, as a multiple of an equal share; the rest are dropped. With 0 none is dropped
+    (default: the network's own)."""
+    balance_loss: _Share = None
+    """Coefficient of the auxiliary loss that evens out the experts' shares of the tokens (default: the network's own)."""
     weights: str = "none"
     """Initial weights: none (random), imagenet (torchvision's pretrained weights, downloaded), or a file: a plain state dict,
     or a best_model or final file of an earlier run."""
@@ -109,7 +117,7 @@ class Recipe:
     @property
     def network_options(self) -> dict[str, float | None]:
         """What can be chosen of some networks; None is the network's own value."""
-        return {"dropout": self.dropout, "drop_path": self.drop_path}
+        return {name: getattr(self, name) for name in ("dropout", "drop_path", "top_k", "capacity_factor", "balance_loss")}
 
     def network_size(self, size: int) -> int:
         """Side in pixels of the model's input, for images of `size`."""
@@ -131,7 +139,7 @@ class Experiment:
 
 _EXAMPLES: dict[str, object] = {"epochs": 50, "mean": "0.4914 0.4822 0.4465", "std": "0.2023 0.1994 0.201", "lr": 0.1}
 _EXAMPLES |= {"global_batch_size": 128, "val_images": 5000, "first_sizes": "24 28", "first_epochs": "3 3"}
-_EXAMPLES |= {"dropout": 0.1, "drop_path": 0.1}
+_EXAMPLES |= {"dropout": 0.1, "drop_path": 0.1, "top_k": 2, "capacity_factor": 1.25, "balance_loss": 0.01}
 
 
 def invalid(flag: str, value: object, expected: str, example: object) -> UsageError:
@@ -163,6 +171,8 @@ def check_recipe(recipe: Recipe) -> None:
             "an integer >= 0, below 2**31",
         ),
         ("plateau_patience max_skipped_in_a_row", lambda n: n >= 1, "an integer >= 1"),
+        ("top_k", lambda n: n in (1, 2), "1 or 2"),
+        ("capacity_factor balance_loss", lambda n: 0 <= n < math.inf, "a number >= 0"),
         ("tta_below", lambda p: 0 < p <= 1, "a probability above 0"),
         ("first_sizes", lambda ns: all(8 <= n <= 1024 for n in ns), "integers from 8 to 1024"),
         ("first_epochs", lambda ns: len(ns) == sizes and all(n >= 1 for n in ns), f"{sizes} integers >= 1, as --first-sizes"),

@@ -34,6 +34,7 @@ from cifar10.distributed.world import World
 from cifar10.engine import full_state, muon
 from cifar10.engine.average import WeightAverage
 from cifar10.engine.buffers import KeptBuffers
+from cifar10.engine.experts import Experts
 from cifar10.engine.loss_scale import LossScale
 from cifar10.engine.muon import MuonWithSGD
 
@@ -176,6 +177,9 @@ class Engine:
         norms = {m: [p.requires_grad for p in m.parameters()] for m in self.module.modules() if isinstance(m, _BatchNorm)}
         self._frozen_norms = [norm for norm, trained in norms.items() if trained and not any(trained)]
         self._accumulation = deepspeed_engine.gradient_accumulation_steps()
+        self.experts = Experts(self.module, world, self._accumulation)
+        self.seeds_dropout |= self.experts.drop_tokens
+        self.routed: Tensor | None = None  # with experts: what Experts.seen counts, of the last step on this rank
         self._micro_batch = 0  # of the current step
         self._seed = seed
         if world.device.type == "cuda" and not self.stage:  # as images are, or each convolution would convert its weight
@@ -245,6 +249,9 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch's mean loss; after a step's last micro-batch, average them over ranks."""
+        if self.experts:
+            self.routed = self.experts.seen() + (self.routed if self._micro_batch else 0)
+            loss = loss + self.experts.balance_loss()
         value = loss.detach()  # a hook that held the loss itself would be a cycle and keep every graph alive
         loss.register_hook(lambda gradient: gradient.add(value, alpha=0))  # NaN if it is not finite, and then on every rank
         self.deepspeed.backward(loss, scale_wrt_gas=self._accumulation > 1)
@@ -289,8 +296,8 @@ class Engine:
         torch.manual_seed(number)
 
     def _total_norm(self, gradients: list[Tensor]) -> Tensor:
-        """The norm of all gradients together: 0-dim."""
-        return torch.nn.utils.get_total_norm(gradients, foreach=True)
+        """The norm of all gradients together, also of other ranks' experts: 0-dim."""
+        return self.experts.total_norm(gradients)
 
     def _measure_and_clip(self) -> None:
         """At stage 0, of averaged gradients: their norm, clipping, and the flag of a bad step, without synchronizing."""

@@ -37,7 +37,7 @@ def portable_state(engine: Engine, *, averaged: bool = False) -> dict[str, Tenso
         if mean.is_floating_point():
             mean = engine.world.total(mean.to(torch.float32)) / engine.world.size
         state[name] = mean.cpu()
-    return {name: state[name] for name in engine.module.state_dict() if name in state}
+    return engine.experts.of_all_ranks({name: state[name] for name in engine.module.state_dict() if name in state})
 
 
 def full_state(engine: Engine) -> dict[str, Any]:
@@ -46,13 +46,14 @@ def full_state(engine: Engine) -> dict[str, Any]:
     Weights and optimizer state fit any number of ranks and any ZeRO stage. Buffers (BatchNorm's) are a list, one per rank.
     """
     scheduler, scaler = engine.deepspeed.lr_scheduler, loss_scaler(engine)
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
+    groups = [{k: v for k, v in group.items() if k not in ("params", "name")} for group in engine.optimizer.param_groups]
+    optimizer = {key: _gathered_optimizer_state(engine, key) for key in _optimizer_keys(engine)}
     if scheduler is None:
         groups = [{**group, "lr": lr} for group, lr in zip(groups, engine.lrs, strict=True)]  # never a tensor
     return {
         **_tensors(engine),
         "average": _average(engine),
-        "optimizer": {key: _gathered_optimizer_state(engine, key) for key in _optimizer_keys(engine)},
+        "optimizer": {key: engine.experts.of_all_ranks(values) for key, values in optimizer.items()},
         "optimizer_name": type(engine.optimizer).__name__,
         "loss_scale": {k: scaler.state_dict()[k] for k in SCALE} if scaler is not None else None,
         "scheduler": scheduler.state_dict() if scheduler is not None else None,
@@ -110,7 +111,8 @@ def weights_sha256(state: dict[str, Tensor]) -> str:
 def _check(engine: Engine, saved: dict[str, Any]) -> None:
     if not isinstance(saved, dict) or not saved.keys() >= STATE:
         raise UsageError("the checkpoint was written by another program or version")
-    shapes, trained = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in engine.module.named_parameters()}, _trained(engine)
+    own = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+    shapes, trained = engine.experts.of_all_ranks(own), engine.experts.of_all_ranks(dict.fromkeys(_trained(engine)))
     theirs = {name: tuple(value.shape) for name, value in saved["parameters"].items()}
     if shapes != theirs:
         name = next(name for name in {**shapes, **theirs} if shapes.get(name) != theirs.get(name))
@@ -153,8 +155,9 @@ def _gathered(engine: Engine, parameter: nn.Parameter) -> Tensor:
 
 def _tensors(engine: Engine) -> dict[str, Any]:
     """All parameters by name, and each rank's buffers by name."""
+    own = {name: _gathered(engine, parameter) for name, parameter in engine.module.named_parameters()}
     return {
-        "parameters": {name: _gathered(engine, parameter) for name, parameter in engine.module.named_parameters()},
+        "parameters": engine.experts.of_all_ranks(own),
         "buffers": engine.world.gather({name: buffer.cpu().clone() for name, buffer in engine.module.named_buffers()}),
     }
 
@@ -220,6 +223,13 @@ def _optimizer_keys(engine: Engine) -> list[str]:
     return sorted({key for state in states for key, value in state.items() if torch.is_tensor(value)})
 
 
+def _link_optimizer_state(engine: Engine) -> None:
+    """At stages 1 and 2, for DeepSpeed's getters and setters: it does so itself after the first step of the first parameter
+    group, when the other groups (of experts) have no state yet."""
+    engine.deepspeed.optimizer._hp_optimizer_states_linked = False
+    engine.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+
+
 def _gathered_optimizer_state(engine: Engine, key: str) -> dict[str, Tensor]:
     """{parameter name: its state}; a step count is 0-dim."""
     from deepspeed.utils import safe_get_full_optimizer_state
@@ -227,6 +237,8 @@ def _gathered_optimizer_state(engine: Engine, key: str) -> dict[str, Tensor]:
     named, state = _trained(engine), engine.optimizer.state
     if not engine.stage:
         return {name: state[p][key].to("cpu", copy=True) for name, p in named.items() if key in state.get(p, {})}
+    if engine.stage < 3:
+        _link_optimizer_state(engine)
     first = state[_flat_partitions(engine)[0]][key]
     if first.dim() == 0:
         return {name: first.to("cpu", copy=True) for name in named}
@@ -238,6 +250,7 @@ def _gathered_optimizer_state(engine: Engine, key: str) -> dict[str, Tensor]:
 
 def _set_optimizer_state(engine: Engine, saved: dict[str, dict[str, Tensor]]) -> None:
     named = _trained(engine)
+    saved = {key: {name: value for name, value in values.items() if name in named} for key, values in saved.items()}
     if not engine.stage:
         for key, values in saved.items():
             for name, value in values.items():
@@ -253,9 +266,8 @@ def _set_optimizer_state(engine: Engine, saved: dict[str, dict[str, Tensor]]) ->
         one = next(iter(values.values()))
         for flat in _flat_partitions(engine):
             engine.optimizer.state[flat][key] = _placed(engine, one) if one.dim() == 0 else torch.zeros_like(flat)
-    if saved and engine.stage < 3:  # DeepSpeed's setters need the optimizer's state to be linked first
-        engine.deepspeed.optimizer._hp_optimizer_states_linked = False
-        engine.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+    if saved and engine.stage < 3:
+        _link_optimizer_state(engine)
     for key, values in saved.items():
         for name, value in values.items():
             parameter, value = named[name], value.to(engine.world.device)

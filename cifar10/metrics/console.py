@@ -73,6 +73,9 @@ class ConsoleSink(Sink):
             f"epoch {row.epoch}/{self._total_epochs}  train loss {row.train.loss:.4f} accuracy {row.train.accuracy:.2%}{val}"
             f"  lr {row.lr:.6f}  grad norm {row.grad_norm:.3f}  {row.train.throughput:,.0f} images/s{skipped}"
         )
+        if routing := row.routing:
+            shares = " ".join(f"{share:.1%}" for share in routing.shares)
+            self.line(f"experts: tokens {shares}, dropped {routing.dropped:.2%}, balance loss {routing.balance_loss:.4f}")
 
     def event(self, what: str | Section) -> None:
         if isinstance(what, str):

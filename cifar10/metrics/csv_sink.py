@@ -1,4 +1,5 @@
-"""metrics.csv (a row per epoch and split) and steps.csv (a row per log interval), flushed row by row."""
+"""metrics.csv (a row per epoch and split), steps.csv (a row per log interval), and experts.csv (a row per epoch) of networks
+that have experts, flushed row by row."""
 
 import csv
 from collections.abc import Sequence
@@ -29,8 +30,9 @@ class CsvSink(Sink):
     """On a resume, rows after the checkpoint are cut and both files continue from there."""
 
     def __init__(self, folder: Path, *, step: int, epoch: int) -> None:
-        self._files = _reopened(folder / "metrics.csv", METRICS, epoch), _reopened(folder / "steps.csv", STEPS, step)
+        self._files = [_reopened(folder / "metrics.csv", METRICS, epoch), _reopened(folder / "steps.csv", STEPS, step)]
         self._metrics, self._steps = map(csv.writer, self._files)
+        self._experts, self._folder, self._epoch = None, folder, epoch
 
     def _split(self, epoch: int, phase: str, result: SplitResult) -> None:
         self._metrics.writerow((epoch, phase, f"{result.loss:.6f}", f"{result.accuracy:.6f}", f"{result.throughput:.1f}"))
@@ -44,6 +46,12 @@ class CsvSink(Sink):
             self._split(row.epoch, "val", row.val)
         if row.val_averaged is not None:
             self._split(row.epoch, "val_averaged", row.val_averaged)
+        if row.routing is not None:
+            measures = row.routing.measures
+            if self._experts is None:
+                self._files.append(_reopened(self._folder / "experts.csv", ("epoch", *measures), self._epoch))
+                self._experts = csv.writer(self._files[-1])
+            self._experts.writerow((row.epoch, *(f"{value:.6f}" for value in measures.values())))
 
     def test(self, epoch: int, result: SplitResult) -> None:
         self._split(epoch, "test", result)

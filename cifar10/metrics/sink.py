@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar10.plan import Plan
-from cifar10.run.state import RunState
+from cifar10.run.state import Routing, RunState, Sums
 from cifar10.run.summary import SplitResult
 
 
@@ -44,6 +44,12 @@ class EpochRow:
     best_accuracy: float = math.nan
     waited: int = 0  # epochs since the watched loss improved
     val_averaged: SplitResult | None = None  # validation of the averaged weights, if there is an average
+    routing: Routing | None = None  # during the epoch, of networks with experts
+
+    @classmethod
+    def of(cls, epoch: int, sums: Sums, lr: float, train: SplitResult, val: SplitResult | None, *others: Any) -> "EpochRow":
+        """The row of an epoch's `sums`, which are of its training."""
+        return cls(epoch, train, val, sums.mean_grad_norm, lr, sums.skipped, *others, routing=sums.routing)
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,8 @@ class ScalarSink(Sink):
             self.log("val", step, **row.val.measures)
         if row.val_averaged is not None:
             self.log("val_averaged", step, **row.val_averaged.measures)
+        if row.routing is not None:
+            self.log("experts", step, **row.routing.measures)
 
     def test(self, epoch: int, result: SplitResult) -> None:
         self.log("test", self.steps.at_end_of(epoch), **result.measures)

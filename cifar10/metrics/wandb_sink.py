@@ -196,7 +196,8 @@ class WandbSink(Sink):
         train = {"epoch_avg_loss": row.train.loss, "epoch_accuracy": row.train.accuracy, "epoch_avg_grad_norm": row.grad_norm}
         best = {"best_loss": row.best_loss, "best_accuracy": row.best_accuracy, "patience": row.waited}
         splits = {**_by_split("train", row.train), **(_by_split("val", row.val) if row.val else {})}
-        known = {name: value for name, value in {**train, **best, **splits}.items() if math.isfinite(value)}
+        experts = {f"experts/{name}": value for name, value in row.routing.measures.items()} if row.routing else {}
+        known = {name: value for name, value in {**train, **best, **splits, **experts}.items() if math.isfinite(value)}
         self._log(self._steps.at_end_of(row.epoch), {**known, "epoch": row.epoch})
 
     def test(self, epoch: int, result: SplitResult) -> None:

@@ -1,8 +1,8 @@
 """Networks by name: every public function in the other files of this folder builds one, like torchvision's `resnet18()`.
 
 A new network is a new file with such a function. Its arguments say what can be chosen: `num_classes`; `image_size` and
-`channels`, which are the data set's; `dropout` and `drop_path`, which are flags; and a `name` if it builds a library's
-networks, which are called `function:name`. They are read from the sources, without importing torch.
+`channels`, which are the data set's; the names in `Recipe.network_options`, which are flags; and a `name` if it builds a
+library's networks, which are called `function:name`. They are read from the sources, without importing torch.
 """
 
 from __future__ import annotations
@@ -68,6 +68,11 @@ def refuse_unknown_model(name: str, **options: float | None) -> None:
             raise UsageError(f"--{option.replace('_', '-')} is not supported by --model {name}; these have it: {having}")
 
 
+def has_experts(name: str) -> bool:
+    """Whether the network called `name` has layers of experts."""
+    return "top_k" in _functions()[name.partition(":")[0]][1]
+
+
 def source_file(name: str) -> Path:
     """The file that defines the network called `name`."""
     return Path(__file__).with_name(f"{_functions()[name.partition(':')[0]][0]}.py")
@@ -88,7 +93,7 @@ def build_model(
 ) -> nn.Module:
     """The network called `name` with a head for `num_classes` and initial weights from `seed`.
 
-    `options` are dropout and drop_path; None keeps the network's own. Raises UsageError.
+    `options` are `Recipe.network_options`; None keeps the network's own. Raises UsageError.
     """
     import torch
 

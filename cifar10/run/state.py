@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 LARGEST_COUNT = 2**53
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How the tokens of some steps were spread over the experts, in all layers of experts together."""
+
+    balance_loss: float  # the auxiliary loss without its coefficient; per layer 1 if all experts get equal shares
+    dropped: float  # the share of the choices that a full expert refused
+    shares: tuple[float, ...]  # of the choices, per expert, before any was dropped
+
+    @property
+    def measures(self) -> dict[str, float]:
+        shares = {f"share_{expert}": share for expert, share in enumerate(self.shares)}
+        return {"balance_loss": self.balance_loss, "dropped": self.dropped, **shares}
 
 
 @dataclass
@@ -21,14 +37,16 @@ class Sums:
     correct: int = 0
     grad_norm: float = 0.0
     skipped: int = 0
+    routed: list[float] = field(default_factory=list)  # with experts: [auxiliary loss, tokens dropped, tokens per expert ...]
 
-    def add(self, images: int, loss: float, correct: int, grad_norm: float) -> None:
+    def add(self, images: int, loss: float, correct: int, grad_norm: float, routed: Sequence[float] = ()) -> None:
         """Add one applied step."""
         self.steps += 1
         self.images += images
         self.loss += loss
         self.correct += correct
         self.grad_norm += grad_norm
+        self.routed = [sum(pair) for pair in zip_longest(self.routed, routed, fillvalue=0.0)]
 
     @property
     def mean_loss(self) -> float:
@@ -42,6 +60,14 @@ class Sums:
     @property
     def mean_grad_norm(self) -> float:
         return self.grad_norm / self.steps if self.steps else float("nan")
+
+    @property
+    def routing(self) -> Routing | None:
+        """None for a network without experts."""
+        if not self.routed:
+            return None
+        balance, dropped, *chosen = self.routed
+        return Routing(balance / self.steps, dropped / sum(chosen), tuple(tokens / sum(chosen) for tokens in chosen))
 
 
 def _plain(record: T) -> T:

@@ -69,6 +69,9 @@ class Summary:
     test_accuracy_tta: float | None = None  # the same with test-time augmentation
     test_tta_seconds: float | None = None
     quality: str | None = None
+    balance_loss: float | None = None  # with experts, of the last epoch: the auxiliary loss, without its coefficient
+    dropped_tokens: float | None = None  # the share of the tokens' choices that a full expert refused
+    expert_shares: list[float] | None = None  # each expert's share of the tokens' choices
     peak_memory_mib: list[int] | None = None  # of each rank's process
     peak_gpu_memory_mib: list[int] | None = None
     weights_sha256: str | None = None  # of checkpoints/final
@@ -121,6 +124,8 @@ def test_fields(results: dict[str, SplitResult], dataset: Description) -> dict[s
 def summarize(state: RunState, steps_per_epoch: int, status: Status, **known: Any) -> Summary:
     """The summary of a run at `state`."""
     first, train = state.first_epoch_sums, state.last_epoch_sums
+    if routing := train.routing:
+        known |= {"balance_loss": routing.balance_loss, "dropped_tokens": routing.dropped, "expert_shares": [*routing.shares]}
     return Summary(
         status=status,
         epochs=state.step / steps_per_epoch,

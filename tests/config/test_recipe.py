@@ -119,6 +119,8 @@ INVALID = {  # flag -> values of the right type that are out of range
     **dict.fromkeys(("resize", "image_size"), "-1 100000"),
     "warmup_epochs": "-1 nan inf",
     **dict.fromkeys("label_smoothing dropout drop_path ema".split(), "-0.1 1 nan"),
+    **dict.fromkeys(("capacity_factor", "balance_loss"), "-0.1 nan inf"),
+    **dict.fromkeys(("top_k", "expert_parallel"), "0 3"),
     "min_improvement": "0 -1e-5 nan",
     "plateau_patience": "0 -3",
     "tta_below": "0 -1 1.5 nan",
