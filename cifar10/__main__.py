@@ -27,6 +27,7 @@ COMMANDS = {  # each is the `run` of a file in cifar10/commands
     "schedule": "draw the learning rate over a run: a picture, and a line in the terminal",
     "lr-finder": "find a learning rate: the loss at growing rates, on training images",
     "eject": "write a run as one short file of plain DeepSpeed, without this program",
+    "frontier": "collect how accurate recipes are after how many epochs, from runs, for main.py --budget",
     "recipes": "print a Markdown table of the recipes: model, parameters, measured results",
 }
 PROGRAM = "python -m cifar10"

@@ -147,7 +147,7 @@ def _one_word_each(argv: list[str]) -> list[str]:
     return words
 
 
-def _early_value(argv: list[str], flag: str) -> str | None:
+def early_value(argv: list[str], flag: str) -> str | None:
     """The last value of one flag, read before the others because their defaults depend on it."""
     words = ((*word.partition("=")[::2], following) for word, following in zip_longest(argv, argv[1:]))
     values = [value or following for name, value, following in words if name == flag]
@@ -196,9 +196,9 @@ def parse(
     """
     argv = at_home(_one_word_each(without_launcher_flags(argv)))
     _refuse_empty(argv)
-    name = _early_value(argv, "--recipe")
+    name = early_value(argv, "--recipe")
     experiment = load(Options.recipe if name is None else name)
-    names_a_json = any(_early_value(argv, flag) is not None for flag in ("--deepspeed_config", "--deepspeed-config"))
+    names_a_json = any(early_value(argv, flag) is not None for flag in ("--deepspeed_config", "--deepspeed-config"))
     names_a_json |= any(re.match(r"(--set=)?(fp16|bf16|torch_autocast)\b.*=", word) for word in argv)
     options = Options(
         data_dir=data_folder(),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import psutil
 import tyro
 
 from cifar10 import UsageError
@@ -16,8 +17,10 @@ from cifar10.config.cli import split_options
 from cifar10.config.ds_config import Batch
 from cifar10.config.recipe import PROJECT, check_values, invalid
 from cifar10.distributed import device
+from cifar10.launch import budget
 
 SCRIPT = PROJECT / "cifar10_deepspeed.py"
+BUDGET_PROGRAM, BUDGET_BEGAN = "cifar10.commands.budget", "CIFAR10_BUDGET_BEGAN"  # when main.py started, in Unix time
 LEAST_IMAGES = 16  # a rank and step, below which BatchNorm's statistics are poor
 
 _Count = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
@@ -43,6 +46,9 @@ class LaunchOptions:
     """How many times to restart a run that fails, from its newest checkpoint."""
     seeds: _Count = None
     """Train with N seeds from --seed up, one run after another in seed_0, seed_1, ... of --output-dir, and compare them."""
+    budget: Annotated[str | None, tyro.conf.arg(metavar="TIME", help_behavior_hint="")] = None
+    """Measure this machine for a few seconds, and train the recipe for the number of epochs that promise the highest accuracy
+    with the test accuracy printed within this time: 60s, 3m, 1h."""
 
 
 def split_launch_options(argv: list[str]) -> tuple[LaunchOptions, list[str]]:
@@ -56,6 +62,11 @@ def split_launch_options(argv: list[str]) -> tuple[LaunchOptions, list[str]]:
     )
     if options.num_nodes > 1 and not options.master_addr:
         raise UsageError("--num-nodes needs --master-addr, the first machine's address, for example --master-addr 10.0.0.1")
+    if options.budget:
+        budget.seconds(options.budget)
+        budget.refuse_decided(flags)
+        if options.num_nodes > 1 or options.seeds:
+            raise UsageError("--budget is not supported with --seeds or --num-nodes; leave out one of them")
     if options.num_nodes > 1 and options.seeds:
         raise UsageError("--seeds is not supported with --num-nodes; start each seed as a run of its own, for example --seed 1")
     if (
@@ -106,10 +117,19 @@ def free_port() -> tuple[str, int]:
 def deepspeed_command(
     options: LaunchOptions, ranks: int, gpus: int, flags: list[str], hostfile: Path
 ) -> tuple[list[str], dict[str, str]]:
-    """The deepspeed command line for `ranks` ranks on this machine, and its environment; writes `hostfile` if needed."""
-    environment, words, program = dict(os.environ), [], [str(SCRIPT)]
+    """The deepspeed command line for `ranks` ranks on this machine, and its environment; writes `hostfile` if needed.
+
+    One rank of --budget is started without the launcher, which takes seconds to start.
+    """
+    environment, words, program = dict(os.environ), [], [sys.executable, "-u", str(SCRIPT)]
     if not gpus:
         environment.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed's detection prints a warning in every process
+    if options.budget:
+        environment[BUDGET_BEGAN] = str(psutil.Process().create_time())
+        environment["PYTHONPATH"] = os.pathsep.join([str(PROJECT), *filter(None, [environment.get("PYTHONPATH")])])
+        program = [sys.executable, "-u", "-m", BUDGET_PROGRAM, "--budget", options.budget]
+        if ranks == 1:
+            return [*program, *flags], environment
     if options.num_nodes > 1:
         hostfile.write_text("".join(f"node{n} slots={ranks}\n" for n in range(options.num_nodes)))
         address, port = options.master_addr, options.master_port
@@ -118,8 +138,11 @@ def deepspeed_command(
         address, port = free_port()
         words = [f"--num_gpus={ranks}", *([] if address == "127.0.0.1" else [f"--master_addr={address}"])]  # the default
     if gpus and "CUDA_VISIBLE_DEVICES" in environment:  # DeepSpeed reads only numbers there, and sets it to 0, 1, ... in ranks
-        program = ["env", f"CUDA_VISIBLE_DEVICES={environment.pop('CUDA_VISIBLE_DEVICES')}", sys.executable, "-u", str(SCRIPT)]
+        program = ["env", f"CUDA_VISIBLE_DEVICES={environment.pop('CUDA_VISIBLE_DEVICES')}", *program]
+    if options.budget or program[0] == "env":
         words += ["--no_python", "--no_local_rank"]
+    else:
+        program = program[2:]
     beside_python = Path(sys.executable).with_name("deepspeed")
     deepspeed = [str(beside_python)] if beside_python.exists() else [sys.executable, "-m", "deepspeed.launcher.runner"]
     return [*deepspeed, "-q", *words, f"--master_port={port}", *program, *flags], environment

@@ -16,7 +16,7 @@ import psutil
 
 from cifar10.distributed import device
 from cifar10.distributed.launchers import SIGNALS
-from cifar10.launch.command import SCRIPT, LaunchOptions, deepspeed_command, start_command
+from cifar10.launch.command import BUDGET_PROGRAM, SCRIPT, LaunchOptions, deepspeed_command, start_command
 from cifar10.run.summary import Summary, read_summary
 
 FINISHED, FAILED, REFUSED, RESUMABLE = 0, 1, 2, 75  # 75 is sysexits.h's EX_TEMPFAIL: try again
@@ -38,7 +38,7 @@ def rank_processes(launcher: int) -> list[psutil.Process]:
     """The ranks of DeepSpeed's launcher: children, with the script in their command line, of what it has started."""
     with contextlib.suppress(psutil.Error):
         found = (child for launch in psutil.Process(launcher).children() for child in launch.children())
-        return [process for process in found if str(SCRIPT) in process.cmdline()]
+        return [process for process in found if {str(SCRIPT), BUDGET_PROGRAM} & {*process.cmdline()}]
     return []
 
 
@@ -154,7 +154,8 @@ def launched(
     """Start the launcher and wait for the end of its last process; returns its exit code, and whether it was signalled."""
     with tempfile.TemporaryDirectory() as scratch:
         command, environment = deepspeed_command(options, ranks, device.count_gpus(), flags, Path(scratch) / "hostfile")
-        launch = Launch(command, {"CIFAR10_STARTED_BY": start_command(options), **environment})
+        again = start_command(replace(options, budget=None))  # the flags of its choice are added
+        launch = Launch(command, {"CIFAR10_STARTED_BY": again, **environment})
         return launch.wait(ranks, is_over), launch.signalled
 
 

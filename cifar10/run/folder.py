@@ -4,6 +4,7 @@ recipe.json  ds_config.json     the settings; `--recipe <run>/recipe.json` runs 
 environment.json                versions, commit, hardware and command of each start
 metrics.csv  steps.csv          metrics; tensorboard/ and wandb/ hold the same for their viewers
 wandb_run.json                  the run's id at Weights & Biases
+budget.json                     what main.py --budget has chosen, and what it measured before that
 summary.json                    status (running, stopped, failed or finished) and results
 test_predictions.npz            best_model's logits; evaluate writes those of other splits beside it
 test_ledger.jsonl               each opening of the test split for this run; see data/ledger.py
@@ -165,7 +166,9 @@ def refuse_if_never(folder: Path, resume: str) -> None:
     """--resume never: raise UsageError if the folder has anything in it but a lock, or what a start without a step leaves."""
     if resume != "never" or not folder.is_dir():
         return
-    allowed = () if holds_training(folder) else ("recipe.json", "ds_config.json", "environment.json", "checkpoints")
+    allowed = (
+        () if holds_training(folder) else ("recipe.json", "ds_config.json", "environment.json", "checkpoints", "budget.json")
+    )
     if any(path.name not in allowed and not path.name.startswith(LOCK) for path in folder.iterdir()):
         raise UsageError(f"--resume never, but --output-dir {folder} is not empty; choose another folder, or use --resume auto")
 

@@ -1,4 +1,4 @@
-"""How long a run will take, from its first seconds: for --dry-run."""
+"""How long a run will take, from its first seconds: for --dry-run and --budget."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -13,10 +13,12 @@ PROBE_SECONDS = 4.0
 T = TypeVar("T")
 
 
-def seconds_each(batches: Iterable[T], work: Callable[[T], object], world: World) -> float:
-    """Seconds that `work` takes for one of `batches`, after a warmup with the first half of them; 0 if there are none.
+def seconds_each(
+    batches: Iterable[T], work: Callable[[T], object], world: World, limit: float = PROBE_SECONDS, *, warm: bool = False
+) -> float:
+    """Seconds that `work` takes for one of `batches`; 0 if there are none. Unless `warm`, the first half of them is a warmup.
 
-    Collective: all ranks try equally many, as many as fit into a few seconds.
+    Collective: all ranks try equally many, as many as fit into `limit` seconds and the one that exceeds it.
     """
     marks = [time.perf_counter()]
     for batch in batches:
@@ -24,9 +26,9 @@ def seconds_each(batches: Iterable[T], work: Callable[[T], object], world: World
         if world.device.type == "cuda":
             torch.cuda.synchronize(world.device)
         marks.append(time.perf_counter())
-        if world.any_rank(marks[-1] - marks[0] > PROBE_SECONDS):
+        if world.any_rank(marks[-1] - marks[0] > limit):
             break
-    first = len(marks) // 2 if len(marks) > 2 else 0
+    first = len(marks) // 2 if len(marks) > 2 and not warm else 0
     return (marks[-1] - marks[first]) / max(1, len(marks) - 1 - first)
 
 
