@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from cifar10 import RunFailed, UsageError, streams
 from cifar10.config.cli import without_launcher_flags
 from cifar10.config.recipe import Recipe, as_json
+from cifar10.config.schedule import get_lr_schedule
 from cifar10.config.schedule import parse as lr_schedule
 from cifar10.data.dataset import stratified_split
 from cifar10.data.ledger import Look
@@ -87,18 +88,6 @@ def get_cifar10_dataloaders(plan: Plan, world: World) -> tuple[TrainLoader, Eval
 
 
 # --- the learning rate ------------------------------------------------------------------------------------------------
-
-
-def get_lr_schedule(epoch: int, initial_lr: float, warmup_epochs: float = 5, total_epochs: float = 50) -> float:
-    """The document's learning rate in whole epochs, counted from 0: a linear warmup, then a cosine towards 0.
-
-    >>> [float(f"{get_lr_schedule(e, 0.01, 5, 50):.4g}") for e in (0, 25, 49)]
-    [0.002, 0.005868, 1.218e-05]
-    """
-    if epoch < warmup_epochs:
-        return initial_lr * min(1.0, (epoch + 1) / warmup_epochs)
-    progress = (epoch - warmup_epochs) / (total_epochs - warmup_epochs)
-    return initial_lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import cifar10_deepspeed as script
+from cifar10.config import schedule
 from cifar10.config.recipe import Recipe, load
 from cifar10.data.dataset import Description
 from cifar10.data.loader import EvaluationLoader
@@ -267,6 +267,6 @@ def test_random_labels_have_no_quality_tier_and_their_accuracy_means_nothing():
 
 
 def test_the_numbers_in_the_docstrings_are_what_the_code_gives():
-    results = doctest.testmod(script)
+    results = doctest.testmod(schedule)
     assert results.attempted > 0
     assert results.failed == 0

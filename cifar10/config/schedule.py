@@ -230,3 +230,17 @@ def modern(settings: dict[str, Any]) -> dict[str, Any]:
     if len(kept) == len(settings) or shape not in ("cosine", "linear") or moves not in ("per-step", "per-epoch"):
         return settings
     return {"lr_schedule": with_old_settings("cosine", shape, moves), **kept}
+
+
+def get_lr_schedule(epoch: int, initial_lr: float, warmup_epochs: float = 5, total_epochs: float = 50) -> float:
+    """The reference document's learning rate in whole epochs, counted from 0: a linear warmup, then a cosine towards 0.
+
+    Kept for those who import it from the script; a run's own rate is the script's `lr_multiplier`.
+
+    >>> [float(f"{get_lr_schedule(e, 0.01, 5, 50):.4g}") for e in (0, 25, 49)]
+    [0.002, 0.005868, 1.218e-05]
+    """
+    if epoch < warmup_epochs:
+        return initial_lr * min(1.0, (epoch + 1) / warmup_epochs)
+    progress = (epoch - warmup_epochs) / (total_epochs - warmup_epochs)
+    return initial_lr * 0.5 * (1 + math.cos(math.pi * progress))
