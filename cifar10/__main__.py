@@ -26,6 +26,7 @@ COMMANDS = {  # each is the `run` of a file in cifar10/commands
     "scaling": "measure the speedup with more ranks, and the engine's overhead at each ZeRO stage and precision",
     "schedule": "draw the learning rate over a run: a picture, and a line in the terminal",
     "lr-finder": "find a learning rate: the loss at growing rates, on training images",
+    "xray": "show what each rank holds and sends at each ZeRO stage: predicted, and measured",
     "eject": "write a run as one short file of plain DeepSpeed, without this program",
     "frontier": "collect how accurate recipes are after how many epochs, from runs, for main.py --budget",
     "recipes": "print a Markdown table of the recipes: model, parameters, measured results",

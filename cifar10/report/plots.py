@@ -305,3 +305,46 @@ def differences(pair: Pairing) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     figure.legend(loc="outside lower left", ncols=3)
     return figure
+
+
+# --- what ranks hold and send -------------------------------------------------------------------------------------------
+
+
+def xray(found: dict[str, Any]) -> Figure:
+    """For each number of ranks and each column a rank's memory by kind, and what it sends: predicted beside measured."""
+    figure, panels = _figure(3.3 * 2 * len(found), 2 * len(found), squeeze=False)
+    panels = panels[:, 0]
+    for number, (ranks, of_ranks) in enumerate(found.items()):
+        columns = of_ranks["columns"]
+        memory = {
+            name: (
+                one["predicted"]["memory"],
+                {kind: max(r["memory"][kind] for r in one["measured"]) for kind in one["predicted"]["memory"]},
+            )
+            for name, one in columns.items()
+        }
+        sent = {
+            name: (one["predicted"]["sent"], {kind: row["sent"] for kind, row in one["measured"][0]["traffic"].items()})
+            for name, one in columns.items()
+        }
+        title = f"{ranks} rank{'s' * (ranks != '1')}"
+        _stacks(panels[2 * number], memory, f"Most memory of a rank, {title}")
+        _stacks(panels[2 * number + 1], sent, f"Sent by a rank in a step, {title}")
+    return figure
+
+
+def _stacks(axes: Axes, columns: dict[str, tuple[dict[str, float], dict[str, float]]], title: str) -> None:
+    """Two stacked bars for each column: predicted, pale, and measured."""
+    kinds = list(dict.fromkeys(kind for pair in columns.values() for one in pair for kind, size in one.items() if size > 0))
+    for number, pair in enumerate(columns.values()):
+        for side, (one, alpha) in enumerate(zip(pair, (0.45, 1.0), strict=True)):
+            bottom = 0.0
+            for kind in kinds:
+                label = kind if not number and side else None
+                where, size = number + 0.4 * side - 0.2, one.get(kind, 0) / 1e6
+                axes.bar(where, size, 0.36, bottom=bottom, color=SERIES[kinds.index(kind)], alpha=alpha, label=label)
+                bottom += size
+    axes.set_xticks(range(len(columns)), list(columns))
+    axes.set(title=title, ylabel="MB")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
+    axes.grid(axis="x", visible=False)

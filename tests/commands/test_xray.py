@@ -1,0 +1,116 @@
+"""python -m cifar10 xray: what ranks hold and send, predicted and measured."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from cifar10.__main__ import main
+from cifar10.commands import xray as command
+from cifar10.engine import footprint, xray
+from tests.helpers import SGD, cut_down, one_rank
+
+STAGES = range(4)
+BUCKETS = "zero_optimization.reduce_bucket_size=20000"  # elements, fewer than lenet's largest parameter has
+RUNS = {  # bf16 last: DeepSpeed 0.19.8 never turns autocast off
+    "bn_cnn": (),
+    "lenet": ("--recipe", "lenet", "--global-batch-size", "8", "--set", BUCKETS),
+    "bn_cnn in bf16": ("--precision", "bf16"),
+}
+
+
+def flags_of(run: str, stage: int) -> list[str]:
+    where = ["--dataset", "synthetic", "--threads", "1", "--set", f"zero_optimization.stage={stage}"]
+    return ["--global-batch-size", "8", *where, *RUNS[run]]
+
+
+SCALARS = 64  # bytes of norms, flags and losses, which are not predicted
+
+
+def differs(measured: float, predicted: float) -> bool:
+    """Whether a measured number of bytes is more than 5% from the predicted one."""
+    return abs(measured - predicted) > 0.05 * predicted + SCALARS
+
+
+def test_the_papers_formulas():
+    sizes, adam = (10, 3), {"type": "Adam", "params": {}}
+    seen = footprint.Footprint(sizes, (4, 4), (), buffers=0, activations=7, linear_casts=0, states=footprint.states(adam))
+    held = {}
+    for stage in STAGES:
+        config = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 100}, "gradient_accumulation_steps": 1}
+        found, _ = footprint.memory(seen, config, 4)
+        held[stage] = [found[kind] // 4 for kind in xray.KINDS[:3]]  # elements
+    assert held == {0: [13, 13, 26], 1: [16, 13, 8], 2: [16, 4, 8], 3: [4, 4, 8]}  # 13 padded to 16, or 10 to 12 and 3 to 4
+    assert [footprint.paper_bytes(seen, stage, 4) for stage in STAGES] == [78, 78, 78, 117]
+
+
+def test_activations_are_counted_without_computing():
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 10))
+
+    seen = footprint.footprint(build, (6, 3, 2, 2), {"optimizer": SGD}, torch.device("cpu"))
+    relu, logits, probabilities, losses = 6 * 5, 6 * 10, 6 * 10, 2  # cross_entropy keeps its total weight, and the loss is one
+    flat = 6 * 12  # a copy, because the images are channels last
+    assert seen.activations == 4 * (flat + relu + logits + probabilities + losses)
+    assert seen.sizes == (60, 5, 50, 10)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_one_rank_holds_what_is_predicted(stage, monkeypatch):
+    cut_down(monkeypatch)
+    plan = command.plan_of([*flags_of("lenet", stage), "--val-images", "0"], 1)
+    measured, predicted = command.measure(plan, one_rank(), command.batches_of(plan, one_rank(), 4)), command.predict(plan)
+    assert [kind for kind in xray.KINDS if differs(measured["memory"][kind], predicted["memory"][kind])] == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--columns", "ZeRO 9"), "ZeRO 9"),
+        (("--ranks", "0"), "--ranks"),
+        (("--xray-steps", "0"), "--xray-steps"),
+        (("--ranks", "3", "--global-batch-size", "8"), "3 ranks"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(flags, named, capsys):
+    assert main(["xray", "--dataset", "synthetic", *flags]) == 2
+    assert named in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def launched(request):
+    """What each run's ranks have measured at each stage, all in one launch, and what was predicted."""
+    columns = {f"{run}, ZeRO {stage}": flags_of(run, stage) for run in RUNS for stage in STAGES}
+    measured = command.start(request.param, columns, steps=1)["columns"]
+    predicted = {name: command.predict(command.plan_of(flags, request.param)) for name, flags in columns.items()}
+    return {name: (measured[name], predicted[name]) for name in columns}
+
+
+@pytest.mark.slow
+def test_ranks_hold_and_send_what_is_predicted(launched):
+    wrong = []
+    for name, (ranks, predicted) in launched.items():
+        for kind, expected in predicted["memory"].items():
+            most = command.largest(ranks, kind)
+            wrong += [f"{name}: {kind} {most}, predicted {expected}"] if differs(most, expected) else []
+        for collective in {*ranks[0]["traffic"], *predicted["traffic"]}:
+            moved = ranks[0]["traffic"].get(collective, {"payload": 0})["payload"]
+            expected = predicted["traffic"].get(collective, 0)
+            scalars = 64  # bytes: norms and flags
+            wrong += [f"{name}: {collective} {moved}, predicted {expected}"] * (
+                abs(moved - expected) > 0.05 * expected + scalars
+            )
+    assert wrong == []
+
+
+@pytest.mark.slow
+def test_tables_a_picture_and_a_json(tmp_path, capfd):
+    given = ["--ranks", "2", "--columns", "ZeRO 0", "ZeRO 3", "--xray-steps", "1", "--output-dir", str(tmp_path / "out")]
+    assert main(["xray", *flags_of("lenet", 0), *given]) == 0
+    printed = capfd.readouterr().out
+    assert "reduce-scatter" in printed
+    assert "parameters" in printed
+    found = json.loads((tmp_path / "out" / "xray.json").read_text())
+    assert found["ranks"]["2"]["columns"]["ZeRO 3"]["measured"][1]["memory"]["parameters"] > 0
+    assert (tmp_path / "out" / "xray.png").read_bytes().startswith(b"\x89PNG")
