@@ -111,7 +111,8 @@ def test_first_sizes_without_their_epochs_or_out_of_range_are_refused(argv):
 # --- invalid values --------------------------------------------------------------------------------------------------
 
 WHOLE = "val_images patience swa_epochs lr_reference_batch split_seed test_images save_every_epochs save_frequency".split()
-POSITIVE = "max_skipped_in_a_row max_steps threads log_every_steps keep_checkpoints micro_batch_size global_batch_size".split()
+POSITIVE = "max_skipped_in_a_row max_steps threads log_every_steps keep_checkpoints micro_batch_size".split()
+POSITIVE += ["global_batch_size", "pipeline_stages"]
 INVALID = {  # flag -> values of the right type that are out of range
     **dict.fromkeys(WHOLE, "-1"),
     **dict.fromkeys(POSITIVE, "0 -1"),

@@ -33,7 +33,7 @@ STARTS = [  # folder, ranks, stages, flags, and more for small_runs.py
     ("2 stages", 2, 2, WHOLE, {}),
     ("two ranks", 2, 1, WHOLE, {}),
     ("2 stages of 2", 4, 2, WHOLE, {}),
-    ("2 stages of 2, ZeRO 1", 4, 2, f"{WHOLE} zero_optimization.stage=1 --max-steps 6", {}),
+    ("2 stages of 2, ZeRO 1", 4, 2, f"{WHOLE} --set zero_optimization.stage=1 --max-steps 6", {}),
     ("one rank, varied", 1, 1, VARIED, {}),
     ("3 stages, varied", 3, 3, VARIED, {}),
     ("one rank, overflowing", 1, 1, f"{WHOLE} --lr 1e30 --max-steps 4", {}),
