@@ -16,7 +16,7 @@ from cifar10.data.ledger import Look
 from cifar10.distributed import device
 from cifar10.engine import kernels, levels
 from cifar10.models import weights
-from cifar10.models.registry import has_experts, model_names, refuse_unknown_model
+from cifar10.models.registry import has_experts, is_sequence, model_names, refuse_unknown_model
 from cifar10.run import folder as run_folder
 from cifar10.run.summary import read_summary
 
@@ -217,10 +217,12 @@ def make_plan(
 
 
 def _check_pipeline(recipe: Recipe, config: dict[str, Any], stages: int) -> None:
-    """Refuse what the stages of a pipeline cannot do; whether the network has layers for them is known when it is built."""
+    """Refuse what the stages of a pipeline cannot do; whether the network has enough layers is known when it is built."""
     stage, optimizer = ds_check.look_up(config, "zero_optimization.stage", 0), config["optimizer"]["type"]
     timer = next((key for key in levels.TIMERS if levels.is_timed(config, key)), None)
+    model = recipe.model
     refused = {
+        f"--model {model}, only with functions that return an nn.Sequential; use --model vgg11": not is_sequence(model),
         f"ZeRO stage {stage}, which DeepSpeed's pipelines refuse; set zero_optimization.stage to 0 or 1": stage > 1,
         f"{optimizer}, which treats the last layer apart; use SGD or AdamW": optimizer in ds_check.OUR_OPTIMIZERS,
         "fp16, whose loss scale is one for all stages; use --precision bf16": precision_of(config) == "fp16",

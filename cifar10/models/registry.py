@@ -78,6 +78,14 @@ def source_file(name: str) -> Path:
     return Path(__file__).with_name(f"{_functions()[name.partition(':')[0]][0]}.py")
 
 
+def is_sequence(name: str) -> bool:
+    """Whether the network's function is annotated as returning an nn.Sequential, which is what a pipeline divides."""
+    for node in ast.parse(source_file(name).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and node.name == name.partition(":")[0]:
+            return node.returns is not None and ast.unparse(node.returns) == "nn.Sequential"
+    return False
+
+
 def arguments_of(
     name: str, num_classes: int, image_shape: tuple[int, int, int] = (3, 32, 32), **options: float | None
 ) -> dict[str, Any]:

@@ -25,7 +25,7 @@ SMALL = "--recipe vgg_pipeline --dataset synthetic --resize 16 --threads 1 --dev
 STEPS, STOP_AT = 30, 20
 WHOLE = f"--val-images 120 --global-batch-size 16 --set gradient_accumulation_steps=2 --log-every-steps 1 --max-steps {STEPS}"
 VARIED = f"{WHOLE} --max-steps 6 --val-images 536 --first-sizes 24 --first-epochs 1 --label-smoothing 0.1"
-VARIED += " --dropout 0.2 --ema 0.9 --gradient-checkpointing"
+VARIED += " --dropout 0.2 --ema 0.9 --gradient-checkpointing --precision bf16"
 STARTS = [  # folder, ranks, stages, flags, and more for small_runs.py
     ("one rank", 1, 1, WHOLE, {}),
     ("2 stages", 2, 2, WHOLE, {"stop_after": STOP_AT}),
@@ -104,7 +104,7 @@ def test_stages_with_zero_1_train_alike(base: Path) -> None:
 
 
 @pytest.mark.slow
-def test_three_stages_with_dropout_averaged_weights_checkpointing_and_two_image_sizes(base: Path) -> None:
+def test_three_stages_in_bf16_with_dropout_averaged_weights_checkpointing_and_two_image_sizes(base: Path) -> None:
     assert_equal(base / "3_stages,_varied", base / "one_rank,_varied")
 
 
@@ -138,6 +138,8 @@ REFUSED: list[tuple[str, int, str]] = [
     ("--pipeline-stages 4", 2, "--pipeline-stages 1"),
     ("--pipeline-stages 0", 2, "--pipeline-stages"),
     ("--pipeline-stages 2 --set zero_optimization.stage=2", 2, "ZeRO stage 2"),
+    ("--pipeline-stages 2 --model bn_cnn", 2, "--model vgg11"),
+    ("--pipeline-stages 2 --model torchvision:resnet18", 2, "--model vgg11"),
     ("--pipeline-stages 2 --precision fp16", 2, "--precision bf16"),
     ("--pipeline-stages 2 --sync-bn", 2, "--sync-bn"),
     ("--pipeline-stages 2 --engine-level captured", 2, "--engine-level eager"),
