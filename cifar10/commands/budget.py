@@ -35,7 +35,7 @@ from cifar10.run import probe
 from cifar10.run.summary import read_summary
 
 ROUNDS = 3
-SHARE_OF_BUDGET, LEAST_SECONDS, MOST_SECONDS = 0.05, 2.0, 8.0  # of timed steps, over all candidates
+SHARE_OF_BUDGET, LEAST_SECONDS, MOST_SECONDS = 0.03, 1.5, 8.0  # of timed steps, over all candidates
 STEPS = 8  # global batches of images that the probe trains on
 EFFICIENCY_GAIN = 4.0  # how many times the arithmetic per second a larger network may reach
 CLOSING_SECONDS = 1.0  # the weights, their hash and the predictions are written

@@ -53,8 +53,8 @@ def point_of(runs: Sequence[Record]) -> Point:
     return Point(used[0].number("epochs"), round(accuracy, 5), len(used), split, round(fmean(views or [0.0]), 3))
 
 
-def flops_per_image(recipe: str) -> float:
-    """Of a forward pass at full size."""
+def flops_and_flags(recipe: str) -> tuple[float, tuple[str, ...]]:
+    """Of a forward pass of one image; and bf16 only where the machine computes in it, for a recipe that asks for it."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -64,19 +64,13 @@ def flops_per_image(recipe: str) -> float:
     model = build_model(plan.recipe.model, 0, len(plan.dataset.classes), plan.image_shape, **plan.recipe.network_options)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(torch.zeros(1, *plan.image_shape))
-    return float(counter.get_total_flops())
+    asks_for_bf16 = plan.precision == "bf16" or "bf16" in load(recipe).precision
+    return float(counter.get_total_flops()), ("--precision", "bf16", "fp32") if asks_for_bf16 else ()
 
 
 def work_of(record: Record, flops: float) -> float:
     """Arithmetic of a run, with `flops` for a forward pass of an image: a backward pass takes twice as much."""
     return (record.number("steps") or 0) * (3 * flops * record.ds_config["train_batch_size"] + FLOPS_OF_A_STEP)
-
-
-def precision_flags(recipe: str) -> tuple[str, ...]:
-    """A recipe in bf16 is tried in bf16 where the machine computes in it."""
-    plan = make_plan(["--recipe", recipe, "--dry-run", "--precision", *(load(recipe).precision or ["fp32"])[:1]], 1, "frontier")
-    asks = plan.precision == "bf16" or load(recipe).deepspeed.get("bf16", {}).get("enabled")
-    return ("--precision", "bf16", "fp32") if asks else ()
 
 
 def frontier(records: Iterable[Record]) -> list[Candidate]:
@@ -85,8 +79,8 @@ def frontier(records: Iterable[Record]) -> list[Candidate]:
     for record in filter(is_of_its_recipe, records):
         groups[record.recipe][record.settings["epochs"]].append(record)
     points = {name: {epochs: point_of(runs) for epochs, runs in sorted(of.items())} for name, of in groups.items()}
-    flops = {name: flops_per_image(name) for name in groups}
-    work = {(name, epochs): work_of(runs[0], flops[name]) for name, of in groups.items() for epochs, runs in of.items()}
+    known = {name: flops_and_flags(name) for name in groups}
+    work = {(name, epochs): work_of(runs[0], known[name][0]) for name, of in groups.items() for epochs, runs in of.items()}
 
     def is_outdone(name: str, epochs: float) -> bool:
         ours = points[name][epochs].accuracy
@@ -97,7 +91,7 @@ def frontier(records: Iterable[Record]) -> list[Candidate]:
         )
 
     kept = [name for name in sorted(points) if not all(is_outdone(name, epochs) for epochs in points[name])]
-    return [Candidate(name, precision_flags(name), flops[name], tuple(points[name].values())) for name in kept]
+    return [Candidate(name, *known[name], tuple(points[name].values())) for name in kept]
 
 
 def as_json(candidates: Sequence[Candidate]) -> dict[str, Any]:

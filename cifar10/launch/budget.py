@@ -68,8 +68,8 @@ class Candidate:
     """A recipe, and its points by rising epochs."""
 
     recipe: str
-    flags: tuple[str, ...]  # beside --recipe
     flops: float  # of a forward pass of one image
+    flags: tuple[str, ...]  # beside --recipe
     points: tuple[Point, ...]
 
     @cached_property
@@ -105,7 +105,7 @@ def read_frontier(file: Path | None = None) -> list[Candidate]:
     """The candidates, those with the least arithmetic first. Raises UsageError for a damaged file."""
     try:
         found = [
-            Candidate(one["recipe"], tuple(one["flags"]), one["flops"], tuple(Point(**point) for point in one["points"]))
+            Candidate(one["recipe"], one["flops"], tuple(one["flags"]), tuple(Point(**point) for point in one["points"]))
             for one in json.loads((file or FRONTIER).read_text(encoding="utf-8"))["candidates"]
         ]
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -206,10 +206,8 @@ def choose(budget: str, frontier: Sequence[Candidate], costs: Mapping[str, Cost]
         least = math.ceil(gone + shortest / (1 - share))
         raise UsageError(f"--budget {budget} is too short for this machine, which needs {least}s at least: --budget {least}s")
     accuracy, candidate, epochs, needed = max(fitting, key=lambda one: one[0])
-    points = candidate.around(epochs)
-    measured = " and ".join(f"{100 * p.accuracy:.1f}% after {p.epochs:g} epochs (n = {p.n})" for p in points)
-    images = {"val": "validation", "test": "test"}[points[0].split]
-    expected = f"about {100 * accuracy:.1f}% of CIFAR-10's {images} images, from {measured}"
+    measured = (f"{p.accuracy:.1%} ({p.split}) after {p.epochs:g} epochs, n = {p.n}" for p in candidate.around(epochs))
+    expected = f"about {accuracy:.1%} on CIFAR-10; measured: {'; '.join(measured)}"
     return Choice(budget, tuple(candidate.flags_for(epochs)), accuracy, expected, gone + needed, share)
 
 

@@ -113,7 +113,7 @@ def test_too_short_a_budget_is_refused_with_the_least_that_is_enough():
 
 
 def test_sizes_of_images_keep_their_shares_of_a_run():
-    recipe = Candidate("speedrun94_cpu", (), 1.0, (Point(2, 0.8, 1, "val", 2.0), Point(10, 0.9, 1, "val", 1.0)))
+    recipe = Candidate("speedrun94_cpu", 1.0, (), (Point(2, 0.8, 1, "val", 2.0), Point(10, 0.9, 1, "val", 1.0)))
     assert [recipe.first_epochs(epochs) for epochs in (1, 5, 10, 20)] == [(1, 1), (1, 2), (3, 4), (6, 8)]
     assert recipe.flags_for(20)[:7] == ["--recipe", "speedrun94_cpu", "--epochs", "20", "--first-epochs", "6", "8"]
     cost = Cost(1.0, (1.0, 10.0, 100.0), 10, 0.0, 5.0)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from cifar10.commands import budget
 from cifar10.launch.budget import Candidate, Point
 
-CANDIDATE = Candidate("bn_cnn_fast", (), 4e6, (Point(0.01, 0.2, 1, "val", 0.0),))
+CANDIDATE = Candidate("bn_cnn_fast", 4e6, (), (Point(0.01, 0.2, 1, "val", 0.0),))
 
 
 def choose(*known):
