@@ -139,10 +139,10 @@ def inside(images: Tensor, top: Tensor, left: Tensor, height: Tensor | int, widt
     from torch import arange
 
     pixels = arange(images.shape[-1], device=images.device)
-    rows, columns = (  # [S, B]
-        (first <= pixels[:, None]) & (pixels[:, None] < first + extent) for first, extent in ((top, height), (left, width))
+    rows, columns = (  # [B, S]
+        (first[:, None] <= pixels) & (pixels < (first + extent)[:, None]) for first, extent in ((top, height), (left, width))
     )
-    return rows.T[:, None, :, None] & columns.T[:, None, None, :]
+    return rows[:, None, :, None] & columns[:, None, None, :]
 
 
 @dataclass(frozen=True)

@@ -311,9 +311,10 @@ def test_pixels_normalized_once_equal_autocasts(images: Tensor) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cutout_blacks_out_a_whole_square_anywhere(dtype: torch.dtype) -> None:
     indices = torch.arange(3_000)
-    images = torch.full((3_000, 3, 16, 16), 9, dtype=dtype)
+    images = torch.full((3_000, 3, 16, 16), 9, dtype=dtype).contiguous(memory_format=torch.channels_last)
     black, cutout = torch.arange(3).to(dtype), augment.Cutout(12)
     cut = cutout(images, draws(indices, 1, 2, full_size=16))
+    assert cut.is_contiguous(memory_format=torch.channels_last), "else the loader copies it"
     gone = (cut != 9).any(dim=1)
     assert (gone.flatten(1).sum(dim=1) == 144).all()
     assert (gone.any(dim=1).sum(dim=1) == 12).all(), "a square, not scattered pixels"
