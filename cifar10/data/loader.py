@@ -18,6 +18,7 @@ from cifar10.data.pixels import Normalize, PixelStore
 from cifar10.distributed.world import World
 
 CHUNK_IMAGES = 512  # images gathered at once: small steps share the launch overhead of a dozen operations
+MOST_BYTES_ON_GPU = 2 * 1024**3  # that normalized images may take, of each size that they are trained at
 FULL_SIZE = 32  # height and width; larger images are gathered in smaller chunks
 
 MicroBatch = tuple[Tensor, Tensor]  # float32 [B, C, S, S] channels last, int64 [B] or, mixed, float32 [B, classes]
@@ -62,7 +63,7 @@ class TrainLoader:
     ) -> TrainLoader:
         """A loader for images uint8 [N, S, S, C] and labels int64 [N], augmented as the recipe says.
 
-        For training in `bf16` on a CPU, RGB images are stored as bf16, unless an operation needs their pixels.
+        For training in `bf16`, RGB images are stored as bf16, unless an operation needs their pixels or a GPU would be filled.
         """
         on_device, untils = torch.from_numpy(images).to(world.device), itertools.accumulate(recipe.first_epochs)
         normalize, operations = Normalize(recipe.mean, recipe.std, world.device), augment.parse(recipe.augment)
@@ -71,7 +72,8 @@ class TrainLoader:
         def packed(resize: int, image_size: int = 0) -> PixelStore:
             reflect = crop.padding_mode == "reflect"
             store = pixels.pack(on_device, crop.padding, resize, image_size, reflect=reflect)
-            once = bf16 and world.device.type == "cpu" and store.channels == 3 and not store.resize
+            fits = world.device.type == "cpu" or store.pixels.numel() * pixels.NORMALIZED_BYTES <= MOST_BYTES_ON_GPU
+            once = bf16 and fits and store.channels == 3 and not store.resize
             once = once and not any(operation.on_pixels for operation in operations)
             return pixels.normalized(store, normalize) if once else store
 

@@ -89,6 +89,11 @@ def own_optimizer(model: nn.Module, config: dict[str, Any]) -> torch.optim.Optim
     return MuonWithSGD(muon.parameter_groups(model, optimizer["params"])) if optimizer["type"] == muon.NAME else None
 
 
+def _takes_color(model: nn.Module) -> bool:
+    """Whether the first convolution has several input channels: to images of one channel, layouts are all the same."""
+    return next((p.shape[1] > 1 for p in model.parameters() if p.dim() == 4), False)
+
+
 def synchronize_batch_norm(model: nn.Module) -> None:
     """Let every BatchNorm use the statistics of all ranks.
 
@@ -182,8 +187,11 @@ class Engine:
         self.routed: Tensor | None = None  # with experts: what Experts.seen counts, of the last step on this rank
         self._micro_batch = 0  # of the current step
         self._seed = seed
-        if world.device.type == "cuda" and not self.stage:  # as images are, or each convolution would convert its weight
-            self.module.to(memory_format=torch.channels_last)
+        filters = next((p for p in self.module.parameters() if p.dim() == 4), None)
+        if world.device.type == "cuda" and not self.stage and filters is not None and filters.shape[1] > 1:
+            self.module.to(
+                memory_format=torch.channels_last
+            )  # as color images are, or each convolution would convert its weight
         self._buffers = KeptBuffers(self.module)
         statistics = [buffer for buffer in self._buffers.tensors if buffer.is_floating_point()]
         averaged = [*full_state.fp32_weights(self), *statistics]

@@ -4,6 +4,7 @@ python tests/workers/gpu_counts.py "bn_cnn eager" "bn_cnn eager --set zero_optim
 """
 
 import json
+import shlex
 import sys
 from itertools import islice
 from typing import Any
@@ -34,7 +35,7 @@ def counted(per: int) -> dict[str, float]:
 
 def count(case: str, world: World) -> dict[str, Any]:
     """Of a step, and of the loader over an epoch of 45,000 images, in all."""
-    recipe, level, *flags = case.split()
+    recipe, level, *flags = shlex.split(case)
     smaller = load(recipe).recipe.first_sizes
     sized = ["--first-epochs", *["1"] * len(smaller)] if smaller else []
     words = ["--recipe", recipe, "--dataset", "synthetic", "--engine-level", level, "--val-images", "0", *sized, *flags]
