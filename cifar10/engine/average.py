@@ -11,18 +11,19 @@ from torch import Tensor
 
 
 class WeightAverage:
-    """The average of `tensors`; it starts with the first update."""
+    """The average of `tensors`, which may lie on several devices; it starts with the first update, counted on `device`."""
 
-    def __init__(self, tensors: list[Tensor]) -> None:
+    def __init__(self, tensors: list[Tensor], device: torch.device | None = None) -> None:
         self.tensors = [tensor.detach() for tensor in tensors]
         self.averages = [tensor.clone() for tensor in self.tensors]
-        self.updates = torch.zeros((), device=self.tensors[0].device)  # so far
+        self.updates = torch.zeros((), device=device or self.tensors[0].device)  # so far
 
     @torch.no_grad()
     def _move(self, weight: Tensor) -> None:
         """averages += weight * (tensors - averages)"""
         differences = torch._foreach_sub(self.tensors, self.averages)
-        torch._foreach_mul_(differences, weight)
+        for device in {tensor.device for tensor in differences}:  # two if the optimizer is offloaded from a GPU
+            torch._foreach_mul_([one for one in differences if one.device == device], weight.to(device))
         torch._foreach_add_(self.averages, differences)
 
     def follow(self, decay: float, skipped: Tensor) -> None:

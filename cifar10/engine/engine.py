@@ -195,7 +195,7 @@ class Engine:
         self._buffers = KeptBuffers(self.module)
         statistics = [buffer for buffer in self._buffers.tensors if buffer.is_floating_point()]
         averaged = [*full_state.fp32_weights(self), *statistics]
-        self.average, self._ema = WeightAverage(averaged) if ema or swa else None, ema
+        self.average, self._ema = WeightAverage(averaged, world.device) if ema or swa else None, ema
         if deepspeed_engine.torch_autocast_enabled() and deepspeed_engine.torch_autocast_dtype() == torch.float16:
             self._replace_loss_scaler()
         if not self.stage:

@@ -258,14 +258,14 @@ def _set_optimizer_state(engine: Engine, saved: dict[str, dict[str, Tensor]]) ->
                 if torch.is_tensor(state.get(key)):
                     state[key].copy_(value)  # in place: a captured step reads it there
                 else:
-                    state[key] = _placed(engine, value)
+                    state[key] = _placed(engine, value, named[name])
         return
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     for key, values in saved.items():
         one = next(iter(values.values()))
         for flat in _flat_partitions(engine):
-            engine.optimizer.state[flat][key] = _placed(engine, one) if one.dim() == 0 else torch.zeros_like(flat)
+            engine.optimizer.state[flat][key] = _placed(engine, one, flat) if one.dim() == 0 else torch.zeros_like(flat)
     if saved and engine.stage < 3:
         _link_optimizer_state(engine)
     for key, values in saved.items():
@@ -277,7 +277,7 @@ def _set_optimizer_state(engine: Engine, saved: dict[str, dict[str, Tensor]]) ->
                 safe_set_full_optimizer_state(parameter, value, key)
 
 
-def _placed(engine: Engine, value: Tensor) -> Tensor:
-    """A copy where the optimizer keeps it: PyTorch's fused optimizers count steps on the device, others on the CPU."""
-    on_device = value.dim() or engine.optimizer.param_groups[0].get("fused")
-    return value.to(engine.world.device if on_device else "cpu", copy=True)
+def _placed(engine: Engine, value: Tensor, owner: Tensor) -> Tensor:
+    """A copy where the optimizer keeps it: PyTorch's fused optimizers count steps beside the weights, others on the CPU."""
+    beside = value.dim() or engine.optimizer.param_groups[0].get("fused")
+    return value.to(owner.device if beside else "cpu", copy=True)
