@@ -129,7 +129,7 @@ _VALUES: list[tuple[list[str], Callable[[Any], bool], str]] = [  # paths, a pred
     (["scheduler.params.warmup_type"], ("log", "linear").__contains__, "log or linear"),
     (["fp16.initial_scale_power"], _integer(0, 127), "an integer from 0 to 127, for example 16"),
     (["zero_optimization.stage"], _integer(0, 3), "0, 1, 2 or 3"),
-    (_OFFLOADED, ("cpu", "none").__contains__, "cpu or none; offloading to NVMe is not supported here"),
+    (_OFFLOADED, ("cpu", "none").__contains__, "cpu or none; what lies on NVMe is not in checkpoints"),
     (["gradient_clipping", "fp16.loss_scale"], _is_number, "a number >= 0"),
     ([f"optimizer.params.{key}" for key in _MOMENTA], _is_number, "a number >= 0"),
     ([f"optimizer.params.{key}" for key in _RATES], lambda value: _is_number(value) and value > 0, "a number > 0"),

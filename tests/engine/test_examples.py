@@ -1,5 +1,7 @@
 """The JSONs of DeepSpeedExamples' CIFAR example, and those with its offloading, train as they are."""
 
+import csv
+import json
 from typing import Any
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 from cifar10.config import ds_check, ds_config
 from cifar10_deepspeed import CIFAR10CNNEnhanced
-from tests.helpers import batch, make_engine, one_rank, one_step
+from tests.helpers import WORKERS, batch, launch, make_engine, one_rank, one_step
 
 
 def example(dtype: str, stage: int, **zero: Any) -> dict[str, Any]:
@@ -70,3 +72,39 @@ def test_the_optimizer_is_offloaded(stage: int, old: bool, monkeypatch: pytest.M
     zero = {"cpu_offload": True} if old else {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
     notes = train(example("fp32", stage, **zero), monkeypatch)
     assert any("cpu_offload is deprecated" in note for note in notes) == old
+
+
+# --- the program, with --deepspeed_config FILE -------------------------------------------------------------------------
+
+FEW = "--recipe lenet --dataset synthetic --max-steps 3 --log-every-steps 1 --val-images 0 --test-images 0 --threads 1".split()
+CELLS = [(dtype, stage, ranks) for dtype in ("fp32", "bf16", "fp16") for stage in (0, 1, 2, 3) for ranks in (1, 2)]
+LARGEST_ERROR = {"fp32": 1e-6, "bf16": 1e-3, "fp16": 1e-3}  # of a loss near 2.3, relative to that of ZeRO 0 on one rank
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, int], list[dict[str, str]]]:
+    """steps.csv of three steps of every JSON on every number of ranks."""
+    base, starts, folders = tmp_path_factory.mktemp("examples"), [], {}
+    for dtype, stage, ranks in CELLS:
+        config = base / f"{dtype}_{stage}.json"
+        config.write_text(json.dumps(example(dtype, stage)))
+        folders[dtype, stage, ranks] = folder = base / f"{dtype}_{stage}_{ranks}"
+        flags = [*FEW, "--deepspeed_config", str(config), "--output-dir", str(folder)]
+        starts.append({"ranks": ranks, "flags": flags, "keep_summary": str(base / "nobody reads it.json")})
+    (base / "starts.json").write_text(json.dumps(starts))
+    launch(1, WORKERS / "small_runs.py", str(base / "starts.json"))
+    return {cell: list(csv.DictReader((folder / "steps.csv").open(newline=""))) for cell, folder in folders.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_the_examples_json_trains_in_the_program_as_it_is(rows: Any, cell: tuple[str, int, int]) -> None:
+    """At every stage and on two ranks the same losses and gradient norms; its WarmupLR sets the learning rate."""
+    dtype, _, _ = cell
+    ours, plain = rows[cell], rows[dtype, 0, 1]
+    assert [row["step"] for row in ours] == ["1", "2", "3"]
+    assert [float(row["lr"]) for row in ours] == [float(row["lr"]) for row in plain]
+    assert 0 <= float(ours[0]["lr"]) < float(ours[2]["lr"]) < 0.001
+    for column, bound in (("loss", LARGEST_ERROR[dtype]), ("grad_norm", 10 * LARGEST_ERROR[dtype])):
+        assert [float(row[column]) for row in ours] == pytest.approx([float(row[column]) for row in plain], rel=bound)
+    assert sum(int(row["skipped"]) for row in ours) == 0

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.helpers import WORKERS, launch
-from tests.workers.resumes import CASES, MORE_STEPS, OPTIMIZERS, WORLDS, sources
+from tests.workers.resumes import CASES, MEMORY, MORE_STEPS, OPTIMIZERS, WORLDS, sources
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +61,7 @@ def test_an_engine_resumes_bit_for_bit(name: str, stage: int, num_ranks: int) ->
         assert again["loaded"]["buffers"].keys() == whole["saved"]["buffers"].keys()
         for buffer, own in whole["saved"]["buffers"].items():
             assert torch.equal(again["loaded"]["buffers"][buffer], own)
-        for what in ("losses", "lrs", "scales", "skipped"):
+        for what in ("losses", "lrs", "norms", "scales", "skipped"):
             assert len(whole[what]) == MORE_STEPS
             assert again[what] == whole[what], what
         assert again["end"]["state"] == whole["end"]["state"]
@@ -101,6 +101,20 @@ def test_the_learning_rate_reaches_every_optimizer_under_zero(name: str) -> None
     """It moves at every step, and the losses of ZeRO 2 are those of ZeRO 0."""
     plain, zero = (ranks_of("saves", 1)[0][name, stage] for stage in (0, 2))
     assert zero["losses"] == pytest.approx(plain["losses"], abs=1e-5)
+
+
+@pytest.mark.parametrize("num_ranks", WORLDS)
+@pytest.mark.parametrize(("name", "stage"), [(name, stage) for name, case in MEMORY.items() for stage in case.stages if stage])
+def test_offloading_and_thresholds_change_no_result(num_ranks: int, name: str, stage: int) -> None:
+    """The losses and the true gradient norms are those of ZeRO 0, to an ulp or two: norms are summed in another order, and
+    clipping multiplies by them. A step that is not finite on one rank is skipped on all."""
+    plain = ranks_of("saves", num_ranks)[0]["clipped", 0]
+    assert min(plain["norms"]) > 2 * 0.2, "clipping had something to do"
+    for rank in ranks_of("saves", num_ranks):
+        ours = rank[name, stage]
+        assert ours["before"]["skipped"] == [0, 1, 0]
+        assert ours["losses"] == pytest.approx(plain["losses"], abs=5e-7)  # measured: at most 2.4e-7
+        assert ours["norms"] == pytest.approx(plain["norms"], rel=5e-7)
 
 
 def test_the_loss_scales_have_moved() -> None:

@@ -72,9 +72,11 @@ class Case:
     precision: str = "fp32"
     accumulation: int = 0  # passes a step; 0: as many as the micro-batch makes
     config: dict[str, Any] = field(default_factory=dict)
+    zero: dict[str, Any] = field(default_factory=dict)  # keys of zero_optimization beside the stage
+    bad_step: int = -1  # whose loss is NaN, on the last rank alone
 
     def engine(self, world: World, stage: int) -> Engine:
-        config = {"zero_optimization": {"stage": stage}, "optimizer": SGD, **self.config}
+        config = {"zero_optimization": {"stage": stage, **self.zero}, "optimizer": SGD, **self.config}
         config = ds_config.with_precision(config, self.precision)
         model = build_model("smooth_cnn", 0, 10) if self.smooth else odd_cnn()
         return make_engine(world, model, global_images=GLOBAL_IMAGES, accumulation=self.passes(world), **config)
@@ -113,6 +115,24 @@ TORCH_SCHEDULERS = {  # not supported by DeepSpeed under ZeRO
     "CosineAnnealingLR": scheduler("CosineAnnealingLR", T_max=9),
     "StepLR": scheduler("StepLR", step_size=2),
 }
+CPU = {"device": "cpu"}
+STAGE_3 = {  # nothing stays whole or is fetched early, and the optimizer works in several groups
+    **dict.fromkeys(("stage3_param_persistence_threshold", "stage3_model_persistence_threshold"), 0),
+    **dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"), 0),
+    **{"sub_group_size": 20_000, "stage3_module_granularity_threshold": 1000},
+    **dict.fromkeys(("stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential"), True),
+}
+CLIPPED = {"optimizer": ADAMW, "gradient_clipping": 0.2}
+MEMORY = {  # what saves memory, and must change nothing else: compared with the first
+    name: Case(stages, smooth=True, bad_step=1, config=CLIPPED, zero=zero)
+    for name, stages, zero in (
+        ("clipped", (0,), {}),
+        ("optimizer offloaded", (1, 2, 3), {"offload_optimizer": CPU}),
+        ("all offloaded", (3,), {"offload_optimizer": CPU, "offload_param": CPU}),
+        ("stage 3 thresholds", (3,), STAGE_3),
+        ("parameters offloaded, thresholds", (3,), {"offload_param": CPU, **STAGE_3}),
+    )
+}
 GROWING = {"fp16": {"initial_scale_power": 8, "loss_scale_window": 2}}
 CASES = {
     "portable, SGD": Case(smooth=True, everywhere=True),
@@ -126,6 +146,7 @@ CASES = {
     ),  # not under ZeRO, which flattens its rows and columns
     **{name: Case(stages=BOTH, worlds=ONE, config=config) for name, config in SCHEDULERS.items()},
     **{name: Case(stages=(0,), worlds=ONE, config=config) for name, config in TORCH_SCHEDULERS.items()},
+    **MEMORY,
     # lower precisions last: autocast sets flags for the whole process
     **{f"bf16, {passes}": Case(accumulation=passes, precision="bf16") for passes in (1, 2)},
     "portable, bf16": Case(stages=BOTH, smooth=True, everywhere=True, precision="bf16"),
@@ -164,17 +185,19 @@ def look(engine: Engine) -> dict[str, Any]:
     return {"state": prints, "weights": weights, "buffers": own, "scale": state["loss_scale"]}
 
 
-def steps(world: World, engine: Engine, batches: list[list[MicroBatch]]) -> dict[str, Any]:
-    """The losses of the global batch, the learning rates, and the loss scale after each step."""
-    losses, lrs, scales, skipped = [], [], [], []
+def steps(world: World, engine: Engine, batches: list[list[MicroBatch]], bad_step: int = -1) -> dict[str, Any]:
+    """The losses of the global batch, the learning rates, gradient norms, and the loss scale after each step."""
+    losses, lrs, norms, scales, skipped = [], [], [], [], []
     for number, micro_batches in enumerate(batches):
-        loss = one_step(engine, micro_batches, 1.0 - 0.05 * number)
+        is_bad = number == bad_step and world.rank == world.size - 1
+        loss = one_step(engine, micro_batches, 1.0 - 0.05 * number, extra=float("nan") if is_bad else 0.0)
         losses.append(world.total(loss.float().clone()).item() / world.size)
         lrs.append(engine.lr)
+        norms.append(engine.grad_norm.item())
         scaler = loss_scaler(engine)
         scales.append(scaler and scaler.state_dict()["scale"])
         skipped.append(engine.skipped.item())
-    return {"losses": losses, "lrs": lrs, "scales": scales, "skipped": skipped}
+    return {"losses": losses, "lrs": lrs, "norms": norms, "scales": scales, "skipped": skipped}
 
 
 def batches_of(world: World, case: Case) -> list[list[MicroBatch]]:
@@ -189,7 +212,7 @@ def saves(world: World, folder: Path) -> dict[Any, Any]:
     for name, case in CASES.items():
         for stage in case.stages if world.size in case.worlds else ():
             batches, engine = batches_of(world, case), case.engine(world, stage)
-            before = steps(world, engine, batches[: case.save_at])
+            before = steps(world, engine, batches[: case.save_at], case.bad_step)
             tag = folder / name / f"{world.size}-{stage}"
             assert checkpoint.save(tag, engine, RunState(step=case.save_at), world, {}, keep=1) == ""
             seen[name, stage] = {"before": before, "saved": look(engine)}
