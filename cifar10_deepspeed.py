@@ -27,7 +27,7 @@ from cifar10.config.cli import without_launcher_flags
 from cifar10.config.recipe import Recipe, as_json
 from cifar10.config.schedule import get_lr_schedule
 from cifar10.config.schedule import parse as lr_schedule
-from cifar10.data.dataset import stratified_split
+from cifar10.data.dataset import Images, stratified_split
 from cifar10.data.ledger import Look
 from cifar10.data.loader import EvaluationLoader, MicroBatch, TrainLoader
 from cifar10.distributed import launchers
@@ -49,6 +49,7 @@ from cifar10.models.weights import check_initial_weights, check_shapes, freeze, 
 from cifar10.plan import Plan, make_plan
 from cifar10.run import checkpoint, patience, probe
 from cifar10.run import folder as run_folder
+from cifar10.run.chain import Chain
 from cifar10.run.evaluation import Augmented, calculate_accuracy, evaluate
 from cifar10.run.metric_buffer import MetricBuffer, count_steps
 from cifar10.run.predictions import TEST_FILE, save_predictions
@@ -77,9 +78,9 @@ def initial_model(plan: Plan) -> tuple[nn.Module, list[str]]:
     return model, notes
 
 
-def get_cifar10_dataloaders(plan: Plan, world: World) -> tuple[TrainLoader, EvaluationLoader]:
+def get_cifar10_dataloaders(plan: Plan, world: World, images: Images | None = None) -> tuple[TrainLoader, EvaluationLoader]:
     """The training images, augmented as the recipe says, and the held-out validation images as they are."""
-    images = plan.images("train")
+    images = images or plan.images("train")
     train, val = stratified_split(images.labels, plan.recipe.val_images, plan.recipe.split_seed)
     bf16 = plan.precision == "bf16"
     classes, pixels, labels = len(plan.dataset.classes), images.pixels[train], images.labels[train]
@@ -143,6 +144,7 @@ class Run:
     model: nn.Module  # a plain fp32 copy for evaluation, whatever ZeRO and precision do to the trained one
     buffer: MetricBuffer
     metrics: Metrics
+    chain: Chain
     stop: StopRequest
     total_steps: int  # of the schedule
     last_step: int  # where this run ends: the same, or --max-steps
@@ -188,8 +190,7 @@ def train_one_epoch(run: Run, state: RunState) -> bool:
 def save_portable(run: Run, name: str, module: dict[str, Tensor], facts: dict[str, Any]) -> bool:
     """Write checkpoints/<name> on rank 0: weights with all that is needed to use them. False if the disk would not take it."""
     folder, all_facts = run.folder / "checkpoints" / name, {**run.plan.about_the_model, **facts}
-    why_not = run.world.from_main(lambda: checkpoint.save_portable(folder, module, all_facts))
-    if why_not:
+    if why_not := run.world.from_main(lambda: checkpoint.save_portable(folder, module, all_facts)):
         run.metrics.event(why_not)
     return not why_not
 
@@ -231,21 +232,21 @@ def finish_epoch(run: Run, state: RunState) -> None:
 def write_summary(run: Run, state: RunState, status: Status, **known: Any) -> Summary:
     """Write summary.json on rank 0: how the run stands, and what it has measured so far."""
     known |= {"recipe": run.plan.options.recipe, "seed": run.plan.recipe.seed, "world_size": run.world.size}
-    known["capture_seconds"] = run.engine.capture_seconds or None
-    summary = summarize(state, run.train.steps_per_epoch, status, **known)
+    summary = summarize(state, run.train.steps_per_epoch, status, capture_seconds=run.engine.capture_seconds or None, **known)
+    run.chain.end(state, summary)
     if run.world.is_main:
         summary.write(run.folder)
     return summary
 
 
-def save(run: Run, state: RunState, status: Status) -> bool:
-    """A resumable checkpoint, and a summary beside it; False, and the reason on the console, if the disk would not take it."""
-    pointers = ["best"] if state.step == state.best_step else []
-    if state.ends_epoch_of(run.plan.options.save_frequency):
-        pointers.append(f"epoch_{state.epoch:03d}")
-    folder, keep = run.folder / "checkpoints", run.plan.options.keep_checkpoints
-    why_not = checkpoint.save(folder, run.engine, state, run.world, run.plan.settings, keep=keep, pointers=pointers)
-    if why_not:
+def save(run: Run, state: RunState, status: Status, is_due: bool = True) -> bool:
+    """A link of the chain and, if due, a resumable checkpoint and a summary; False, and why, if the disk would not take it."""
+    full_state = run.chain.add(status, state, run.engine.full_state())
+    if not is_due:
+        return True
+    keep, pointers = run.plan.options.keep_checkpoints, checkpoint.names_for(state, run.plan.options.save_frequency)
+    place = run.folder / "checkpoints", run.engine, state, run.world, run.plan.settings
+    if why_not := checkpoint.save(*place, keep=keep, pointers=pointers, full_state=full_state):
         run.metrics.event(why_not)
     write_summary(run, state, status)
     return not why_not
@@ -259,8 +260,7 @@ def train(run: Run, state: RunState) -> EndedBy | Literal["stopped"]:
             return "stopped"
         finish_epoch(run, state)
         at_end = state.step == run.last_step or patience.is_over(run.plan.recipe, state)
-        if at_end or state.ends_epoch_of(options.save_every_epochs) or state.ends_epoch_of(options.save_frequency):
-            save(run, state, "running")
+        save(run, state, "running", at_end or state.ends_epoch_of(options.save_every_epochs, options.save_frequency))
     if patience.is_over(run.plan.recipe, state):
         return "early_stopping"
     return "epochs" if state.step == run.total_steps else "max_steps"
@@ -313,7 +313,7 @@ def start_run(plan: Plan, world: World, folder: Path, model: nn.Module) -> tuple
     """Build everything a run works with, and restore its state from the newest checkpoint, if there is one."""
     deepspeed = prepare()
     recipe, options, config = plan.recipe, plan.options, plan.ds_config
-    train, val = get_cifar10_dataloaders(plan, world)
+    train, val = get_cifar10_dataloaders(plan, world, images := plan.images("train"))
     model = model.to(world.device)
     if recipe.weights == "none" and hasattr(model, "start_from_images"):
         model.start_from_images(train.first_images(min(model.patch_images, len(train.labels))))
@@ -347,6 +347,7 @@ def start_run(plan: Plan, world: World, folder: Path, model: nn.Module) -> tuple
         model=plain,
         buffer=MetricBuffer(options.log_every_steps, world.device),
         metrics=open_sinks(plan, folder, state, last_step, train.steps_per_epoch) if world.is_main else Metrics(),
+        chain=Chain(folder if world.is_main and not options.dry_run else None, state, config, options, images),
         stop=StopRequest(world, folder, options.max_minutes, options.stop_at),
         total_steps=num_steps,
         last_step=last_step,

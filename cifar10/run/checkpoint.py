@@ -76,6 +76,12 @@ def _why_not(error: OSError | RuntimeError) -> str:
     return f"{said}{'; make room on the disk' if full else ''}"
 
 
+def names_for(state: RunState, save_frequency: int) -> list[str]:
+    """The pointers that a checkpoint of this state gets, beside `latest`."""
+    epoch = [f"epoch_{state.epoch:03d}"] if state.ends_epoch_of(save_frequency) else []
+    return [*(["best"] if state.step == state.best_step else []), *epoch]
+
+
 def _commit(folder: Path, content: dict[str, Any], keep: int, pointers: Sequence[str]) -> str:
     """Write, rename, point, prune. Returns "" or why it could not be saved; earlier checkpoints are untouched."""
     step, draft = content["run_state"]["step"], folder / ".draft"
@@ -108,10 +114,14 @@ def save(
     *,
     keep: int,
     pointers: Sequence[str] = (),
+    full_state: dict[str, Any] | None = None,
 ) -> str:
-    """Save all that a resume needs, and the experiment's settings; rank 0 writes. Returns "" or why it failed. Collective."""
+    """Save all that a resume needs, and the experiment's settings; rank 0 writes. Returns "" or why it failed. Collective.
+
+    `full_state` is the engine's, if the caller has gathered it.
+    """
     content = {"format": FORMAT, "run_state": state.as_dict(), "settings": settings}
-    content |= {"engine": engine.full_state(), "pointers": list(pointers)}
+    content |= {"engine": full_state or engine.full_state(), "pointers": list(pointers)}
     return world.from_main(lambda: _commit(folder, content, keep, pointers))
 
 

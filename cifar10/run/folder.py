@@ -7,6 +7,7 @@ wandb_run.json                  the run's id at Weights & Biases
 budget.json                     what main.py --budget has chosen, and what it measured before that
 summary.json                    status (running, stopped, failed or finished) and results
 test_predictions.npz            best_model's logits; evaluate writes those of other splits beside it
+chain.jsonl                     hashes of what was set and measured; see chain.py
 test_ledger.jsonl               each opening of the test split for this run; see data/ledger.py
 report.html  report/            the run as a page, and its plots
 checkpoints/                    see checkpoint.py; export/ is made from one

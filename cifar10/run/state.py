@@ -106,10 +106,11 @@ class RunState:
     best_step: int = -1
     best_is_averaged: bool = False  # best_model is the average of the weights
     resumed_at_steps: list[int] = field(default_factory=list)
+    chain: str = ""  # the hash of the newest link in chain.jsonl
 
-    def ends_epoch_of(self, every_epochs: int) -> bool:
-        """Whether an epoch has just ended whose number is a multiple of `every_epochs`; never if that is 0."""
-        return bool(every_epochs) and self.epoch_step == 0 and self.epoch % every_epochs == 0
+    def ends_epoch_of(self, *every_epochs: int) -> bool:
+        """Whether an epoch has just ended whose number is a multiple of one of `every_epochs`, of which 0 has none."""
+        return self.epoch_step == 0 and any(every and self.epoch % every == 0 for every in every_epochs)
 
     def remember_epoch(self, sums: Sums, val_accuracy: float | None) -> None:
         """Keep the first, last and best epoch's metrics for the summary."""
@@ -127,6 +128,12 @@ class RunState:
         keys = ("epoch_sums", "interval_sums", "first_epoch_sums", "last_epoch_sums")
         sums = {key: _plain(Sums(**values[key])) for key in keys}
         state = _plain(cls(**{**values, **sums}))
-        if not math.isfinite(state.lr_factor) or not isinstance(state.resumed_at_steps, list):
-            raise ValueError(f"lr_factor is {state.lr_factor!r}, resumed_at_steps {state.resumed_at_steps!r}")
+        if (
+            not math.isfinite(state.lr_factor)
+            or not isinstance(state.resumed_at_steps, list)
+            or not isinstance(state.chain, str)
+        ):
+            raise ValueError(
+                f"lr_factor {state.lr_factor!r}, resumed_at_steps {state.resumed_at_steps!r}, chain {state.chain!r}"
+            )
         return state

@@ -151,7 +151,7 @@ def test_the_libraries_print_nothing(runs, name) -> None:
 def test_the_run_folder_says_what_was_run(runs) -> None:
     folder, _ = runs["main.py, 2 ranks"]
     files = "recipe.json ds_config.json environment.json metrics.csv steps.csv summary.json test_predictions.npz .lock"
-    files += " test_ledger.jsonl"
+    files += " test_ledger.jsonl chain.jsonl"
     assert {path.name for path in folder.iterdir()} == {*files.split(), "tensorboard", "checkpoints"}
     rows = [line.split(",")[:2] for line in (folder / "metrics.csv").read_text().splitlines()]
     assert rows == [["epoch", "phase"], ["1", "train"], ["1", "val"], ["1", "test"]]
