@@ -19,6 +19,7 @@ COMMANDS = {  # each is the `run` of a file in cifar10/commands
     "report": "write the HTML report of a run (curves, confusion matrix, calibration, mistakes), or compare several",
     "compare": "train recipes or settings with the same seeds until one is better on validation images",
     "ledger": "list every opening of a test split: when, by which run, and what was learned",
+    "verify": "check a run against its chain of hashes, and train parts of it again",
     "leaderboard": "print a Markdown table of all finished runs in some folders",
     "doctor": "check whether this machine can train, and suggest fixes",
     "bench": "measure images per second beside a plain PyTorch loop and a stock DeepSpeed loop",
