@@ -106,9 +106,9 @@ class Experts:
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
         """The norm of this rank's gradients and those of other ranks' experts, each counted once: the same on every rank, and
         not finite if any is not."""
-        if self.size == 1:
+        experts = {p.grad for p in self.own.values() if p.requires_grad} if self.size > 1 else set()
+        if not experts:
             return torch.nn.utils.get_total_norm(gradients, foreach=True)
-        experts = {parameter.grad for parameter in self.own.values()}
         own, dense = ([gradient for gradient in gradients if (gradient in experts) is which] for which in (True, False))
         squares = torch.nn.utils.get_total_norm(own, foreach=True).square()
         dist.all_reduce(squares, group=self.layers[0].deepspeed.deepspeed_moe.ep_group)

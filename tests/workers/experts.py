@@ -30,10 +30,13 @@ CASES = {  # what it is -> the number of ranks, top_k, ranks over which the expe
 }
 
 
-def engine_of(world: World, top_k: int, size: int, stage: int, seed: int = 0, **options: Any) -> Engine:
-    model = build_model("moe_cnn", seed, 10, top_k=top_k, **options)
+def engine_of(
+    world: World, top_k: int, size: int, stage: int, seed: int = 0, *, capacity_factor: float = 0.0, bf16: bool = False
+) -> Engine:
+    model = build_model("moe_cnn", seed, 10, top_k=top_k, capacity_factor=capacity_factor)
     divide(model, world, size)
-    engine = make_engine(world, model, gradient_clipping=CLIP, zero_optimization={"stage": stage})
+    config = {"gradient_clipping": CLIP, "zero_optimization": {"stage": stage}, "bf16": {"enabled": bf16}}
+    engine = make_engine(world, model, **config)
     engine.train()
     return engine
 
@@ -115,6 +118,10 @@ def main() -> None:
     full = engine_of(world, 2, world.size, 0, capacity_factor=0.5)
     measured["full"] = run_steps(world, full, batches(world)[:5])
     measured["full again"] = run_steps(world, engine_of(world, 2, world.size, 0, capacity_factor=0.5), batches(world)[:5])
+    for stage in (0, 2):  # last: it sets flags for the whole process
+        measured[f"bf16, zero {stage}"] = run_steps(
+            world, engine_of(world, 1, world.size, stage, bf16=True), batches(world)[:5]
+        )
     torch.save(measured, folder / f"{world.size}_{world.rank}.pt")
     leave()
 
