@@ -276,6 +276,11 @@ def setup(start: Link) -> dict[str, Any]:
     return {"machine": machine, "deepspeed": start["deepspeed"], "how": start["how"]}
 
 
+def is_exact(found: dict[str, Any]) -> bool:
+    """Whether the same setup gives the same bits again."""
+    return found["machine"]["device"] == "cpu" or found["how"]["deterministic"]
+
+
 def started(links: Sequence[Link], at: int) -> Link:
     """The start that was in force when a link was written."""
     return next(link for link in reversed(links[: at + 1]) if link["kind"] == "start")
@@ -346,7 +351,7 @@ class Recomputation:
             there = again[ours[link["step"]]]
             was = [setup(started(self.links, n)) for n in range(self.base + 1, at + 1) if self.links[n]["kind"] != "start"]
             now = [setup(one) for one in again[: ours[link["step"]]] if one["kind"] == "start"]
-            same = all(one in now for one in was) and all(one in was for one in now)
+            same = all(one in now and is_exact(one) for one in was) and all(one in was for one in now)
             mine = [key for key in rows if key[0] == "metrics.csv" and key[1] == epoch and key[2] != "test"]
             mine += [
                 key
@@ -366,7 +371,8 @@ class Recomputation:
                 return
             (self.exact if same or measured == measured_again else self.close).append(epoch)
             if not same:
-                self.other = settings.differences(was[-1], now[-1]) or "other ranks, micro-batches or ZeRO on the way"
+                gpu = "" if all(map(is_exact, was)) else "a GPU without --deterministic"
+                self.other = settings.differences(was[-1], now[-1]) or gpu or "other ranks, micro-batches or ZeRO on the way"
         if self.target == max(n for n, link in enumerate(self.links) if link["kind"] == "epoch") and self.exact:
             ends = [link["summary"]["weights_sha256"] for link in (self.links[-1], again[-1]) if link["kind"] == "end"]
             if len(ends) == 2 and ends[0] != ends[1] and not self.close:

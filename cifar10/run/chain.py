@@ -164,16 +164,18 @@ class Chain:
         self._rows = {name: count + len(new[name]) for name, count in self._rows.items()}
         where = {"kind": kind, "step": state.step, "epoch": state.epoch}
         link = sealed({**where, **facts, **{name: rows for name, rows in new.items() if rows}, "prev": self._last})
-        self._write([link], "a")
-        self._last = link["hash"]
+        if self._write([link], "a"):
+            self._last = link["hash"]
         self._seconds += time.perf_counter() - began
 
-    def _write(self, links: list[Link], mode: str) -> None:
+    def _write(self, links: list[Link], mode: str) -> bool:
         try:
             with (self._folder / FILE).open(mode, encoding="utf-8") as file:
                 file.writelines(json.dumps(link) + "\n" for link in links)
                 file.flush()
                 os.fsync(file.fileno())
+            return True
         except OSError as error:
             print(f"{self._folder / FILE} could not be written ({error.strerror}); the chain ends here", file=sys.stderr)
             self._folder = None
+            return False

@@ -8,6 +8,7 @@ of this process, also where verify trains again.
 
 import argparse
 import json
+import os
 import random
 import shutil
 import sys
@@ -51,7 +52,7 @@ def start(folder: Path, flags: str = "", ranks: int = 1, hook: Hook | None = Non
         return small_runs.run_rank(how, rank, port)
 
     codes = small_runs.ended([small_runs.forked(rank_of, rank) for rank in range(ranks)])
-    assert not any(codes), (folder, codes)
+    assert codes == [more.get("code", 0)] * ranks, (folder, codes)
 
 
 def launch(ranks: int, flags: list[str], work: Path) -> None:
@@ -73,7 +74,7 @@ def config(base: Path, name: str, **keys: Any) -> str:
 
 
 def honest(base: Path) -> dict[str, list[tuple[str, int, int | None]]]:
-    """Every kind of run: its starts, each with flags, ranks and the step at which it is stopped."""
+    """Every kind of run: its starts, each with flags, ranks and the step after which it is stopped; at -N it is killed."""
     averaged = "--model bn_cnn --ema 0.9"
     one_start = {
         "lenet": "",
@@ -97,10 +98,29 @@ def honest(base: Path) -> dict[str, list[tuple[str, int, int | None]]]:
         "stopped and resumed": [("", 1, 11), ("", 1, None)],
         "stopped twice": [(averaged, 1, 3), (averaged, 1, 5), (averaged, 1, None)],
         "two ranks stopped": [("--model bn_cnn", 2, 11), ("--model bn_cnn", 2, None)],
+        "killed": [("--epochs 4 --save-every-epochs 2", 1, -24), ("--epochs 4 --save-every-epochs 2", 1, None)],
         "extended": [("--max-steps 12", 1, None), ("", 1, None)],
         "from two ranks to one": [("--model bn_cnn", 2, 11), ("--model bn_cnn", 1, None)],
         "from another run": [(f"--resume {base / 'stopped'} --lr 0.02", 1, None)],
     }
+
+
+def killed_at(at: int) -> Hook:
+    """A process that ends without a word at a step."""
+
+    def hook() -> None:
+        train_step, taken = script.train_step, 0
+
+        def step(*given: Any) -> Any:
+            nonlocal taken
+            taken += 1
+            if taken == at:
+                os._exit(9)
+            return train_step(*given)
+
+        script.train_step = step
+
+    return hook
 
 
 # --- forgeries ------------------------------------------------------------------------------------------------------------
@@ -346,7 +366,10 @@ if __name__ == "__main__":
         if only and name not in only:
             continue
         for flags, ranks, stop in starts:
-            start(base / name, flags, ranks, **({"stop_after": stop} if stop else {}))
+            if stop and stop < 0:
+                start(base / name, flags, ranks, hook=killed_at(-stop), code=9)
+            else:
+                start(base / name, flags, ranks, **({"stop_after": stop} if stop else {}))
         with tempfile.TemporaryDirectory() as elsewhere:  # a copy is as good as the run
             copied = shutil.copytree(base / name, Path(elsewhere) / "copy")
             segments = "1" if name == "from another run" else "all"
