@@ -72,17 +72,17 @@ class PipelineEngine(Engine):
         if not deepspeed_engine.gradient_clipping():
             deepspeed_engine._config.gradient_clipping = float("inf")  # or DeepSpeed would not call what measures the norm
         self.module.register_forward_pre_hook(self._before_forward)
-        self.module.register_forward_hook(lambda _module, _inputs, output: output.contiguous())
+        self.module.register_forward_hook(lambda _module, _inputs, output: _sendable(output))
 
     def _before_forward(self, _module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         """Before each micro-batch: frozen BatchNorm, which DeepSpeed's train_batch puts in training mode; dropout's seed; and
-        the layout, because activations are sent in the order of their memory and received as if it were that of their shape."""
+        the layout that images have."""
         for norm in self._frozen_norms:
             norm.eval()
         if self.seeds_dropout:
             self.seed_dropout()
         self._micro_batch += 1
-        return tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs)
+        return tuple(map(_as_images, inputs))
 
     def train_batch(
         self, micro_batches: Sequence[tuple[Tensor, Tensor]], loss_of: Callable[[Tensor, Tensor], Tensor]
@@ -144,6 +144,22 @@ def train_step(
 
     loss = engine.train_batch(micro_batches, loss_of)
     return loss, torch.stack(corrects).sum()
+
+
+def _as_images(x: Tensor) -> Tensor:
+    """`x` in the layout of images, as without stages, or other kernels would add up in another order.
+
+    A clone, because contiguous() leaves an image of one pixel as it is: it has both layouts, and convolutions take the other.
+    """
+    return x.clone(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def _sendable(output: Tensor) -> Tensor:
+    """A stage's output, contiguous as gloo needs it; its gradient will arrive so, too, and is given back its layout."""
+    sent = output.contiguous()
+    if sent.requires_grad:
+        sent.register_hook(_as_images)
+    return sent
 
 
 def _merged(parts: list[Any]) -> Any:

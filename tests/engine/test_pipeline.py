@@ -24,7 +24,7 @@ from tests.launching import run, summary
 SMALL = "--recipe vgg_pipeline --dataset synthetic --resize 16 --threads 1 --device cpu --no-report --no-tensorboard"
 STEPS, STOP_AT = 30, 20
 WHOLE = f"--val-images 120 --global-batch-size 16 --set gradient_accumulation_steps=2 --log-every-steps 1 --max-steps {STEPS}"
-VARIED = f"{WHOLE} --max-steps 6 --val-images 536 --first-sizes 24 --first-epochs 1 --label-smoothing 0.1"
+VARIED = f"{WHOLE} --max-steps 3 --val-images 568 --first-sizes 24 --first-epochs 1 --label-smoothing 0.1"
 VARIED += " --dropout 0.2 --ema 0.9 --gradient-checkpointing --precision bf16"
 STARTS = [  # folder, ranks, stages, flags, and more for small_runs.py
     ("one rank", 1, 1, WHOLE, {}),
