@@ -89,6 +89,10 @@ def check_settings(folder: Path, links: Sequence[Link]) -> Iterator[str]:
         yield from differences(file, flattened(there), flattened(was), "the run was started with")
     recorded = (run_folder.read_json(folder / "environment.json") or {}).get("starts", [])
     for start in starts:
+        if changed := settings.differences(
+            *({key: one[key] for key in ("recipe.json", "deepspeed")} for one in (starts[0], start))
+        ):
+            yield f"{chain.FILE}: the run went on at step {start['step']} with other settings, {changed}"
         was = {key: value for key, value in start["machine"].items() if key != "instructions"}
         if not any(was.items() <= one.items() for one in recorded if isinstance(one, dict)):
             yield f"environment.json: no start was as the chain says, by commit {was.get('commit')} on {was.get('processor')}"
@@ -352,15 +356,19 @@ class Recomputation:
             was = [setup(started(self.links, n)) for n in range(self.base + 1, at + 1) if self.links[n]["kind"] != "start"]
             now = [setup(one) for one in again[: ours[link["step"]]] if one["kind"] == "start"]
             same = all(one in now and is_exact(one) for one in was) and all(one in was for one in now)
-            mine = [key for key in rows if key[0] == "metrics.csv" and key[1] == epoch and key[2] != "test"]
-            mine += [
+            mine = [
                 key
-                for key in rows
-                if key[0] == "steps.csv" and key[2] == epoch and before["step"] < int(key[1]) <= link["step"]
+                for key in dict.fromkeys([*rows, *new_rows])
+                if (key[0] == "metrics.csv" and key[1] == epoch and key[2] != "test")
+                or (key[0] == "steps.csv" and key[2] == epoch and before["step"] < int(key[1]) <= link["step"])
             ]
             measured = {**{f"state {key}": value for key, value in link["state"].items()}, **link["hashes"]}
             measured_again = {**{f"state {key}": value for key, value in there["state"].items()}, **there["hashes"]}
-            found = [line for key in mine for line in differing_row(key, rows[key], new_rows.get(key, []), same, self.links[0])]
+            found = [
+                line
+                for key in mine
+                for line in differing_row(key, rows.get(key, []), new_rows.get(key, []), same, self.links[0])
+            ]
             if same:
                 found += differences(
                     f"{chain.FILE} line {at + 1} (epoch {epoch})", measured, measured_again, "trained again it is"
@@ -381,8 +389,9 @@ class Recomputation:
 
 def differing_row(key: tuple[str, ...], was: list[str], now: list[str], same: bool, start: Link) -> Iterator[str]:
     """A line for each cell that another training has otherwise: any but times, or any beyond the tolerance."""
-    if not now:
-        yield f"{key[0]} row of {','.join(key[1:])}: trained again, there is none"
+    place = f"{key[0]} row of {','.join(key[1:])}"
+    if not was or not now:
+        yield f"{place}: there is {'one' if was else 'none'}, trained again there is {'one' if now else 'none'}"
     held_out = start["recipe.json"]["settings"]["val_images"]
     images = start["recipe.json"]["dataset"]["train_images"] - held_out if key[2] == "train" else held_out
     for column, cell, again in zip(COLUMNS[key[0]], was, now, strict=False):
@@ -392,7 +401,7 @@ def differing_row(key: tuple[str, ...], was: list[str], now: list[str], same: bo
             one, other, (share, fraction) = float(cell), float(again), TOLERANCE[key[2]]
             if abs(one - other) <= (share * max(one, other) if column == "loss" else fraction + images**-0.5):
                 continue
-        yield f"{key[0]} row of {','.join(key[1:])}: {column} is {cell}, trained again it is {again}"
+        yield f"{place}: {column} is {cell}, trained again it is {again}"
 
 
 def launch(ranks: int, flags: list[str], work: Path) -> None:
@@ -458,21 +467,24 @@ def check_test(record: Record, data_dir: Path | None, same: bool) -> Iterator[st
             yield f"summary.json: {key} is {record.summary.get(key)}, measured again it is {value}"
 
 
-def check_files(record: Record, links: list[Link], data_dir: Path | None) -> tuple[list[str], list[str], dict[str, str]]:
+def check_files(record: Record, links: list[Link] | None, data_dir: Path | None) -> tuple[list[str], str, dict[str, str]]:
     """Findings, what was looked at, and the checkpoints that are what they were: hash of their link -> tag."""
-    folder, intact = record.folder, {}
-    found = [*check_numbers(record), *check_links(folder, links)]
-    if not links or links[0]["kind"] != "start":
-        return found, [], intact
+    folder, intact, found, images = record.folder, {}, [], ""
     try:
-        found += [*check_settings(folder, links), *check_rows(folder, links), *check_summary(record, links)]
-        found += [*check_tags(folder, links, intact), *check_weights(record, links)]
-        about_images, images = check_images(record, links, data_dir)
-        rows = sum(map(len, chain.rows_of(links).values()))
+        found += [*check_numbers(record)]
+        if links is None:
+            return found, "", intact
+        found += check_links(folder, links)
+        if links and links[0]["kind"] == "start":
+            found += [*check_settings(folder, links), *check_rows(folder, links), *check_summary(record, links)]
+            found += [*check_tags(folder, links, intact), *check_weights(record, links)]
+            about_images, images = check_images(record, links, data_dir)
+            found += about_images
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        return [*found, f"{chain.FILE}: a link is not as this program writes it ({reason(error)})"], [], intact
-    looked = f"{len(links)} links, {rows} rows, {len(intact)} checkpoints and {images}"
-    return found + about_images, [f"files: {looked}; the last hash is {links[-1]['hash']}"], intact
+        found.append(f"a file is not as this program writes it ({reason(error)})")
+    rows = sum(map(len, chain.rows_of(links).values())) if images else 0
+    last = f"; the last hash is {links[-1]['hash']}" if links else ""
+    return found, f"files: {len(links)} links, {rows} rows, {len(intact)} checkpoints and {images}{last}", intact
 
 
 def check_again(
@@ -484,9 +496,10 @@ def check_again(
     for base, target in trainings:
         again = Recomputation(record.folder, links, base, target, run_folder.data_dir_of(record.folder, data_dir))
         tag = intact.get(links[base]["hash"])
+        begin = f"trained again from {tag or 'the seed'}"
+        print(f"training steps {links[base]['step'] + 1} to {links[target]['step']} again ...", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(prefix="verify-") as work:
             found += again.compare(again.train(Path(work), tag))
-        begin = f"trained again from {tag or 'the seed'}"
         if again.exact:
             told.append(f"{begin}, the same to the bit: epochs {again.exact[0]} to {again.exact[-1]}")
         if again.close:
@@ -503,9 +516,9 @@ def verify(folder: Path, segments: str, test: bool, data_dir: Path | None) -> tu
     if not (folder / chain.FILE).exists() and not any(chained(tag) for tag in (folder / "checkpoints").glob("step_*")):
         logs = ", ".join(name for name in ("metrics.csv", "test_predictions.npz") if (folder / name).exists())
         told = f"made without a chain: summary.json was held against {logs or 'no logs'} and its settings"
-        return [*check_numbers(record)], [told], False
-    found, told, intact = check_files(record, links, data_dir)
-    same = True
+        return check_files(record, None, data_dir)[0], [told], False
+    found, looked, intact = check_files(record, links, data_dir)
+    told, same = [looked], True
     if found or segments == "0":
         told.append("nothing was trained again")
     else:

@@ -1,6 +1,6 @@
 """Honest runs and forgeries on a small data set, and what `python -m cifar10 verify` says of each.
 
-    python tests/workers/verify_runs.py FOLDER [--forgeries 100] [--only NAME,NAME]
+    python tests/workers/verify_runs.py FOLDER [--forgeries 100] [--honest NAME,NAME]
 
 Writes FOLDER/outcomes.json: {"honest": {name: [findings, what was checked]}, "forged": {name: the same}}. A training is a fork
 of this process, also where verify trains again.
@@ -28,6 +28,7 @@ from cifar10.data.dataset import Images
 from cifar10.engine.engine import prepare
 from cifar10.files import file_digest
 from cifar10.run import chain, checkpoint
+from cifar10.run import folder as run_folder
 from cifar10.run.predictions import TEST_FILE
 
 SMALL = "--dataset synthetic --val-images 100 --test-images 200 --global-batch-size 64 --log-every-steps 3 --threads 1".split()
@@ -256,6 +257,25 @@ def swapped_image(at: int) -> Hook:
     return hook
 
 
+def row_and_chain(folder: Path, random_: random.Random) -> None:
+    """A row that nobody is to see."""
+    rows = (folder / "steps.csv").read_text().splitlines()
+    row = rows.pop(random_.randrange(1, len(rows)))
+    (folder / "steps.csv").write_text("\n".join(rows) + "\n")
+    chained_again(folder, lambda link: link.update({"steps.csv": [one for one in link.get("steps.csv", []) if one != row]}))
+
+
+def setting_on_the_way(folder: Path, random_: random.Random) -> None:
+    """A resume with another learning rate, in a program that does not refuse it."""
+
+    def hook() -> None:
+        checkpoint.differences = run_folder.differences = lambda *_: ""
+
+    shutil.rmtree(folder)
+    start(folder, stop_after=random_.randint(1, 20))
+    start(folder, "--lr 0.101", hook=hook)
+
+
 def step(folder: Path, random_: random.Random) -> None:
     shutil.rmtree(folder)
     start(folder, hook=another_step(random_.randint(1, 21)))
@@ -335,8 +355,10 @@ def test_result(folder: Path, random_: random.Random) -> None:
     chained_again(folder, edit)
 
 
-FORGERIES = (cell, cell_and_chain, setting, setting_and_chain, step, image, image_and_chain, exchanged, exchanged_tag,
-             exchanged_and_chain, summary, summary_and_chain, test_result)  # fmt: skip
+FORGERIES = (
+    *(cell, cell_and_chain, row_and_chain, setting, setting_and_chain, setting_on_the_way, step, image, image_and_chain),
+    *(exchanged, exchanged_tag, exchanged_and_chain, summary, summary_and_chain, test_result),
+)
 
 
 def outcome(folder: Path, segments: str, test: bool = False) -> list[list[str]]:
@@ -350,7 +372,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--forgeries", type=int, default=100)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--honest", default="", help="default: all")
     asked = parser.parse_args()
     base = asked.folder.absolute()
     base.mkdir(parents=True, exist_ok=True)
@@ -361,7 +383,7 @@ if __name__ == "__main__":
     torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     verify.launch = launch
     outcomes: dict[str, Any] = {"honest": {}, "forged": {}}
-    only = [name for name in asked.only.split(",") if name]
+    only = [name for name in asked.honest.split(",") if name]
     for name, starts in honest(base).items():
         if only and name not in only:
             continue
@@ -382,8 +404,6 @@ if __name__ == "__main__":
     for number in range(asked.forgeries):
         forge = FORGERIES[number % len(FORGERIES)]
         name, folder = f"{forge.__name__} {number // len(FORGERIES)}", base / "forged"
-        if only and forge.__name__ not in only:
-            continue
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(original, folder)
         forge(folder, random.Random(number))
