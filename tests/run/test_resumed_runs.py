@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from cifar10.config import values
+from cifar10.data import augment
 from cifar10.run import checkpoint
 from tests.helpers import WORKERS, launch, same_bits
 
@@ -39,14 +41,33 @@ class Kind:
     precision: str = "fp32"
     optimizer: Any = None
     scheduler: Any = None
+    augment: str = ""
+    zero: Any = None  # keys of zero_optimization beside the stage
+    checkpointing: Any = None  # the section activation_checkpointing
 
     @property
     def json(self) -> dict[str, Any]:
         sizes = {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 32 // self.ranks // self.passes}
-        config = {**sizes, "optimizer": self.optimizer or SGD, "zero_optimization": {"stage": self.stage}}
+        config = {**sizes, "optimizer": self.optimizer or SGD, "zero_optimization": {"stage": self.stage, **(self.zero or {})}}
+        if self.checkpointing is not None:
+            config["activation_checkpointing"] = self.checkpointing
         if self.scheduler:
             config["scheduler"] = self.scheduler
         return {**config, "bf16": {"enabled": self.precision == "bf16"}, "fp16": {"enabled": self.precision == "fp16"}}
+
+
+FLIPS = ("RandomHorizontalFlip", "AlternatingFlip")
+OTHERS = """BrightnessContrast(0.1) Cutout(8) RandomRotation(15) RandomAffine(10) ColorJitter(0.2) RandomGrayscale RandomErasing
+    RandAugment TrivialAugmentWide AutoAugment MixUp CutMix"""
+BLOCKS = {"flags": "--epochs 1 --ema 0.9 --model torchvision:shufflenet_v2_x0_5", "steps": 15, "stop_at": 9}
+CPU = {"device": "cpu"}
+OFFLOADED = {"offload_optimizer": CPU, "offload_param": CPU, "stage3_param_persistence_threshold": 0}
+
+
+def everything(ranks: int, stage: int) -> Kind:
+    """Every augmentation, EMA, gradient checkpointing by DeepSpeed's key."""
+    augmented, on_cpu = f"RandomCrop(4) {FLIPS[(ranks + stage // 2) % 2]} {OTHERS}", {"cpu_checkpointing": ranks == 2}
+    return Kind(ranks=ranks, stage=stage, augment=augmented, checkpointing=on_cpu, **BLOCKS)
 
 
 KINDS = {
@@ -54,6 +75,8 @@ KINDS = {
     "2 ranks, bf16, ZeRO 3, 2 passes, AdamW, EMA": Kind(
         ranks=2, stage=3, passes=2, precision="bf16", optimizer=ADAMW, flags="--epochs 2 --ema 0.9"
     ),
+    **{f"everything, ranks {ranks}, ZeRO {stage}": everything(ranks, stage) for ranks in (1, 2) for stage in (0, 2)},
+    "2 ranks, ZeRO 3, offloaded": Kind(ranks=2, stage=3, optimizer=ADAMW, zero=OFFLOADED, checkpointing={}, **BLOCKS),
     "bf16, early stopping": Kind(precision="bf16", flags=f"--epochs 9 {IMPATIENT}", steps=60, stop_at=40),
 }
 MOVED = [Kind(ranks=2, stage=2), Kind()]  # the one that is stopped, and the one that resumes in its folder
@@ -64,6 +87,7 @@ def start(base: Path, folder: str, kind: Kind, **more: Any) -> dict[str, Any]:
     config = base / f"{folder}.{kind.ranks}.json"
     config.write_text(json.dumps(kind.json))
     words = [*SMALL, *kind.flags.split(), "--deepspeed_config", str(config), "--output-dir", str(base / folder)]
+    words += ["--augment", kind.augment] if kind.augment else []
     return {"ranks": kind.ranks, "flags": words, "keep_summary": str(base / f"{folder}.last.json"), **more}
 
 
@@ -117,6 +141,11 @@ def test_a_run_stopped_in_mid_epoch_equals_the_uninterrupted_one(base: Path, nam
         mine, other = (checkpoint.load_portable(run / "checkpoints" / which) for run in (stopped, whole))
         assert same_bits(mine.pop("module"), other.pop("module"))
         assert mine == other
+
+
+def test_everything_is_each_augmentation() -> None:
+    named = {type(one).name() for kind in KINDS.values() for one in augment.parse(kind.augment)}
+    assert named == values.classes(augment.Operation).keys()
 
 
 def test_plateaus_and_early_stopping_continue_to_count(base: Path) -> None:
