@@ -234,29 +234,29 @@ def _check_pipeline(recipe: Recipe, config: dict[str, Any], stages: int) -> None
 
 
 def _check_experts(recipe: Recipe, options: Options, config: dict[str, Any], world_size: int) -> None:
-    """Refuse what DeepSpeed's layers of experts do not support, and their flag for networks without any."""
-    size, model, zero = options.expert_parallel, recipe.model, ds_check.look_up(config, "zero_optimization.stage", 0)
+    """Refuse what DeepSpeed's layers of experts cannot do, and their flag for networks without any."""
+    size, model, level = options.expert_parallel, recipe.model, options.engine_level
     if not has_experts(model):
         if size:
             raise UsageError(f"--expert-parallel is not supported by --model {model}, which has no experts; see --recipe moe")
         return
     if size and world_size % size:
         raise UsageError(f"--expert-parallel {size} does not divide the number of ranks, {world_size}; use --expert-parallel 1")
-    if zero == 3:
-        raise UsageError(
-            f"ZeRO stage 3 is not supported by --model {model}: DeepSpeed's MoE refuses it, as stage 3 partitions each weight"
-            " over all ranks, but not all have the same experts; set zero_optimization.stage to 0, 1 or 2"
-        )
-    if options.engine_level != "eager":
-        raise UsageError(
-            f"--engine-level {options.engine_level} is not supported by --model {model}: DeepSpeed's MoE reads the experts'"
-            " capacity on the host; use --engine-level eager"
-        )
-    if precision_of(config) == "fp16" and not zero and world_size > 1 and size != 1:
-        raise UsageError(
-            f"fp16 is not supported by --model {model} with experts divided over ranks at ZeRO stage 0, where each rank would"
-            " skip steps by its own experts; use --precision bf16 or fp32, --expert-parallel 1, or ZeRO stage 1 or 2"
-        )
+    zero = {"stage": 0, **config.get("zero_optimization", {})}
+    off = next((key for key in ("reduce_scatter", "contiguous_gradients") if zero["stage"] and zero.get(key) is False), None)
+    divided_fp16 = precision_of(config) == "fp16" and not zero["stage"] and world_size > 1 and size != 1
+    refused = {
+        "ZeRO stage 3, which DeepSpeed's MoE refuses: it partitions each weight over all ranks, but not all have the same"
+        " experts; set zero_optimization.stage to 0, 1 or 2": zero["stage"] == 3,
+        f"zero_optimization.{off} false, which DeepSpeed's MoE refuses; leave it out": off is not None,
+        "fp16 at ZeRO stage 0 and experts divided over ranks, each of which would skip steps by its own; use --precision bf16"
+        " or fp32, --expert-parallel 1, or ZeRO stage 1 or 2": divided_fp16,
+        f"--engine-level {level}, as DeepSpeed's MoE reads the experts' capacity on the host; use --engine-level eager": (
+            level != "eager"
+        ),
+    }
+    for reason in (reason for reason, holds in refused.items() if holds):
+        raise UsageError(f"--model {model} is not supported with {reason}")
 
 
 def _check_schedule(recipe: Recipe, config: dict[str, Any], own: str) -> None:

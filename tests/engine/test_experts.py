@@ -201,6 +201,7 @@ def test_the_plain_layer_is_each_tokens_experts_weighted_by_the_gate(top_k: int)
         ("--recipe moe --expert-parallel 2", 1, ["--expert-parallel 2", "ranks, 1;"]),
         ("--recipe moe --expert-parallel 4", 2, ["--expert-parallel 4", "ranks, 2;"]),
         ("--recipe moe --set zero_optimization.stage=3", 1, ["stage 3", "moe_cnn", "zero_optimization.stage to 0, 1 or 2"]),
+        ("--recipe moe --set zero_optimization.stage=2 zero_optimization.reduce_scatter=false", 1, ["reduce_scatter false"]),
         ("--recipe moe --precision fp16", 2, ["fp16", "--precision bf16", "--expert-parallel 1"]),
         ("--recipe moe --engine-level compile", 1, ["--engine-level compile", "--engine-level eager"]),
     ],
