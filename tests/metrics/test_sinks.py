@@ -12,7 +12,8 @@ import pytest
 
 from cifar10.metrics.console import ConsoleSink
 from cifar10.metrics.csv_sink import CsvSink
-from cifar10.metrics.sink import EpochRow, Metrics, Section, Sink, StepRow, Steps
+from cifar10.metrics.sink import EpochRow, Metrics, ScalarSink, Section, Sink, StepRow, Steps
+from cifar10.run.state import Sums
 from cifar10.run.summary import SplitResult
 
 TRAIN = SplitResult(loss=1.25, accuracy=0.5625, images=3_200, seconds=2.0)
@@ -58,6 +59,34 @@ def test_the_columns_and_rows_of_the_files_which_are_there_at_once(tmp_path):
     assert header == ["step", "epoch", "loss", "accuracy", "grad_norm", "lr", "skipped"]
     assert [float(value) for value in line] == [100, 1, 2.25, 0.125, 3.5, 0.0125, 2]
     sink.close()
+
+
+def test_of_experts_there_are_a_file_a_line_and_scalars_and_of_other_networks_none(tmp_path, capsys):
+    scalars = {}
+
+    class Scalars(ScalarSink):
+        steps = Steps(per_epoch=10, last=20)
+
+        def log(self, prefix: str, step: int, **values: float) -> None:
+            scalars[prefix, step] = values
+
+    sums = Sums()
+    for tokens in ((30.0, 10.0), (50.0, 10.0)):  # of two experts, of which each step drops 5
+        sums.add(32, 2.25, 4, 3.5, [1.5, 5.0, *tokens])
+    sinks = CsvSink(tmp_path, step=0, epoch=0), ConsoleSink(Steps(per_epoch=10, last=20), 0, 32), Scalars()
+    for sink in sinks:
+        sink.epoch(epoch_row(1))
+    assert not (tmp_path / "experts.csv").exists()
+    assert "experts" not in capsys.readouterr().out
+    for sink in sinks:
+        sink.epoch(EpochRow.of(2, sums, 0.0125, TRAIN, VAL))
+        sink.close()
+    measured = {"balance_loss": 1.5, "dropped": 0.1, "share_0": 0.8, "share_1": 0.2}
+    header, line = rows(tmp_path / "experts.csv")
+    assert dict(zip(header, map(float, line), strict=True)) == {"epoch": 2, **measured}
+    assert scalars["experts", 20] == measured
+    assert ("experts", 10) not in scalars
+    assert capsys.readouterr().out.splitlines()[-1] == "experts: tokens 80.0% 20.0%, dropped 10.00%, balance loss 1.5000"
 
 
 def test_a_small_number_keeps_its_digits(tmp_path):
