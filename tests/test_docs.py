@@ -45,6 +45,9 @@ TIED = {  # a line of shell, or the first line of another block -> the test in t
     "uv run python main.py --num-gpus 2 --recipe moe --top-k 2": (
         "../engine/test_experts.py test_a_run_of_experts_says_where_its_tokens_went_and_resumes_exactly"
     ),
+    "uv run python -m cifar10 xray --recipe bn_cnn --ranks 2 --output-dir runs/xray": (
+        "../commands/test_xray.py test_tables_a_picture_and_a_json"
+    ),
     MAIN: "test_two_hosts.py test_main_on_each_host",
     DEEPSPEED: "test_two_hosts.py test_deepspeed_without_ssh",
     "deepspeed --hostfile hosts cifar10_deepspeed.py": "test_two_hosts.py test_deepspeed_over_ssh_from_the_first_host",

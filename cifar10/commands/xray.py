@@ -35,18 +35,27 @@ from cifar10.data.loader import MicroBatch
 from cifar10.distributed import world as distributed
 from cifar10.distributed.device import count_gpus
 from cifar10.distributed.world import World
-from cifar10.engine import footprint, xray
+from cifar10.engine import experts, footprint, pipeline, xray
 from cifar10.engine.engine import Engine, checkpoint_blocks, leave, own_optimizer, prepare
-from cifar10.models.registry import build_model
+from cifar10.models.registry import build_model, has_experts
 from cifar10.models.weights import freeze
 from cifar10.plan import Plan, make_plan
 from cifar10.report import plots
 from cifar10.run import folder as run_folder
 from cifar10_deepspeed import get_cifar10_dataloaders, initial_model, train_step
 
+OFFLOADED = ("optimizer", "param")
 COLUMNS: dict[str, tuple[str, ...]] = {  # flags that are added to the run's
     "as given": (),
     **{f"ZeRO {stage}": ("--set", f"zero_optimization.stage={stage}") for stage in range(4)},
+    "ZeRO 2 offload": ("--set", "zero_optimization.stage=2", "zero_optimization.offload_optimizer.device=cpu"),
+    "ZeRO 3 offload": (
+        "--set",
+        "zero_optimization.stage=3",
+        *(f"zero_optimization.offload_{what}.device=cpu" for what in OFFLOADED),
+    ),
+    "checkpointing": ("--gradient-checkpointing",),
+    "pipeline": ("--pipeline-stages", "2"),
 }
 UNSEEN_STEPS = 2  # in which the optimizer allocates its state, and ZeRO 3 learns the order of the layers
 MB = 1e6
@@ -59,7 +68,8 @@ class XRay:
     ranks: tuple[int, ...] = (1, 2, 4)
     """Numbers of ranks, each measured by itself (default: 1 2 4); those of more ranks than GPUs are left out."""
     columns: tuple[str, ...] = ("ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3")
-    """What is compared side by side: "as given", "ZeRO 0" to "ZeRO 3" (default: the stages)."""
+    """What is compared: "ZeRO 0" to "ZeRO 3", "ZeRO 2 offload", "ZeRO 3 offload", "checkpointing", "pipeline" of two
+    stages, and "as given", the run's own flags (default: the stages)."""
     xray_steps: int = 2
     """Steps whose traffic is averaged (default: 2)."""
     output_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None
@@ -90,10 +100,13 @@ def measure(plan: Plan, world: World, batches: list[list[MicroBatch]]) -> dict[s
     gc.collect()
     before = xray.live_tensors()
     gc.freeze()  # so that only what comes now is looked through
-    model, config = initial_model(plan)[0].to(world.device), plan.ds_config
+    model, config, make_engine, step = initial_model(plan)[0].to(world.device), plan.ds_config, Engine, train_step
+    if plan.batch.stages > 1:
+        model, make_engine, step = pipeline.this_stage(model, config), pipeline.PipelineEngine, pipeline.train_step
+    experts.divide(model, world, plan.options.expert_parallel)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     given = {"model_parameters": trained, "optimizer": own_optimizer(model, config), "config": config}
-    engine = Engine(deepspeed.initialize(model=model, **given)[0], world, plan.recipe.seed)
+    engine = make_engine(deepspeed.initialize(model=model, **given)[0], world, plan.recipe.seed)
     engine.train()
     engine.set_lr(0.0)
     memory = xray.Memory(engine, before)
@@ -105,7 +118,7 @@ def measure(plan: Plan, world: World, batches: list[list[MicroBatch]]) -> dict[s
                 looking.enter_context(memory.watched())
             elif number > UNSEEN_STEPS:
                 looking.enter_context(of_traffic.counted())
-            train_step(engine, batch, plan.recipe.label_smoothing)
+            step(engine, batch, plan.recipe.label_smoothing)
     moment, total = memory.peak
     steps = len(batches) - UNSEEN_STEPS - 1
     rows = {name: {key: value / steps for key, value in row.items()} for name, row in of_traffic.rows.items()}
@@ -155,8 +168,10 @@ def start(ranks: int, columns: dict[str, Sequence[str]], steps: int) -> dict[str
 
 
 def predict(plan: Plan) -> dict[str, Any]:
-    """What a rank should hold and send."""
+    """What a rank should hold and send. There is no formula here for pipelines and experts, nor for what offloading adds."""
     recipe, config, ranks = plan.recipe, plan.ds_config, plan.batch.world_size
+    if plan.batch.stages > 1 or has_experts(recipe.model):
+        return {"memory": {}, "pieces": {}, "traffic": {}, "sent": {}, "paper": None}
     channels, size, _ = plan.image_shape
     size = recipe.first_sizes[0] if recipe.first_sizes else size
 
@@ -171,6 +186,9 @@ def predict(plan: Plan) -> dict[str, Any]:
     shape = plan.batch.micro_images, channels, size, size
     seen = footprint.footprint(build, shape, config, device, recipe.label_smoothing)
     memory, pieces = footprint.memory(seen, config, ranks)
+    if {"offload_optimizer", "offload_param"} & {*config.get("zero_optimization", {})}:
+        del memory[xray.KINDS[-1]]
+        pieces = {}
     moved = footprint.traffic(seen, config, ranks)
     sent = {name: xray.ring_bytes(name, payload, ranks)[0] for name, payload in moved.items()}
     paper = footprint.paper_bytes(seen, config.get("zero_optimization", {}).get("stage", 0), ranks)
@@ -182,33 +200,35 @@ def largest(measured: Sequence[dict[str, Any]], kind: str) -> int:
     return max(rank["memory"][kind] for rank in measured)
 
 
+def in_mb(measured: float, predicted: float | None) -> str:
+    return f"{measured / MB:,.2f} ({'-' if predicted is None else f'{predicted / MB:,.2f}'})"
+
+
 def show(found: dict[str, Any], ranks: int, console: Console) -> None:
     """Two tables for a number of ranks: memory, and traffic."""
-    columns = found["columns"]
-    count = f"{ranks} rank{'s' * (ranks > 1)}"
+    columns, count = found["columns"], f"{ranks} rank{'s' * (ranks > 1)}"
     table = number_table("MB", *columns, title=f"memory of a rank, {count}: the most at any moment, measured (predicted)")
     for kind in xray.KINDS:
-        cells = [(largest(one["measured"], kind), one["predicted"]["memory"][kind]) for one in columns.values()]
-        table.add_row(kind, *(f"{seen / MB:,.2f} ({expected / MB:,.2f})" for seen, expected in cells))
+        cells = [(largest(one["measured"], kind), one["predicted"]["memory"].get(kind)) for one in columns.values()]
+        table.add_row(kind, *(in_mb(*cell) for cell in cells))
     table.add_section()
-    table.add_row(
-        "all of it, at its peak", *(f"{max(r['at once'] for r in one['measured']) / MB:,.2f}" for one in columns.values())
-    )
+    totals = [max(rank["at once"] for rank in one["measured"]) / MB for one in columns.values()]
+    table.add_row("all of it, at its peak", *(f"{total:,.2f}" for total in totals))
     console.print(table)
     for name, one in columns.items():
         pieces = ", ".join(f"{piece} {size / MB:,.2f}" for piece, size in one["predicted"]["pieces"].items())
-        console.print(f"DeepSpeed's buffers, {name}: {pieces or 'none'}", soft_wrap=True)
+        if pieces:
+            console.print(f"DeepSpeed's buffers, {name}: {pieces}", soft_wrap=True)
     heads = ("calls", "MB moved", "MB sent as a ring", "milliseconds")
     table = number_table("", "collective", *heads, texts=2, title=f"traffic of rank 0 in a step, {count}: measured (predicted)")
     for name, one in columns.items():
-        expected, sent = one["predicted"]["traffic"], one["predicted"]["sent"]
-        rows = one["measured"][0]["traffic"]
+        expected, rows, paper = one["predicted"], one["measured"][0]["traffic"], one["predicted"]["paper"]
         for collective, row in rows.items():
-            moved = f"{row['payload'] / MB:,.2f} ({expected.get(collective, 0) / MB:,.2f})"
-            times = f"{row['sent'] / MB:,.2f} ({sent.get(collective, 0) / MB:,.2f})", f"{1000 * row['seconds']:,.1f}"
-            table.add_row(name, collective, f"{row['calls']:g}", moved, *times)
-        total = f"{sum(row['sent'] for row in rows.values()) / MB:,.2f} (ZeRO paper {one['predicted']['paper'] / MB:,.2f})"
-        table.add_row(name, "all", "", "", total, f"{1000 * sum(row['seconds'] for row in rows.values()):,.1f}")
+            known = (expected[which].get(collective, None if paper is None else 0) for which in ("traffic", "sent"))
+            moved, sent = (in_mb(row[key], size) for key, size in zip(("payload", "sent"), known, strict=True))
+            table.add_row(name, collective, f"{row['calls']:g}", moved, sent, f"{1000 * row['seconds']:,.1f}")
+        total, seconds = (sum(row[key] for row in rows.values()) for key in ("sent", "seconds"))
+        table.add_row(name, "all, ZeRO paper", "", "", in_mb(total, paper), f"{1000 * seconds:,.1f}")
         table.add_section()
     console.print(table)
 

@@ -4,7 +4,7 @@ Rajbhandari et al. 2020 (arXiv 1910.02054), here with fp32 weights at any precis
 P parameters on N ranks, in bytes: parameters 4P, gradients 4P, and 4P for each tensor of the optimizer's state. ZeRO 1 divides
 the state by N, ZeRO 2 the gradients as well, ZeRO 3 the parameters as well. Sent a step: 2P, at ZeRO 3 3P, times (N - 1) / N.
 DeepSpeed pads partitions: the whole to 2N elements at ZeRO 1 and 2, each parameter to N at ZeRO 3. Activations are counted by
-running the network on tensors without memory (FakeTensorMode): what autograd saves for backward, and the logits.
+running the network on tensors without memory (FakeTensorMode), with the same hooks as in xray.py.
 """
 
 import math
@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from cifar10.engine.buffers import ALIGNMENT
 from cifar10.engine.loss import cross_entropy
+from cifar10.engine.xray import computed, live_tensors
 
 FP32 = 4  # bytes
 ALL_REDUCE_ELEMENTS = 500_000_000  # that ZeRO 0 reduces at once: MEMORY_OPT_ALLREDUCE_SIZE in DeepSpeed's engine.py
+NORM_AND_FLAG = 2 * FP32  # the gradient's norm and whether the step was skipped
 PERSISTENCE = 100_000  # elements; ZeRO 3 keeps smaller parameters whole: stage3_param_persistence_threshold
 COPY, BUCKET, FLAT = "copy of the partition's weights", "gradient bucket", "gradients put together to be sent"
 OWN, AROUND, WHOLE = "gradients larger than a bucket", "gradients around the partition", "gathered parameters"
@@ -44,7 +46,7 @@ def footprint(
     build: Callable[[], nn.Module], images: Sequence[int], config: dict[str, Any], device: torch.device, smoothing: float = 0.0
 ) -> Footprint:
     """Of the network that `build` returns, on images [B, C, S, S], with label smoothing; nothing is computed."""
-    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second to import
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # takes a second to import
 
     autocast = config.get("torch_autocast", {})
     dtype = getattr(torch, autocast["dtype"]) if autocast.get("enabled") else torch.float32
@@ -54,7 +56,7 @@ def footprint(
         saved.append(tensor)
         return tensor
 
-    with FakeTensorMode(), device, torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+    with FakeTensorMode() as mode, device, torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         model = build().train()
         kind = dtype if dtype == torch.bfloat16 else torch.float32  # as the loader makes them
         pixels = torch.empty(images, dtype=kind, memory_format=torch.channels_last)
@@ -64,7 +66,9 @@ def footprint(
         loss = cross_entropy(logits.float(), labels, smoothing)
         parameters, buffers = list(model.parameters()), list(model.buffers())
         known = {one.untyped_storage()._cdata for one in (*parameters, *buffers, pixels, labels)}
-        found = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in (*saved, logits, loss)}
+        kept = [*saved, *computed([*live_tensors(), logits, loss])]
+        here = [one.untyped_storage() for one in kept if isinstance(one, FakeTensor) and one.fake_mode is mode]
+        found = {storage._cdata: storage.nbytes() for storage in here}
     layers = [layer for layer in model.modules() if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d))]
     linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
     cast = {id(one) for layer in layers for one in layer.parameters(recurse=False)}
@@ -73,8 +77,7 @@ def footprint(
         sizes=tuple(one.numel() for one in trained),
         item_sizes=tuple(dtype.itemsize if id(one) in cast else FP32 for one in trained),
         frozen=tuple(one.numel() for one in parameters if not one.requires_grad),
-        buffers=2 * sum(math.ceil(one.nbytes / ALIGNMENT) * ALIGNMENT for one in buffers)
-        + 2 * FP32,  # and a copy; norm and flag
+        buffers=2 * sum(math.ceil(one.nbytes / ALIGNMENT) * ALIGNMENT for one in buffers) + NORM_AND_FLAG,  # with a copy
         activations=sum(size for storage, size in found.items() if storage not in known),
         linear_casts=0 if dtype == torch.float32 else dtype.itemsize * sum(one.weight.numel() for one in linear),
         states=states(config["optimizer"]),
@@ -102,10 +105,12 @@ def partition(seen: Footprint, stage: int, ranks: int) -> int:
 def memory(seen: Footprint, config: dict[str, Any], ranks: int) -> tuple[dict[str, int], Pieces]:
     """Bytes of each kind that a rank holds at most during a step, and what DeepSpeed's own buffers then consist of."""
     zero = config.get("zero_optimization", {})
-    stage, whole = zero.get("stage", 0), sum(seen.sizes)
+    stage, whole, frozen = zero.get("stage", 0), sum(seen.sizes), sum(seen.frozen)
     part = partition(seen, stage, ranks)
-    held = part + sum(math.ceil(size / ranks) for size in seen.frozen) if stage == 3 else sum(seen.frozen) + whole
-    held = sum(seen.frozen) + part * ranks if stage in (1, 2) else held
+    if stage == 3:
+        held = part + sum(math.ceil(size / ranks) for size in seen.frozen)
+    else:
+        held = frozen + (part * ranks if stage else whole)
     pieces = max((_zero_0, _zero_1_2, _zero_1_2, _zero_3)[stage](seen, zero, ranks), key=lambda found: sum(found.values()))
     found = {
         "parameters": FP32 * held,
@@ -206,8 +211,8 @@ def _zero_3(seen: Footprint, zero: dict[str, Any], ranks: int) -> Iterator[Piece
 
 def traffic(seen: Footprint, config: dict[str, Any], ranks: int) -> dict[str, int]:
     """Bytes that each collective moves in a step of DeepSpeed, of a whole tensor whatever the algorithm."""
-    zero, accumulation = config.get("zero_optimization", {}), config["gradient_accumulation_steps"]
-    stage, each = zero.get("stage", 0), accumulation
+    zero, each = config.get("zero_optimization", {}), config["gradient_accumulation_steps"]
+    stage = zero.get("stage", 0)
     gradients = sum(size * item for size, item in zip(seen.sizes, seen.item_sizes, strict=True))
     if stage == 0:
         return {"all-reduce": FP32 * sum(seen.sizes)} if ranks > 1 else {}

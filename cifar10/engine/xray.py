@@ -2,7 +2,8 @@
 
 Storages are found by Python's garbage collector, so that what DeepSpeed allocates is seen whatever it is called; each counts
 once, under the first kind that it belongs to, with all of its bytes whether they have been touched or not. What no kind claims
-is DeepSpeed's own. Activations are what autograd saves for backward (saved_tensors_hooks).
+is DeepSpeed's own. Activations are what autograd saves for backward (saved_tensors_hooks), and what it has computed that is
+still needed.
 """
 
 import gc
@@ -24,28 +25,22 @@ BACKWARD = "backward"
 Bytes = dict[str, int]  # of each kind
 Storages = dict[int, int]  # address -> bytes
 
-# Methods of torch's ProcessGroup: the collective, and which argument holds all that it moves. Later names are torch 2.15's.
-COLLECTIVES = {
-    "allreduce": ("all-reduce", 0),
-    "allreduce_coalesced": ("all-reduce", 0),
-    "broadcast": ("broadcast", 0),
-    "reduce": ("reduce", 0),
-    "allgather": ("all-gather", 0),
-    "_allgather_base": ("all-gather", 0),
-    "all_gather_single": ("all-gather", 0),
-    "allgather_into_tensor_coalesced": ("all-gather", 0),
-    "all_gather_single_coalesced": ("all-gather", 0),
-    "reduce_scatter": ("reduce-scatter", 1),
-    "_reduce_scatter_base": ("reduce-scatter", 1),
-    "reduce_scatter_single": ("reduce-scatter", 1),
-    "reduce_scatter_tensor_coalesced": ("reduce-scatter", 1),
-    "reduce_scatter_single_coalesced": ("reduce-scatter", 1),
-    "alltoall": ("all-to-all", 1),
-    "alltoall_base": ("all-to-all", 1),
-    "all_to_all_single": ("all-to-all", 1),
-    "send": ("send", 0),
-    "recv": ("receive", 0),
-    "barrier": ("barrier", 0),
+COLLECTIVES = {  # methods of torch's ProcessGroup, some of torch 2.15 only: the collective, and the argument with all it moves
+    method: (collective, position)
+    for collective, position, methods in (
+        ("all-reduce", 0, "allreduce allreduce_coalesced"),
+        ("broadcast", 0, "broadcast"),
+        ("reduce", 0, "reduce"),
+        ("all-gather", 0, "allgather _allgather_base allgather_into_tensor_coalesced"),
+        ("all-gather", 0, "all_gather_single all_gather_single_coalesced"),
+        ("reduce-scatter", 1, "reduce_scatter _reduce_scatter_base reduce_scatter_tensor_coalesced"),
+        ("reduce-scatter", 1, "reduce_scatter_single reduce_scatter_single_coalesced"),
+        ("all-to-all", 1, "alltoall alltoall_base all_to_all_single"),
+        ("send", 0, "send"),
+        ("receive", 0, "recv"),
+        ("barrier", 0, "barrier"),
+    )
+    for method in methods.split()
 }
 
 
@@ -120,6 +115,11 @@ class Traffic:
         return time.perf_counter()
 
 
+def computed(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    """Those that autograd has computed: logits, the loss, and what checkpointed blocks keep."""
+    return [one for one in tensors if one is not None and one.grad_fn is not None]
+
+
 def live_tensors() -> list[Tensor]:
     """All tensors that Python knows of."""
     return [one for one in gc.get_objects() if issubclass(type(one), Tensor)]
@@ -149,16 +149,10 @@ class Memory:
     def watched(self) -> Iterator[None]:
         """Within, look after forward, at each gradient, before the reduction, after backward, and at the optimizer's step."""
         engine, looks = self._engine, self.look
-        forward, backward = engine.forward, engine.backward
+        backward = engine.backward
         reduce, step = engine.deepspeed.allreduce_gradients, engine.optimizer.step
 
-        def looking_forward(images: Tensor) -> Tensor:
-            logits = forward(images)
-            self._saved.append(weakref.ref(logits))
-            return logits
-
         def looking_backward(loss: Tensor) -> None:
-            self._saved.append(weakref.ref(loss))
             looks("the end of forward")
             backward(loss)
             looks("the end of backward")
@@ -168,25 +162,26 @@ class Memory:
 
         trained = [parameter for parameter in self._parameters if parameter.requires_grad]
         hooks = [one.register_post_accumulate_grad_hook(lambda _: looks(BACKWARD)) for one in trained]
-        engine.forward, engine.backward = looking_forward, looking_backward
+        engine.backward = looking_backward
         engine.deepspeed.allreduce_gradients = looking("before the reduction", reduce)
         engine.optimizer.step = looking("the optimizer's step", step)
         try:
             with torch.autograd.graph.saved_tensors_hooks(self._save, lambda tensor: tensor):
                 yield
         finally:
-            engine.forward, engine.backward = forward, backward
+            engine.backward = backward
             engine.deepspeed.allreduce_gradients, engine.optimizer.step = reduce, step
             for hook in hooks:
                 hook.remove()
 
     def look(self, moment: str) -> None:
         """Count what is live now."""
-        live = storages([*live_tensors(), *(one.grad for one in self._parameters)])  # Python may not have seen a gradient yet
+        tensors = [*live_tensors(), *(one.grad for one in self._parameters)]  # Python may not have seen a gradient yet
+        live = storages(tensors)
         for address in self._ignored:
             live.pop(address, None)
         found = {}
-        for kind, claimed in self._claims().items():
+        for kind, claimed in self._claims(tensors).items():
             found[kind] = sum(live.pop(address, 0) for address in claimed)
         rest = sum(live.values())
         if self._engine.stage >= 2:  # gradients of parameters that lie across partitions are kept whole, by DeepSpeed
@@ -194,7 +189,7 @@ class Memory:
             rest, found["gradients"] = rest + found["gradients"] - own, own
         self.moments.append((moment, {**found, KINDS[-1]: rest}))
 
-    def _claims(self) -> dict[str, Storages]:
+    def _claims(self, tensors: list[Tensor | None]) -> dict[str, Storages]:
         engine, zero, parameters = self._engine, self._engine.deepspeed.optimizer, self._parameters
         held = storages(one.ds_tensor if engine.stage == 3 else one.data for one in parameters)
         buffers = [*engine.module.buffers(), *nested(list(vars(engine._buffers).values())), engine.grad_norm, engine.skipped]
@@ -208,7 +203,9 @@ class Memory:
             own = storages(partition)
             gradients = own if engine.stage == 2 else {key: size for key, size in gradients.items() if key not in own}
             gradients = {key: size for key, size in gradients.items() if key not in buckets}
-        state, saved = storages(nested(dict(engine.optimizer.state))), storages(one() for one in self._saved)
+        state, whole = storages(nested(dict(engine.optimizer.state))), storages(one.data for one in parameters)
+        saved = storages([*(one() for one in self._saved), *computed(tensors)])
+        saved = {key: size for key, size in saved.items() if key not in whole}
         return dict(zip(KINDS, (held, gradients, state, storages(buffers), saved), strict=False))
 
     def _partition_bytes(self) -> int:
@@ -220,5 +217,5 @@ class Memory:
 
     def _save(self, tensor: Tensor) -> Tensor:
         if tensor.untyped_storage().data_ptr() not in storages(one.data for one in self._parameters):
-            self._saved.append(weakref.ref(tensor))
+            self._saved.append(weakref.ref(tensor))  # ZeRO 3 has taken back the parameters when memory is looked at
         return tensor

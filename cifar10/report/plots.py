@@ -48,6 +48,7 @@ STYLE = {  # whatever a matplotlibrc or a notebook has set
     **{"axes.edgecolor": PALE, "grid.color": GRID},
     "text.parse_math": False,  # a class may be called $x$
 }
+BESIDE: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "fontsize": 9.5, "reverse": True}  # a legend
 DASHED = {"linestyle": "--", "linewidth": 1.3}
 
 
@@ -312,39 +313,38 @@ def differences(pair: Pairing) -> Figure:
 
 def xray(found: dict[str, Any]) -> Figure:
     """For each number of ranks and each column a rank's memory by kind, and what it sends: predicted beside measured."""
-    figure, panels = _figure(3.3 * 2 * len(found), 2 * len(found), squeeze=False)
-    panels = panels[:, 0]
+    figure, panels = _figure(3.4 * 2 * len(found), 2 * len(found), width=1.25 * WIDTH, squeeze=False)
     for number, (ranks, of_ranks) in enumerate(found.items()):
-        columns = of_ranks["columns"]
-        memory = {
-            name: (
-                one["predicted"]["memory"],
-                {kind: max(r["memory"][kind] for r in one["measured"]) for kind in one["predicted"]["memory"]},
-            )
-            for name, one in columns.items()
-        }
-        sent = {
-            name: (one["predicted"]["sent"], {kind: row["sent"] for kind, row in one["measured"][0]["traffic"].items()})
-            for name, one in columns.items()
-        }
-        title = f"{ranks} rank{'s' * (ranks != '1')}"
-        _stacks(panels[2 * number], memory, f"Most memory of a rank, {title}")
-        _stacks(panels[2 * number + 1], sent, f"Sent by a rank in a step, {title}")
+        columns, count = of_ranks["columns"], f"{ranks} rank{'s' * (ranks != '1')}"
+        memory, sent = {}, {}
+        for name, one in columns.items():
+            kinds = one["measured"][0]["memory"]
+            most = {kind: max(rank["memory"][kind] for rank in one["measured"]) for kind in kinds}
+            memory[name] = one["predicted"]["memory"], most
+            sent[name] = one["predicted"]["sent"], {kind: row["sent"] for kind, row in one["measured"][0]["traffic"].items()}
+        above, below = panels[2 * number : 2 * number + 2, 0]
+        _stacks(above, memory, f"Memory of a rank, each kind at its most ({count})")
+        _stacks(below, sent, f"Sent by a rank in a step ({count})")
+        papers = [one["predicted"]["paper"] for one in columns.values()]
+        for where, paper in ((where, paper) for where, paper in enumerate(papers) if paper):
+            label = {} if where else {"label": "ZeRO paper"}
+            below.plot([where - 0.42, where + 0.42], [paper / 1e6] * 2, color=INK, linewidth=1.8, **label)
+        below.legend(**BESIDE)
+        for axes in (above, below):
+            axes.set_ylim(0, 1.08 * max(axes.dataLim.y1, 1e-6))
     return figure
 
 
 def _stacks(axes: Axes, columns: dict[str, tuple[dict[str, float], dict[str, float]]], title: str) -> None:
-    """Two stacked bars for each column: predicted, pale, and measured."""
+    """Two stacked bars of bytes for each column: predicted, which is pale, and measured."""
     kinds = list(dict.fromkeys(kind for pair in columns.values() for one in pair for kind, size in one.items() if size > 0))
-    for number, pair in enumerate(columns.values()):
-        for side, (one, alpha) in enumerate(zip(pair, (0.45, 1.0), strict=True)):
-            bottom = 0.0
-            for kind in kinds:
-                label = kind if not number and side else None
-                where, size = number + 0.4 * side - 0.2, one.get(kind, 0) / 1e6
-                axes.bar(where, size, 0.36, bottom=bottom, color=SERIES[kinds.index(kind)], alpha=alpha, label=label)
-                bottom += size
+    for kind, color in zip(kinds, SERIES, strict=False):
+        for side, alpha in enumerate((0.4, 1.0)):
+            sizes = np.array([pair[side].get(kind, 0) for pair in columns.values()]) / 1e6
+            below = [sum(pair[side].get(one, 0) for one in kinds[: kinds.index(kind)]) / 1e6 for pair in columns.values()]
+            where = np.arange(len(columns)) + 0.4 * side - 0.2
+            axes.bar(where, sizes, 0.36, bottom=below, color=color, alpha=alpha, label=kind if side else None)
     axes.set_xticks(range(len(columns)), list(columns))
-    axes.set(title=title, ylabel="MB")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
+    axes.set(title=title, ylabel="MB, predicted (pale), measured")
+    axes.legend(**BESIDE)
     axes.grid(axis="x", visible=False)

@@ -81,7 +81,8 @@ def test_what_cannot_be_measured_is_refused(flags, named, capsys):
 @pytest.fixture(scope="module", params=[1, 2, 4])
 def launched(request):
     """What each run's ranks have measured at each stage, all in one launch, and what was predicted."""
-    columns = {f"{run}, ZeRO {stage}": flags_of(run, stage) for run in RUNS for stage in STAGES}
+    runs = list(RUNS) if request.param == 2 else list(RUNS)[:2]
+    columns = {f"{run}, ZeRO {stage}": flags_of(run, stage) for run in runs for stage in STAGES}
     measured = command.start(request.param, columns, steps=1)["columns"]
     predicted = {name: command.predict(command.plan_of(flags, request.param)) for name, flags in columns.items()}
     return {name: (measured[name], predicted[name]) for name in columns}
