@@ -203,7 +203,9 @@ class Memory:
             own = storages(partition)
             gradients = own if engine.stage == 2 else {key: size for key, size in gradients.items() if key not in own}
             gradients = {key: size for key, size in gradients.items() if key not in buckets}
-        state, whole = storages(nested(dict(engine.optimizer.state))), storages(one.data for one in parameters)
+        state = storages(nested(dict(engine.optimizer.state)))
+        updated = nested([group["params"] for group in engine.optimizer.param_groups])  # of which DeepSpeed has views
+        whole = storages([*(one.data for one in parameters), *updated])
         saved = storages([*(one() for one in self._saved), *computed(tensors)])
         saved = {key: size for key, size in saved.items() if key not in whole}
         return dict(zip(KINDS, (held, gradients, state, storages(buffers), saved), strict=False))
