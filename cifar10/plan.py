@@ -174,8 +174,11 @@ def make_plan(
     recipe = _resolve_augment(recipe, facts)
     log_every = options.log_every_steps or config.get("steps_per_print") or 100
     kernels.refuse_missing_kernel(config)
-    level = levels.resolve_level(options.engine_level, config, world_size, sync_bn=recipe.sync_bn)
     saving = options.gradient_checkpointing or "activation_checkpointing" in given
+    asked = "eager" if saving else load(options.recipe).engine_level
+    level = levels.resolve_level(options.engine_level, config, world_size, sync_bn=recipe.sync_bn, asked=asked)
+    if level != "eager" and options.engine_level == "auto":
+        notes.append(f"engine level: {level}, as the recipe asks")
     if saving and level != "eager":
         raise UsageError(f"--gradient-checkpointing is not supported with --engine-level {level}; use --engine-level eager")
     options = dataclasses.replace(options, log_every_steps=log_every, engine_level=level, gradient_checkpointing=saving)

@@ -33,4 +33,5 @@ EXPERIMENT = Experiment(
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 0},
     },
+    engine_level="captured",
 )

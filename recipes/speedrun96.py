@@ -28,4 +28,5 @@ EXPERIMENT = Experiment(
             "params": {"lr": 0.24, "momentum": 0.6, "bias_lr": 53, "head_lr": 670, "sgd_momentum": 0.85, "decay": 0.002},
         },
     },
+    engine_level="captured",
 )

@@ -83,7 +83,8 @@ class Options:
     """CPU threads per rank (default: $OMP_NUM_THREADS, else the cores of this machine or container, divided by its ranks)."""
     engine_level: Literal["auto", "eager", "compile", "graph", "captured"] = "auto"
     """How a step runs: eager; compile, with torch.compile; graph, forward and backward as CUDA graphs; captured, the whole step
-    as one CUDA graph (one GPU, no ZeRO). auto is eager, on GPUs too: the others have not been measured there yet."""
+    as one CUDA graph (one GPU, no ZeRO). auto is eager, on GPUs too, where the others have not been measured yet, unless the
+    recipe asks for another that is supported, as speedrun94 does."""
     gradient_checkpointing: bool = False
     """Save memory: keep only each block's input for the backward pass, which computes the rest again with the same results."""
     expert_parallel: _Whole = None

@@ -130,11 +130,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One file in recipes/: a recipe, its DeepSpeed config (a dict or a JSON file), and its preferred precisions in order."""
+    """One file in recipes/: a recipe, its DeepSpeed config (a dict or a JSON file), its preferred precisions in order, and the
+    level that --engine-level auto takes where it is supported."""
 
     recipe: Recipe
     deepspeed: dict[str, Any] | Path
     precision: Precisions = ()
+    engine_level: Literal["eager", "compile", "graph", "captured"] = "eager"
 
 
 _EXAMPLES: dict[str, object] = {"epochs": 50, "mean": "0.4914 0.4822 0.4465", "std": "0.2023 0.1994 0.201", "lr": 0.1}

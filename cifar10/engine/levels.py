@@ -6,7 +6,7 @@
     captured   the whole step as one CUDA graph, without any Python
 
 The levels change the speed, not the results, except that compiled dropout uses other random numbers, still by seed and step.
-No level has been measured on a GPU yet, so `auto` is eager everywhere.
+No level has been measured on a GPU yet, so `auto` is eager, unless the recipe asks for another level that is supported.
 """
 
 from typing import Any, Literal, get_args
@@ -21,9 +21,16 @@ CAPTURED_OPTIMIZERS = ("SGD", "MuonWithSGD")  # they read the learning rate, and
 TIMERS = ("wall_clock_breakdown", "flops_profiler", "timers.throughput")  # DeepSpeed's, around each forward
 
 
-def resolve_level(wanted: str, config: dict[str, Any], world_size: int, *, sync_bn: bool = False) -> Level:
-    """The level for --engine-level `wanted` and a config from `ds_config.resolve`. Raises UsageError if it is not supported."""
-    level: Level = "eager" if wanted == "auto" else wanted
+def resolve_level(
+    wanted: str, config: dict[str, Any], world_size: int, *, sync_bn: bool = False, asked: Level = "eager"
+) -> Level:
+    """The level for --engine-level `wanted` and a config from `ds_config.resolve`. Raises UsageError if it is not supported.
+
+    `auto` is the level that the recipe has `asked` for, or eager where that is not supported.
+    """
+    if wanted == "auto":
+        return "eager" if asked == "eager" or _why_not(asked, config, world_size, sync_bn) else asked
+    level: Level = wanted
     reason = None if level == "eager" else _why_not(level, config, world_size, sync_bn)
     if reason:
         raise UsageError(f"--engine-level {level} {reason}")

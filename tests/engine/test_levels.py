@@ -42,6 +42,25 @@ def test_what_each_level_supports_on_a_gpu() -> None:
     assert resolve_level("captured", optimizer={"type": "MuonWithSGD", "params": {"lr": 0.1}}) == "captured"
 
 
+def level_of(*words: str, world_size: int = 1) -> str:
+    plan = make_plan(["--dataset", "synthetic", "--recipe", "speedrun94", *words], world_size, "test")
+    said = any("engine level: captured" in note for note in plan.notes)
+    assert said == (plan.options.engine_level == "captured" and not words)
+    return plan.options.engine_level
+
+
+def test_auto_is_what_the_recipe_asks_for_where_it_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "count_gpus", lambda: 2)
+    assert level_of() == "captured"
+    assert level_of("--engine-level", "eager") == "eager"
+    assert level_of("--engine-level", "captured") == "captured"
+    assert level_of(world_size=2) == "eager"
+    assert level_of("--precision", "fp16") == "eager"
+    assert make_plan(["--dataset", "synthetic"], 1, "test").options.engine_level == "eager"
+    monkeypatch.setattr(device, "count_gpus", lambda: 0)
+    assert level_of() == "eager"
+
+
 ADAM, PLAIN = {"type": "AdamW", "params": {"lr": 0.1}}, {"type": "SGD", "params": {"lr": 0.1, "foreach": True}}
 DAMPENED = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}}
 IN_PASSES = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 16}
