@@ -148,6 +148,8 @@ def chosen_flags(budget: str, flags: list[str], began: float) -> list[str] | Non
     if world.is_main:
         steps = ", ".join(f"{name} {cost.steps[-1]:.3g} s" for name, cost in costs.items())
         print(f"budget {budget}: {start:.1f} s to start, {clock() - start:.1f} s to measure; a step takes, of {steps}")
+        if too_long := [one.recipe for one in read_frontier() if one.recipe not in costs]:
+            print(f"budget {budget}: not tried, since even its shortest known run would take too long: {', '.join(too_long)}")
         print(f"budget {budget}: chosen {' '.join(choice.flags)}")
         print(f"budget {budget}: expected {choice.expected}; after {choice.seconds:.1f} s in all", flush=True)
     if options.dry_run:
@@ -166,10 +168,10 @@ def verdict(budget: str, folder: Path, began: float) -> str | None:
         return None
     used, given = psutil.Process().create_time() - began + summary.process_seconds, seconds(budget)
     if used <= given:
-        return f"budget {budget}: {used:.1f} s were used, {used / given:.0%}"
+        return f"budget {budget}: the test accuracy was known after {used:.1f} s, {used / given:.0%} of the budget"
     return (
-        f"budget {budget}: {used:.1f} s were used, {used - given:.1f} s too many: the machine became slower after the probe;"
-        " the run was not cut short, because its learning rate follows a schedule"
+        f"budget {budget}: the test accuracy was known after {used:.1f} s, {used - given:.1f} s too late: the machine was"
+        " slower than measured; the run was not cut short, because its learning rate follows a schedule"
     )
 
 

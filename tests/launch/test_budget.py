@@ -233,7 +233,9 @@ def test_a_choice_is_an_ordinary_run_which_the_same_command_continues(tmp_path):
     assert (summary(tmp_path / "run")["status"], summary(tmp_path / "run")["steps"] < 9) == ("stopped", True)
     again = short(tmp_path / "run")
     assert (again.returncode, again.stderr) == (0, "")
-    assert not re.search("budget 10m: (chosen|.* were used)", again.stdout)  # the time of a run that was stopped says nothing
+    assert not re.search(
+        "budget 10m: (chosen|the test accuracy)", again.stdout
+    )  # the time of a run that was stopped says nothing
     assert json.loads((tmp_path / "run" / budget.FILE).read_text()) == written
     words = shlex.split(written["command"])
     assert words[:4] == ["python", "main.py", "--recipe", "bn_cnn_fast"]
@@ -251,16 +253,16 @@ def test_two_ranks_measure_and_train_together(tmp_path):
     process = short(tmp_path / "run", start=torchrun)
     assert process.returncode == 0, process.stderr
     assert (summary(tmp_path / "run")["status"], summary(tmp_path / "run")["world_size"]) == ("finished", 2)
-    assert re.search(r"budget 10m: \S+ s were used, \d+%", process.stdout)
+    assert re.search(r"budget 10m: the test accuracy was known after \S+ s, \d+% of the budget", process.stdout)
 
 
 def test_a_run_that_took_too_long_says_so(tmp_path):
     started = psutil.Process().create_time()
     text = {"status": "finished", "steps": 9, "process_seconds": 57.0}
     (tmp_path / "summary.json").write_text(json.dumps(text))
-    assert verdict("60s", tmp_path, started - 1) == "budget 60s: 58.0 s were used, 97%"
+    assert verdict("60s", tmp_path, started - 1) == "budget 60s: the test accuracy was known after 58.0 s, 97% of the budget"
     late = verdict("60s", tmp_path, started - 10)
-    assert "67.0 s were used, 7.0 s too many" in late
+    assert "after 67.0 s, 7.0 s too late" in late
     assert "not cut short" in late
     (tmp_path / "summary.json").write_text(json.dumps(text | {"resumed_at_steps": [3]}))
     assert verdict("60s", tmp_path, started) is None
