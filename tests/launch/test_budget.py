@@ -19,7 +19,7 @@ import main
 from cifar10 import UsageError
 from cifar10.commands import frontier as command
 from cifar10.commands.budget import verdict
-from cifar10.launch import budget
+from cifar10.launch import budget, supervise
 from cifar10.launch.budget import Candidate, Choice, Cost, Point, choose
 from cifar10.launch.command import LaunchOptions, deepspeed_command, split_launch_options
 from tests.launching import BIN, PROJECT, run, summary
@@ -163,6 +163,20 @@ def test_one_rank_starts_without_the_launcher_and_several_with_it(tmp_path, monk
     assert {"--num_gpus=2", "--no_python", "--no_local_rank"} < set(two)
 
 
+def test_main_checks_the_flags_and_leaves_the_choice_to_the_ranks(tmp_path, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(supervise, "train_once", lambda options, ranks, flags, folder: started.append((options, flags)) or 0)
+    flags = ["--dataset", "synthetic", "--seed", "2", "--output-dir", str(tmp_path / "run")]
+    assert main.main(["--budget", "60s", *flags]) == 0
+    [(options, given)] = started
+    assert (options.budget, given) == ("60s", [*flags, "--output-dir", str(tmp_path / "run")])
+    assert main.main(["--budget", "60s", "--dataset", "nowhere"]) == 2
+    Choice("60s", ("--recipe", "lenet"), 0.5, "half", 58.0, 0.04).write(tmp_path / "run")
+    assert main.main(["--budget", "3m", *flags]) == 2
+    assert "--budget 60s" in capsys.readouterr().err.splitlines()[-1]
+    assert len(started) == 1
+
+
 def test_an_earlier_choice_is_kept_and_only_for_the_same_budget(tmp_path):
     choice = Choice("60s", ("--recipe", "lenet"), 0.5, "half", 58.0, 0.05)
     assert Choice.read(tmp_path, "60s") is None
@@ -233,9 +247,7 @@ def test_a_choice_is_an_ordinary_run_which_the_same_command_continues(tmp_path):
     assert (summary(tmp_path / "run")["status"], summary(tmp_path / "run")["steps"] < 9) == ("stopped", True)
     again = short(tmp_path / "run")
     assert (again.returncode, again.stderr) == (0, "")
-    assert not re.search(
-        "budget 10m: (chosen|the test accuracy)", again.stdout
-    )  # the time of a run that was stopped says nothing
+    assert not re.search("budget 10m: (chosen|the test accuracy)", again.stdout)  # a run that was stopped took longer
     assert json.loads((tmp_path / "run" / budget.FILE).read_text()) == written
     words = shlex.split(written["command"])
     assert words[:4] == ["python", "main.py", "--recipe", "bn_cnn_fast"]
