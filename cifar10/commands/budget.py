@@ -15,7 +15,6 @@ from itertools import accumulate, count
 from pathlib import Path
 from statistics import fmean, stdev
 
-import psutil
 import torch
 
 import cifar10_deepspeed as script
@@ -32,7 +31,6 @@ from cifar10.launch.command import BUDGET_BEGAN, SCRIPT, split_launch_options
 from cifar10.plan import Plan, make_plan
 from cifar10.run import folder as run_folder
 from cifar10.run import probe
-from cifar10.run.summary import read_summary
 
 ROUNDS = 3
 SHARE_OF_BUDGET, LEAST_SECONDS, MOST_SECONDS = 0.03, 1.5, 8.0  # of timed steps, over all candidates
@@ -129,10 +127,13 @@ def measure(budget: str, flags: list[str], world: World, clock: Callable[[], flo
 
 
 def chosen_flags(budget: str, flags: list[str], began: float) -> list[str] | None:
-    """The flags of the ordinary run that this budget comes to; those of an earlier start, if there was one. None: a dry run."""
+    """The flags of the ordinary run that this budget comes to; those of an earlier start, if there was one.
+
+    None after a dry run, and on several ranks, which a second launch trains.
+    """
     options = make_plan([*flags, *flags_to_check(budget, flags)], launchers.world_size(), "main.py").options
     if not options.dry_run and (choice := Choice.read(options.output_dir, budget)):
-        return [*choice.flags, *flags]
+        return [*choice.flags, *flags] if launchers.world_size() == 1 else None
     world = distributed.join(options.threads, options.timeout_minutes, deterministic=options.deterministic)
 
     def clock() -> float:
@@ -141,7 +142,8 @@ def chosen_flags(budget: str, flags: list[str], began: float) -> list[str] | Non
     try:
         start = clock()
         costs, spread = measure(budget, flags, world, clock)
-        choice = world.from_main(lambda: choose(budget, read_frontier(), costs, spread, clock()))
+        again = start if world.size > 1 else 0.0
+        choice = world.from_main(lambda: choose(budget, read_frontier(), costs, spread, clock() + again))
     finally:
         leave()
     flags = [*choice.flags, *flags]
@@ -152,27 +154,11 @@ def chosen_flags(budget: str, flags: list[str], began: float) -> list[str] | Non
             print(f"budget {budget}: not tried, since even its shortest known run would take too long: {', '.join(too_long)}")
         print(f"budget {budget}: chosen {' '.join(choice.flags)}")
         print(f"budget {budget}: expected {choice.expected}; after {choice.seconds:.1f} s in all", flush=True)
-    if options.dry_run:
-        return None
-    if world.is_main:
+    if world.is_main and not options.dry_run:
         command = run_folder.command_to_continue("python main.py", flags, options.output_dir)
         measured = {name: asdict(cost) for name, cost in costs.items()}
         choice.write(options.output_dir, command=command, began=began, started=start, spread=spread, measured=measured)
-    return flags
-
-
-def verdict(budget: str, folder: Path, began: float) -> str | None:
-    """How long it took to the test accuracy. None for a run that was stopped on the way: its time says nothing."""
-    summary = read_summary(folder)
-    if not summary or summary.status != "finished" or summary.resumed_at_steps:
-        return None
-    used, given = psutil.Process().create_time() - began + summary.process_seconds, seconds(budget)
-    if used <= given:
-        return f"budget {budget}: the test accuracy was known after {used:.1f} s, {used / given:.0%} of the budget"
-    return (
-        f"budget {budget}: the test accuracy was known after {used:.1f} s, {used - given:.1f} s too late: the machine was"
-        " slower than measured; the run was not cut short, because its learning rate follows a schedule"
-    )
+    return None if options.dry_run or world.size > 1 else flags
 
 
 def main(argv: list[str]) -> int:
@@ -191,11 +177,7 @@ def main(argv: list[str]) -> int:
     if flags_of_run is None:
         return 0
     sys.argv = [str(SCRIPT), *flags_of_run]
-    code = script.main()
-    folder = Path(flags_of_run[-1])
-    if not code and distributed.is_local_main() and (line := verdict(launch.budget, folder, began)):
-        print(line, flush=True)
-    return code
+    return script.main()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from cifar10 import UsageError, at_home
 from cifar10.config.cli import early_value
 from cifar10.config.recipe import PROJECT, Recipe, load
 from cifar10.run.folder import damaged, holds_training, read_json, write_json
+from cifar10.run.summary import FILE as SUMMARY
+from cifar10.run.summary import read_summary
 
 FRONTIER = PROJECT / "recipes" / "frontier.json"
 FILE = "budget.json"
@@ -216,3 +218,20 @@ def flags_to_check(budget: str, flags: Sequence[str]) -> list[str]:
     folder = early_value(at_home(list(flags)), "--output-dir") or early_value(at_home(list(flags)), "--output_dir")
     choice = Choice.read(Path(folder), budget) if folder else None
     return list(choice.flags) if choice else read_frontier()[0].flags_for(1.0)
+
+
+def verdict(budget: str, folder: Path, began: float) -> str | None:
+    """How long a run that began at this Unix time took to its test accuracy, after which its summary was written.
+
+    None if it is not finished, and if it was stopped on the way: its time says nothing.
+    """
+    summary = read_summary(folder)
+    if not summary or summary.status != "finished" or summary.resumed_at_steps:
+        return None
+    used, given = (folder / SUMMARY).stat().st_mtime - began, seconds(budget)
+    if used <= given:
+        return f"budget {budget}: the test accuracy was known after {used:.1f} s, {used / given:.0%} of the budget"
+    return (
+        f"budget {budget}: the test accuracy was known after {used:.1f} s, {used - given:.1f} s too late: the machine was"
+        " slower than measured; the run was not cut short, because its learning rate follows a schedule"
+    )

@@ -16,6 +16,7 @@ import psutil
 
 from cifar10.distributed import device
 from cifar10.distributed.launchers import SIGNALS
+from cifar10.launch.budget import Choice, verdict
 from cifar10.launch.command import BUDGET_PROGRAM, SCRIPT, LaunchOptions, deepspeed_command, start_command
 from cifar10.run.summary import Summary, read_summary
 
@@ -151,12 +152,22 @@ def describe(code: int) -> str:
 def launched(
     options: LaunchOptions, ranks: int, flags: list[str], is_over: Callable[[], bool] = lambda: False
 ) -> tuple[int, bool]:
-    """Start the launcher and wait for the end of its last process; returns its exit code, and whether it was signalled."""
+    """Start the launcher and wait for the end of its last process; returns its exit code, and whether it was signalled.
+
+    Several ranks of --budget only choose, and a second launch trains: they cannot meet twice in one process.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         command, environment = deepspeed_command(options, ranks, device.count_gpus(), flags, Path(scratch) / "hostfile")
         again = start_command(replace(options, budget=None))  # the flags of its choice are added
         launch = Launch(command, {"CIFAR10_STARTED_BY": again, **environment})
-        return launch.wait(ranks, is_over), launch.signalled
+        code, signalled = launch.wait(ranks, is_over), launch.signalled
+    if options.budget and not (code or signalled) and "--dry-run" not in flags:
+        folder = Path(flags[-1])
+        if ranks > 1 and (choice := Choice.read(folder, options.budget)):
+            code, signalled = launched(replace(options, budget=None), ranks, [*choice.flags, *flags], is_over)
+        if line := verdict(options.budget, folder, psutil.Process().create_time()):
+            print(line, flush=True)
+    return code, signalled
 
 
 def train_once(options: LaunchOptions, ranks: int, flags: list[str], folder: Path) -> int:
