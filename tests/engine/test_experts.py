@@ -63,6 +63,8 @@ def test_tokens_are_counted_and_none_is_dropped(ranks: dict[int, list[dict[str, 
             assert balance >= 1 - 0.05
             assert dropped == 0
             assert sum(chosen) == top_k * 32 * 64
+    ours, deepspeeds = ranks[1][0][f"top-{top_k}"]["auxiliary"]
+    assert ours == pytest.approx(deepspeeds, rel=1e-6), "on one rank"
 
 
 @pytest.mark.slow

@@ -103,6 +103,8 @@ def main() -> None:
             continue
         engine = engine_of(world, *how)
         measured[name] = {"initial": engine.portable_state(), **run_steps(world, engine, batches(world))}
+        (layer,) = engine.experts.layers
+        measured[name]["auxiliary"] = layer.balance.item(), layer.deepspeed.deepspeed_moe.l_aux.item()
         measured[name] |= {"bad": bad_step(world, engine), "own": list(engine.experts.own)}
         measured[name]["resumed"] = resumed(world, engine, {"again": engine_of(world, *how, seed=1)})
     if world.size == 1:
