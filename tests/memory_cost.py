@@ -7,6 +7,7 @@ least and most. Memory is what tensors of the run hold on the GPU, without the d
 """
 
 import argparse
+import gc
 import time
 from collections.abc import Callable
 from statistics import median
@@ -36,6 +37,7 @@ WAYS = {
 
 
 def mib(world: World, read: Callable[[], int]) -> float:
+    gc.collect()
     return read() / 2**20 if world.device.type == "cuda" else float("nan")
 
 
