@@ -68,7 +68,7 @@ class PipelineEngine(Engine):
         self._shape = torch.Size()  # of a micro-batch's images
         self._trained = self.pipe.gather(sum(p.requires_grad for p in self.module.parameters()))  # parameters of each stage
         deepspeed_engine._config.steps_per_print = None  # it would print the loss
-        deepspeed_engine.pipeline_enable_backward_allreduce = self.world.size > 1
+        deepspeed_engine.pipeline_enable_backward_allreduce = self.world.size > 1 or self.stage > 0
         if not deepspeed_engine.gradient_clipping():
             deepspeed_engine._config.gradient_clipping = float("inf")  # or DeepSpeed would not call what measures the norm
         self.module.register_forward_pre_hook(self._before_forward)
