@@ -1,8 +1,9 @@
 """The ranks of `main.py --budget 60s`: measure this machine, choose what to train, and train it as an ordinary run.
 
-All of it is one process, so that what a start costs (DeepSpeed's import above all) is paid once. The probe takes steps of each
-candidate with the engine, the loader and the images of a run, in turns, so that other load on the machine affects all of them.
-It leaves nothing behind: the run is to the bit the one that its flags alone would give. It opens no test image.
+One rank does all of it in one process, so that what a start costs (DeepSpeed's import above all) is paid once; several ranks
+only choose (launch/supervise.py). The probe takes steps of each candidate with the engine, the loader and the images of a run,
+in turns, so that other load on the machine affects all of them. It leaves nothing behind: the run is to the bit the one that
+its flags alone would give. It opens no test image.
 """
 
 import os
