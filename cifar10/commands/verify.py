@@ -230,7 +230,8 @@ def check_numbers(record: Record) -> Iterator[str]:
             yield f"summary.json: {key} is {value}, {source} says {measured:.10g}"
 
     def of(kind: str, row: list[Row], which: int, column: str) -> Iterator[str]:
-        yield from compared(f"{kind}{column}", row[which][column.split("_")[1]] if row else None, f"metrics.csv, row {which}")
+        where = f"the {'last' if which else 'first'} row of metrics.csv"
+        yield from compared(f"{kind}{column}", row[which][column.split("_")[1]] if row else None, where)
 
     yield from of("", train, -1, "train_accuracy")
     yield from of("", train, -1, "train_loss")
@@ -504,7 +505,7 @@ def check_again(
             told.append(f"{begin}, the same to the bit: epochs {again.exact[0]} to {again.exact[-1]}")
         if again.close:
             epochs = f"epochs {again.close[0]} to {again.close[-1]}"
-            told.append(f"{begin}, otherwise than the run ({again.other}), {WITHIN}: {epochs}")
+            told.append(f"{begin}, otherwise than the run ({again.other}), {WITHIN}: {epochs}; less than that goes unseen")
         told += again.told
         same = same and not again.close
     return found, [*told, chance], same
