@@ -33,7 +33,8 @@ from cifar10.data.loader import EvaluationLoader, MicroBatch, TrainLoader
 from cifar10.distributed import launchers
 from cifar10.distributed import world as distributed
 from cifar10.distributed.world import World
-from cifar10.engine import experts, pipeline, schedule
+from cifar10.engine import experts, pipeline
+from cifar10.engine import schedule as json_scheduler
 from cifar10.engine.cuda_graphs import accelerate
 from cifar10.engine.engine import Engine, checkpoint_blocks, leave, own_optimizer, prepare, synchronize_batch_norm
 from cifar10.engine.full_state import weights_sha256
@@ -55,7 +56,7 @@ from cifar10.run.metric_buffer import MetricBuffer, count_steps
 from cifar10.run.predictions import TEST_FILE, save_predictions
 from cifar10.run.state import RunState, Sums
 from cifar10.run.stop import StopRequest, handlers_given_back
-from cifar10.run.summary import EndedBy, SplitResult, Status, Summary, read_summary, summarize, test_fields
+from cifar10.run.summary import EndedBy, SplitResult, Status, Summary, has_finished, read_summary, summarize, test_fields
 
 # The names that the reference documents import from this file.
 __all__ = ["CIFAR10CNNEnhanced", "CNNModelEnhanced", "Net", "calculate_accuracy", "get_lr_schedule", "run"]
@@ -103,7 +104,7 @@ def lr_multiplier(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     `per_epoch`, an epoch counts from its start, and in the warmup from its end, as in `get_lr_schedule`.
     """
     schedule = lr_schedule(recipe.lr_schedule)
-    epochs = total_steps(recipe, steps_per_epoch) / steps_per_epoch  # those of whole steps, so that no step lies behind the end
+    epochs = total_steps(recipe, steps_per_epoch) / steps_per_epoch  # those of whole steps, so that no step lies past the end
     warmup = schedule.warmup(recipe.warmup_epochs, epochs)
     epoch = step // steps_per_epoch if schedule.per_epoch else (step + 0.5) / steps_per_epoch
     if epoch < warmup:
@@ -165,7 +166,7 @@ def log_steps(run: Run, state: RunState) -> None:
 def train_one_epoch(run: Run, state: RunState) -> bool:
     """Train to the end of the epoch under way, or to the run's last step. True if the run was asked to stop on the way."""
     recipe, every, stopping = run.plan.recipe, run.plan.options.log_every_steps, False
-    started = time.perf_counter() - run.engine.capture_seconds  # which are not training
+    started = time.perf_counter() - run.engine.capture_seconds  # capturing CUDA graphs is not training
     lr_scale = recipe.lr_scale(run.plan.batch.global_images) * state.lr_factor
     run.engine.train()
     for micro_batches in run.train.epoch(state.epoch, first_step=state.epoch_step):
@@ -188,7 +189,7 @@ def train_one_epoch(run: Run, state: RunState) -> bool:
 
 
 def save_portable(run: Run, name: str, module: dict[str, Tensor], facts: dict[str, Any]) -> bool:
-    """Write checkpoints/<name> on rank 0: weights with all that is needed to use them. False if the disk would not take it."""
+    """Write checkpoints/<name> on rank 0: weights with all that is needed to use them. False if writing failed."""
     folder, all_facts = run.folder / "checkpoints" / name, {**run.plan.about_the_model, **facts}
     if why_not := run.world.from_main(lambda: checkpoint.save_portable(folder, module, all_facts)):
         run.metrics.event(why_not)
@@ -198,7 +199,8 @@ def save_portable(run: Run, name: str, module: dict[str, Tensor], facts: dict[st
 def validate(run: Run, state: RunState) -> list[SplitResult]:
     """Measure the weights, and their average if there is one; keep the best yet as best_model. [] if nothing is held out."""
     results: list[SplitResult] = []
-    for averaged in (False, True)[: 1 + run.engine.has_average] if len(run.val) else ():
+    candidates = [False, True] if run.engine.has_average else [False]
+    for averaged in candidates if len(run.val) else []:
         weights = run.engine.portable_state(averaged=averaged)
         run.model.load_state_dict(weights)
         result = evaluate(run.model, run.val, run.world)
@@ -210,7 +212,7 @@ def validate(run: Run, state: RunState) -> list[SplitResult]:
 
 
 def finish_epoch(run: Run, state: RunState) -> None:
-    """Validate, report and count the epoch. A run that ends inside an epoch is measured too, but there is none to judge by."""
+    """Validate, report and count the epoch. A run may end inside one: that is validated too, but not judged by --patience."""
     epoch, sums, lines = state.epoch + 1, state.epoch_sums, []
     train = SplitResult(sums.mean_loss, sums.accuracy, sums.images, state.train_seconds - state.seconds_before_epoch)
     recipe, epochs = run.plan.recipe, math.ceil(run.total_steps / run.train.steps_per_epoch)
@@ -240,7 +242,7 @@ def write_summary(run: Run, state: RunState, status: Status, **known: Any) -> Su
 
 
 def save(run: Run, state: RunState, status: Status, is_due: bool = True) -> bool:
-    """A link of the chain and, if due, a resumable checkpoint and a summary; False, and why, if the disk would not take it."""
+    """A link of the chain and, if due, a resumable checkpoint and a summary. False, and a line, if writing failed."""
     full_state = run.chain.add(status, state, run.engine.full_state())
     if not is_due:
         return True
@@ -256,7 +258,9 @@ def train(run: Run, state: RunState) -> EndedBy | Literal["stopped"]:
     """Train until the schedule's end, --max-steps, early stopping or a stop request; returns which it was."""
     options = run.plan.options
     while state.step < run.last_step and not patience.is_over(run.plan.recipe, state):
-        if (train_one_epoch(run, state), run.stop.check_folder())[0]:
+        stopped = train_one_epoch(run, state)
+        run.stop.check_folder()
+        if stopped:
             return "stopped"
         finish_epoch(run, state)
         at_end = state.step == run.last_step or patience.is_over(run.plan.recipe, state)
@@ -268,11 +272,10 @@ def train(run: Run, state: RunState) -> EndedBy | Literal["stopped"]:
 
 def measure_best_model(run: Run, state: RunState) -> dict[str, SplitResult]:
     """Open the test split, once, for the model that validation chose, and with test-time augmentation if the recipe has it."""
-    if run.plan.options.test_images == 0:
+    if not (count := run.plan.options.test_images):
         return {}
     folder = run.folder / "checkpoints" / "best_model"
     run.model.load_state_dict(run.world.from_main(lambda: checkpoint.portable_weights(folder, run.model)))
-    count = run.plan.options.test_images
     look = Look([run.folder], count, recorded=run.world.is_main)
     images = run.plan.images("test", look)
     loader = EvaluationLoader.of(images.pixels[:count], images.labels[:count], run.plan.recipe, run.world)
@@ -290,8 +293,8 @@ def measure_best_model(run: Run, state: RunState) -> dict[str, SplitResult]:
 
 
 def finish(run: Run, state: RunState, ended_by: EndedBy) -> None:
-    """Keep the last state, test the best one, and write down what the run came to."""
-    if len(run.val) and state.best_step < 0:  # resumed at its end, before any epoch's validation
+    """Keep the last weights, test the best ones, and write the summary."""
+    if len(run.val) and state.best_step < 0:  # resumed at its last step, before any validation
         validate(run, state)
     weights = run.engine.portable_state()
     written = save_portable(run, "final", weights, {"step": state.step})
@@ -329,12 +332,12 @@ def start_run(plan: Plan, world: World, folder: Path, model: nn.Module) -> tuple
     engine = make_engine(deepspeed_engine, world, recipe.seed, ema=recipe.ema, swa=recipe.swa_epochs > 0)
     distributed.limit_waiting(options.timeout_minutes)
     start_from = None if options.resume in ("auto", "never") else run_folder.find_checkpoint(options.resume)
-    place = folder / "checkpoints", start_from, engine, world, plan.settings
-    state = RunState() if options.dry_run else checkpoint.resume(*place)
+    state = RunState() if options.dry_run else checkpoint.resume(folder / "checkpoints", start_from, engine, world, plan.settings)
     num_steps = total_steps(recipe, train.steps_per_epoch)
     last_step = min(num_steps, options.max_steps or num_steps)
     if deepspeed_engine.lr_scheduler is not None:
-        note = schedule.describe(deepspeed_engine.scheduler_name(), schedule.learning_rates(deepspeed_engine, last_step))
+        rates = json_scheduler.learning_rates(deepspeed_engine, last_step)
+        note = json_scheduler.describe(deepspeed_engine.scheduler_name(), rates)
         plan = replace(plan, notes=[*plan.notes, note])
     run = Run(
         plan=plan,
@@ -418,7 +421,7 @@ def run(argv: list[str]) -> None:
 
 
 def carry_out(argv: list[str]) -> None:
-    """Train as the command line says, as the only thing that this process does. Raises UsageError."""
+    """Train as the command line says, and leave it to the caller to clean up. Raises UsageError."""
     plan = make_plan(argv, launchers.world_size(), "cifar10_deepspeed.py", __doc__)
     options = plan.options
     world = distributed.join(options.threads, options.timeout_minutes, deterministic=options.deterministic)
@@ -427,10 +430,7 @@ def carry_out(argv: list[str]) -> None:
     if options.dry_run:
         return dry_run(plan, world, model)
     folder = world.from_main(lambda: run_folder.choose(options.output_dir, options.recipe))
-    summary = world.from_main(lambda: read_summary(folder))
-    if summary and summary.is_complete(options.max_steps):
-        if world.is_main:
-            print(f"{folder} holds a finished run; its results are in its summary.json")
+    if world.from_main(lambda: has_finished(folder, options.max_steps)):
         return
     program = sys.argv[0] if Path(sys.argv[0]).name == Path(__file__).name else __file__  # which a notebook has not started
     settings, command = as_json(plan.recipe, options.recipe, asdict(plan.dataset)), [program, *argv]

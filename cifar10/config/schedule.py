@@ -30,7 +30,7 @@ class Schedule(Value):
         return min(wanted, epochs / 10)
 
     def factor(self, epoch: float, warmup: float, epochs: float) -> float:
-        """What the base rate is multiplied by at `epoch`, behind the warmup, in a run of `epochs`."""
+        """What the base rate is multiplied by at `epoch`, after the warmup, in a run of `epochs`."""
         raise NotImplementedError
 
     def describe(self) -> str:

@@ -18,7 +18,7 @@ from cifar10.distributed import device
 from cifar10.distributed.launchers import SIGNALS
 from cifar10.launch.budget import Choice, verdict
 from cifar10.launch.command import BUDGET_PROGRAM, SCRIPT, LaunchOptions, deepspeed_command, start_command
-from cifar10.run.summary import Summary, read_summary
+from cifar10.run.summary import Summary, has_finished, read_summary
 
 FINISHED, FAILED, REFUSED, RESUMABLE = 0, 1, 2, 75  # 75 is sysexits.h's EX_TEMPFAIL: try again
 SECONDS_TO_SAVE = 60  # from a signal until the remaining processes are killed
@@ -184,9 +184,7 @@ def train_once(options: LaunchOptions, ranks: int, flags: list[str], folder: Pat
 
 def train(options: LaunchOptions, ranks: int, flags: list[str], max_steps: int | None, folder: Path) -> int:
     """Train the run in `folder`, restarting it if it fails; returns the exit code."""
-    summary = read_summary(folder)
-    if summary and summary.is_complete(max_steps):
-        print(f"{folder} holds a finished run; its results are in its summary.json", flush=True)
+    if has_finished(folder, max_steps):
         return FINISHED
     for restart in range(options.max_restarts + 1):
         code = train_once(options, ranks, [*flags, "--output-dir", str(folder)], folder)

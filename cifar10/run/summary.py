@@ -103,6 +103,15 @@ def read_summary(folder: Path) -> Summary | None:
     return Summary(**{f.name: content[f.name] for f in fields(Summary) if f.name in content})
 
 
+def has_finished(folder: Path, max_steps: int | None) -> bool:
+    """Whether the run in a folder has come to its end, or to this many steps; if so, a line says it."""
+    summary = read_summary(folder)
+    finished = summary is not None and summary.is_complete(max_steps)
+    if finished:
+        print(f"{folder} holds a finished run; its results are in its summary.json", flush=True)
+    return finished
+
+
 def quality_tier(test_accuracy: float, bounds: tuple[float, float, float] | None) -> str | None:
     """The documents' word for a test accuracy (a fraction); `bounds` are the lower ends of all tiers but the last."""
     if bounds is None:
