@@ -199,8 +199,7 @@ def save_portable(run: Run, name: str, module: dict[str, Tensor], facts: dict[st
 def validate(run: Run, state: RunState) -> list[SplitResult]:
     """Measure the weights, and their average if there is one; keep the best yet as best_model. [] if nothing is held out."""
     results: list[SplitResult] = []
-    candidates = [False, True] if run.engine.has_average else [False]
-    for averaged in candidates if len(run.val) else []:
+    for averaged in ([False, True] if run.engine.has_average else [False]) if len(run.val) else []:
         weights = run.engine.portable_state(averaged=averaged)
         run.model.load_state_dict(weights)
         result = evaluate(run.model, run.val, run.world)
@@ -332,7 +331,8 @@ def start_run(plan: Plan, world: World, folder: Path, model: nn.Module) -> tuple
     engine = make_engine(deepspeed_engine, world, recipe.seed, ema=recipe.ema, swa=recipe.swa_epochs > 0)
     distributed.limit_waiting(options.timeout_minutes)
     start_from = None if options.resume in ("auto", "never") else run_folder.find_checkpoint(options.resume)
-    state = RunState() if options.dry_run else checkpoint.resume(folder / "checkpoints", start_from, engine, world, plan.settings)
+    place = folder / "checkpoints", start_from, engine, world, plan.settings
+    state = RunState() if options.dry_run else checkpoint.resume(*place)
     num_steps = total_steps(recipe, train.steps_per_epoch)
     last_step = min(num_steps, options.max_steps or num_steps)
     if deepspeed_engine.lr_scheduler is not None:
