@@ -15,7 +15,8 @@ STAGES = range(4)
 BUCKETS = "zero_optimization.reduce_bucket_size=20000"  # elements, fewer than lenet's largest parameter has
 RUNS = {  # bf16 last: DeepSpeed 0.19.8 never turns autocast off
     "bn_cnn": (),
-    "lenet": ("--recipe", "lenet", "--global-batch-size", "8", "--set", BUCKETS),
+    "lenet": ("--recipe", "lenet"),
+    "lenet in small buckets": ("--recipe", "lenet", "--set", BUCKETS),
     "bn_cnn in bf16": ("--precision", "bf16"),
 }
 
@@ -59,7 +60,7 @@ def test_activations_are_counted_without_computing():
 @pytest.mark.parametrize("stage", [0, 2])
 def test_one_rank_holds_what_is_predicted(stage, monkeypatch):
     cut_down(monkeypatch)
-    plan = command.plan_of([*flags_of("lenet", stage), "--val-images", "0"], 1)
+    plan = command.plan_of([*flags_of("lenet in small buckets", stage), "--val-images", "0"], 1)
     measured, predicted = command.measure(plan, one_rank(), command.batches_of(plan, one_rank(), 4)), command.predict(plan)
     assert [kind for kind in xray.KINDS if differs(measured["memory"][kind], predicted["memory"][kind])] == []
 
@@ -78,10 +79,10 @@ def test_what_cannot_be_measured_is_refused(flags, named, capsys):
     assert named in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[1, 2, 4])
 def launched(request):
     """What each run's ranks have measured at each stage, all in one launch, and what was predicted."""
-    runs = list(RUNS) if request.param == 2 else list(RUNS)[:2]
+    runs = list(RUNS)[: {1: 3, 2: 4, 4: 2}[request.param]]
     columns = {f"{run}, ZeRO {stage}": flags_of(run, stage) for run in runs for stage in STAGES}
     measured = command.start(request.param, columns, steps=1)["columns"]
     predicted = {name: command.predict(command.plan_of(flags, request.param)) for name, flags in columns.items()}
