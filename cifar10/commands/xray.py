@@ -35,7 +35,7 @@ from cifar10.data.loader import MicroBatch
 from cifar10.distributed import world as distributed
 from cifar10.distributed.device import count_gpus
 from cifar10.distributed.world import World
-from cifar10.engine import experts, footprint, pipeline, xray
+from cifar10.engine import footprint, xray
 from cifar10.engine.engine import Engine, checkpoint_blocks, leave, own_optimizer, prepare
 from cifar10.models.registry import build_model, has_experts
 from cifar10.models.weights import freeze
@@ -55,7 +55,6 @@ COLUMNS: dict[str, tuple[str, ...]] = {  # flags that are added to the run's
         *(f"zero_optimization.offload_{what}.device=cpu" for what in OFFLOADED),
     ),
     "checkpointing": ("--gradient-checkpointing",),
-    "pipeline": ("--pipeline-stages", "2"),
 }
 UNSEEN_STEPS = 2  # in which the optimizer allocates its state, and ZeRO 3 learns the order of the layers
 MB = 1e6
@@ -68,8 +67,8 @@ class XRay:
     ranks: tuple[int, ...] = (1, 2, 4)
     """Numbers of ranks, each measured by itself (default: 1 2 4); those of more ranks than GPUs are left out."""
     columns: tuple[str, ...] = ("ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3")
-    """What is compared: "ZeRO 0" to "ZeRO 3", "ZeRO 2 offload", "ZeRO 3 offload", "checkpointing", "pipeline" of two
-    stages, and "as given", the run's own flags (default: the stages)."""
+    """What is compared: "ZeRO 0" to "ZeRO 3", "ZeRO 2 offload", "ZeRO 3 offload", "checkpointing", and "as given", the run's
+    own flags (default: the stages)."""
     xray_steps: int = 2
     """Steps whose traffic is averaged (default: 2)."""
     output_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None
@@ -79,6 +78,8 @@ class XRay:
 def plan_of(flags: Sequence[str], ranks: int) -> Plan:
     """The run that the flags describe, without a download. Raises UsageError."""
     plan = make_plan([*flags, "--dry-run"], ranks, "xray")
+    if plan.batch.stages > 1 or has_experts(plan.recipe.model):
+        raise UsageError("xray does not support pipelines and experts, for which it has no prediction; leave them out")
     return replace(plan, options=replace(plan.options, engine_level="eager"))
 
 
@@ -100,13 +101,10 @@ def measure(plan: Plan, world: World, batches: list[list[MicroBatch]]) -> dict[s
     gc.collect()
     before = xray.live_tensors()
     gc.freeze()  # so that only what comes now is looked through
-    model, config, make_engine, step = initial_model(plan)[0].to(world.device), plan.ds_config, Engine, train_step
-    if plan.batch.stages > 1:
-        model, make_engine, step = pipeline.this_stage(model, config), pipeline.PipelineEngine, pipeline.train_step
-    experts.divide(model, world, plan.options.expert_parallel)
+    model, config = initial_model(plan)[0].to(world.device), plan.ds_config
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     given = {"model_parameters": trained, "optimizer": own_optimizer(model, config), "config": config}
-    engine = make_engine(deepspeed.initialize(model=model, **given)[0], world, plan.recipe.seed)
+    engine = Engine(deepspeed.initialize(model=model, **given)[0], world, plan.recipe.seed)
     engine.train()
     engine.set_lr(0.0)
     memory = xray.Memory(engine, before)
@@ -118,7 +116,7 @@ def measure(plan: Plan, world: World, batches: list[list[MicroBatch]]) -> dict[s
                 looking.enter_context(memory.watched())
             elif number > UNSEEN_STEPS:
                 looking.enter_context(of_traffic.counted())
-            step(engine, batch, plan.recipe.label_smoothing)
+            train_step(engine, batch, plan.recipe.label_smoothing)
     moment, total = memory.peak
     steps = len(batches) - UNSEEN_STEPS - 1
     rows = {name: {key: value / steps for key, value in row.items()} for name, row in of_traffic.rows.items()}
@@ -168,10 +166,8 @@ def start(ranks: int, columns: dict[str, Sequence[str]], steps: int) -> dict[str
 
 
 def predict(plan: Plan) -> dict[str, Any]:
-    """What a rank should hold and send. There is no formula here for pipelines and experts, nor for what offloading adds."""
+    """What a rank should hold and send. There is no formula here for what offloading adds."""
     recipe, config, ranks = plan.recipe, plan.ds_config, plan.batch.world_size
-    if plan.batch.stages > 1 or has_experts(recipe.model):
-        return {"memory": {}, "pieces": {}, "traffic": {}, "sent": {}, "paper": None}
     channels, size, _ = plan.image_shape
     size = recipe.first_sizes[0] if recipe.first_sizes else size
 

@@ -70,6 +70,7 @@ def test_one_rank_holds_what_is_predicted(stage, monkeypatch):
     [
         (("--columns", "ZeRO 9"), "ZeRO 9"),
         (("--ranks", "0"), "--ranks"),
+        (("--recipe", "moe", "--ranks", "1"), "experts"),
         (("--xray-steps", "0"), "--xray-steps"),
         (("--ranks", "3", "--global-batch-size", "8"), "3 ranks"),
     ],
