@@ -271,7 +271,7 @@ def train(run: Run, state: RunState) -> EndedBy | Literal["stopped"]:
 
 def measure_best_model(run: Run, state: RunState) -> dict[str, SplitResult]:
     """Open the test split, once, for the model that validation chose, and with test-time augmentation if the recipe has it."""
-    if not (count := run.plan.options.test_images):
+    if (count := run.plan.options.test_images) == 0:
         return {}
     folder = run.folder / "checkpoints" / "best_model"
     run.model.load_state_dict(run.world.from_main(lambda: checkpoint.portable_weights(folder, run.model)))
