@@ -10,12 +10,13 @@ WORD = torch.int64.itemsize
 class KeptBuffers:
     """The buffers of `module`, which stay the same tensors, and a copy from before a step.
 
-    `tensors` are the buffers; the block is int64 whatever their types, for it is only moved.
+    `tensors` are the buffers; the block is int64 whatever their types, for it is only moved. The widest types come first:
+    torch.compile takes offsets that are counted in elements of different sizes as if they were of one.
     """
 
     @torch.no_grad()
     def __init__(self, module: nn.Module) -> None:
-        self.tensors, starts, end = list(module.buffers()), [], 0
+        self.tensors, starts, end = sorted(module.buffers(), key=lambda buffer: -buffer.element_size()), [], 0
         for tensor in self.tensors:
             starts.append(end)
             last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
