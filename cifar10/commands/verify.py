@@ -144,6 +144,7 @@ def check_summary(record: Record, links: Sequence[Link]) -> Iterator[str]:
     at = [link for link in links if link["kind"] in ("epoch", "stop") and link["step"] == there.get("steps")]
     if at:
         was = measured_summary(record, at[-1])
+        was["resumed_at_steps"] += [link["step"] for link in links[links.index(at[-1]) :] if link["kind"] == "start"]
         yield from differences("summary.json", {key: there.get(key) for key in was}, was, "where the run stood it had")
     elif record.is_finished or record.status == "stopped":
         yield f"summary.json: steps is {there.get('steps')}, at which no link of {chain.FILE} is"
@@ -560,6 +561,7 @@ def run(
         for line in told:
             print(f"{folder}: {line}")
         good = "passes" if has_chain else "its logs agree with each other; no more can be shown"
-        print(f"{folder}: {f'does not pass, {len(found):,} findings' if found else good}", flush=True)
+        bad = f"does not pass, {len(found):,} finding{'s' * (len(found) > 1)}"
+        print(f"{folder}: {bad if found else good}", flush=True)
         code = 1 if found else code
     return code

@@ -110,14 +110,14 @@ def test_a_checkpoint_from_before_there_were_chains_is_resumed():
 @pytest.mark.slow
 def test_honest_runs_pass_and_forgeries_are_caught_when_all_is_trained_again(tmp_path):
     """One of each kind of forgery; the whole campaign is python tests/workers/verify_runs.py FOLDER."""
-    honest = "EMA,stopped twice,extended,from two ranks to one,from another run,stopped"
+    honest = "EMA,stopped twice,killed in its test,extended,from two ranks to one,from another run,stopped"
     launch(1, WORKERS / "verify_runs.py", str(tmp_path), "--honest", honest, "--forgeries", "15")
     outcomes = json.loads((tmp_path / "outcomes.json").read_text())
     assert {name: found for name, (found, _) in outcomes["honest"].items()} == {name: [] for name in honest.split(",")}
     assert [name for name, (found, _) in outcomes["forged"].items() if not found or found[0].startswith("error")] == []
     assert len(outcomes["forged"]) == 15
     told = {name: " ".join(told) for name, (_, told) in outcomes["honest"].items()}
-    for name in ("EMA", "stopped twice", "extended"):
+    for name in ("EMA", "stopped twice", "killed in its test", "extended"):
         assert "trained again from the seed, the same to the bit: epochs 1 to 3" in told[name]
     assert "otherwise than the run (other ranks" in told["from two ranks to one"]
     assert "missed with probability 100% at most, 1 cannot be trained again" in told["from another run"]

@@ -75,7 +75,8 @@ def config(base: Path, name: str, **keys: Any) -> str:
 
 
 def honest(base: Path) -> dict[str, list[tuple[str, int, int | None]]]:
-    """Every kind of run: its starts, each with flags, ranks and the step after which it is stopped; at -N it is killed."""
+    """Every kind of run: its starts, each with flags, ranks and the step after which it is stopped; at -N it is killed, at 0 as
+    it opens the test split."""
     averaged = "--model bn_cnn --ema 0.9"
     one_start = {
         "lenet": "",
@@ -100,6 +101,7 @@ def honest(base: Path) -> dict[str, list[tuple[str, int, int | None]]]:
         "stopped twice": [(averaged, 1, 3), (averaged, 1, 5), (averaged, 1, None)],
         "two ranks stopped": [("--model bn_cnn", 2, 11), ("--model bn_cnn", 2, None)],
         "killed": [("--epochs 4 --save-every-epochs 2", 1, -24), ("--epochs 4 --save-every-epochs 2", 1, None)],
+        "killed in its test": [("", 1, 0), ("", 1, None)],
         "extended": [("--max-steps 12", 1, None), ("", 1, None)],
         "from two ranks to one": [("--model bn_cnn", 2, 11), ("--model bn_cnn", 1, None)],
         "from another run": [(f"--resume {base / 'stopped'} --lr 0.02", 1, None)],
@@ -120,6 +122,8 @@ def killed_at(at: int) -> Hook:
             return train_step(*given)
 
         script.train_step = step
+        if not at:
+            script.measure_best_model = lambda *_: os._exit(9)
 
     return hook
 
@@ -388,7 +392,7 @@ if __name__ == "__main__":
         if only and name not in only:
             continue
         for flags, ranks, stop in starts:
-            if stop and stop < 0:
+            if stop is not None and stop <= 0:
                 start(base / name, flags, ranks, hook=killed_at(-stop), code=9)
             else:
                 start(base / name, flags, ranks, **({"stop_after": stop} if stop else {}))
