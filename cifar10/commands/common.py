@@ -47,9 +47,9 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
 
 def number_table(*heads: str, texts: int = 1, title: str | None = None) -> Table:
     """A table whose first columns are text, and the others numbers, aligned on the right."""
-    table = Table(*heads[:texts], title=title)
-    for head in heads[texts:]:
-        table.add_column(head, justify="right")
+    table = Table(title=title)
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="left" if number < texts else "right", no_wrap=number < texts)
     return table
 
 
