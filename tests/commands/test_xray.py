@@ -80,10 +80,10 @@ def test_what_cannot_be_measured_is_refused(flags, named, capsys):
     assert named in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4])
+@pytest.fixture(scope="module", params=[2, 4])
 def launched(request):
     """What each run's ranks have measured at each stage, all in one launch, and what was predicted."""
-    runs = list(RUNS)[: {1: 3, 2: 4, 4: 2}[request.param]]
+    runs = list(RUNS)[: {2: 3, 4: 1}[request.param]]
     columns = {f"{run}, ZeRO {stage}": flags_of(run, stage) for run in runs for stage in STAGES}
     measured = command.start(request.param, columns, steps=1)["columns"]
     predicted = {name: command.predict(command.plan_of(flags, request.param)) for name, flags in columns.items()}

@@ -17,7 +17,7 @@ UUID = "GPU-00000000-0000-0000-0000-00000000000"
     [
         (3, "", None, 2, "Stand-in H100", ["device: 2 of 3 GPUs", " 2 stay idle", "--global-batch-size 63"]),
         (3, "", f"{UUID}2,{UUID}0", 2, "Stand-in H100", []),
-        (2, "--num-gpus 2 --device cpu", "0,1", 2, "cpu", []),
+        (2, "--num-gpus 1 --device cpu", "0,1", 1, "cpu", []),
         (2, "", "", 1, "cpu", ["device: the CPU, since CUDA_VISIBLE_DEVICES= hides all GPUs"]),
     ],
     ids=["three", "UUIDs", "the CPU by flag", "the CPU by variable"],

@@ -195,7 +195,9 @@ def test_a_signal_stops_the_run_resumable_and_the_same_command_finishes_it(tmp_p
     words = to_continue.removeprefix("to continue: ").removeprefix("uv run ").split()
     assert words[:2] == ["python", "main.py"]
     assert run([sys.executable, *words[1:]]).returncode == 0
-    assert summary(stopped)["resumed_at_steps"]
+    assert (summary(stopped)["status"], bool(summary(stopped)["resumed_at_steps"])) == ("finished", True)
+    if number == signal.SIGINT:  # the weights are compared once
+        return
     assert run([*MAIN, *flags, "--output-dir", str(whole)]).returncode == 0
     assert summary(stopped)["weights_sha256"] == summary(whole)["weights_sha256"]
     assert (stopped / "steps.csv").read_text() == (whole / "steps.csv").read_text()

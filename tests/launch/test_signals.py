@@ -8,10 +8,8 @@ pytestmark = pytest.mark.slow
 
 CHAIN = [
     Cell("main.py", "SIGUSR1", AT_ONCE),
-    Cell("launch.py", "SIGTERM"),
     Cell("rank 0", "SIGKILL"),
     Cell("runner", "SIGKILL"),
-    Cell("rank 1", "SIGUSR1"),
 ]
 STEPS = 1_000
 
