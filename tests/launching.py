@@ -35,7 +35,9 @@ def environment(**more: str) -> dict[str, str]:
     """This process's environment without what would change where and how a run trains."""
     ours = ("CIFAR10_STARTED_BY", "CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "LOCAL_RANK")  # world.join sets the last
     kept = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("WANDB_")}
-    return {**kept, "DS_ACCELERATOR": "cpu", "WANDB_MODE": "disabled", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", **more}
+    kept |= {"DS_ACCELERATOR": "cpu", "WANDB_MODE": "disabled", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", **more}
+    modules = [kept.get("PYTHONPATH", ""), str(PROJECT / "tests" / "empty")]
+    return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, modules))}
 
 
 def run(command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
