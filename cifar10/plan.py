@@ -84,13 +84,6 @@ def choose_precision(wanted: Precisions) -> tuple[str | None, list[str]]:
     return taken, [f"precision: {taken} of {', '.join(wanted)} ({reason})"]
 
 
-def _resolve_augment(recipe: Recipe, dataset: Description) -> Recipe:
-    """The recipe with its augmentation checked, in its canonical spelling."""
-    operations = augment.parse(recipe.augment)
-    augment.check(operations, min((recipe.resize or dataset.size, *recipe.first_sizes)))
-    return dataclasses.replace(recipe, augment=augment.as_text(operations))
-
-
 _OF_FLAGS = {  # paths of DeepSpeed's config, which --set must not set as well
     "lr": ["optimizer.params.lr"],
     "global_batch_size": ["train_batch_size"],
@@ -149,78 +142,122 @@ def make_plan(
     `world_size` may be a function of the global batch, in images; it is given None if the batch grows with the ranks.
     """
     argv, *old_schedule = take_old_schedule(argv)
-    known = {"models": model_names(), "data sets": registry.DATASETS, "augmentations": values.classes(augment.Operation)}
-    names = "\n\n".join(f"{kind}: {', '.join(listed)}" for kind, listed in known.items())
-    recipe, options = parse(argv, program, f"{description}\n\n{names}" if description else names, extra)
-    recipe = dataclasses.replace(recipe, lr_schedule=schedule.with_old_settings(recipe.lr_schedule, *old_schedule))
-    device_note = device.choose(options.device)
+    recipe, options = parse(argv, program, _with_names(description), extra)
+    notes = [note] if (note := device.choose(options.device)) else []
     refuse_unknown_model(recipe.model, **recipe.network_options)
-    dataset = registry.of(recipe)
-    facts = dataset.describe(options.data_dir)
-    if facts.manifest and all(getattr(recipe, name) == getattr(Recipe, name) for name in ("mean", "std")):
-        recipe = dataclasses.replace(recipe, mean=facts.mean, std=facts.std)  # of its training images
-    given, notes = _given_config(options)
-    if not isinstance(world_size, int):
-        world_size = world_size(given.get("train_batch_size"))
-    enabled = [ds_check.look_up(given, f"{section}.enabled") for section in ds_check.LOW_PRECISIONS]
-    wanted = options.precision or (load(options.recipe).precision if "auto" in enabled else ())
-    given, auto_notes = _without_auto(given, recipe, options, facts, world_size)
-    precision, precision_notes = choose_precision(wanted)
-    chosen = ds_config.with_precision(given, precision) if precision else given
-    config, batch, changes = ds_config.resolve(chosen, world_size)
-    notes = [*([device_note] if device_note else []), *notes, *auto_notes, *precision_notes, *changes]
-    if precision_of(config) == "fp16" and not device.count_gpus():
-        notes.append("fp16 on a CPU can take 400 times as long as fp32; --precision bf16 or --precision fp32 avoids that")
-    recipe = _resolve_augment(recipe, facts)
-    log_every = options.log_every_steps or config.get("steps_per_print") or 100
-    kernels.refuse_missing_kernel(config)
-    saving = options.gradient_checkpointing or "activation_checkpointing" in given
-    asked = "eager" if saving else load(options.recipe).engine_level
-    level = levels.resolve_level(options.engine_level, config, world_size, sync_bn=recipe.sync_bn, asked=asked)
-    if level != "eager" and options.engine_level == "auto":
-        notes.append(f"engine level: {level}, as the recipe asks")
-    if saving and level != "eager":
-        raise UsageError(f"--gradient-checkpointing is not supported with --engine-level {level}; use --engine-level eager")
-    options = dataclasses.replace(options, log_every_steps=log_every, engine_level=level, gradient_checkpointing=saving)
-    if options.sealed:
-        if options.test_images:
-            raise UsageError("--test-images opens the test split, which --sealed refuses; leave out one of them")
-        options = dataclasses.replace(options, test_images=0)
-    _check_pipeline(recipe, config, batch.stages)
-    _check_experts(recipe, options, config, world_size)
-    _check_schedule(recipe, config, load(options.recipe).recipe.lr_schedule)
-    _check_sizes(recipe, options, batch, facts)
-    _check_images(recipe, facts)
+    dataset = registry.of(recipe).describe(options.data_dir)
+    recipe = _resolve_recipe(recipe, dataset, old_schedule)
+    given, config_notes = _given_config(options)
+    ranks = world_size if isinstance(world_size, int) else world_size(given.get("train_batch_size"))
+    given, config, batch, changes = _resolve_config(given, recipe, options, dataset, ranks)
+    options, level_notes = _resolve_options(options, recipe, given, config, ranks)
+    notes += [*config_notes, *changes, *level_notes]
     if recipe.lr_reference_batch:
         notes.append(f"learning rate: the config's x global batch {batch.global_images} / {recipe.lr_reference_batch}")
-    notes += [facts.note] if facts.note else []
-    plan = Plan(recipe, options, given, config, batch, notes, facts)
+    notes += [dataset.note] if dataset.note else []
+    plan = Plan(recipe, options, given, config, batch, notes, dataset)
+    _check_pipeline(plan)
+    _check_experts(plan, ranks)
+    _check_schedule(plan)
+    _check_sizes(plan)
+    _check_images(plan)
     if recipe.sync_bn and not device.count_gpus():
         raise UsageError("--sync-bn is not supported without GPUs; leave it out")
+    _check_folders(plan)
+    return _with_files(plan)
+
+
+def _with_names(description: str | None) -> str | None:
+    """A program's description with what its flags can name."""
+    known = {"models": model_names(), "data sets": registry.DATASETS, "augmentations": values.classes(augment.Operation)}
+    return description and "\n\n".join([description, *(f"{kind}: {', '.join(names)}" for kind, names in known.items())])
+
+
+def _resolve_recipe(recipe: Recipe, dataset: Description, old_schedule: list[Any]) -> Recipe:
+    """The recipe with its schedule and its augmentation in their canonical spelling, the normalization that of the user's own
+    images unless one is given."""
+    if dataset.manifest and all(getattr(recipe, name) == getattr(Recipe, name) for name in ("mean", "std")):
+        recipe = dataclasses.replace(recipe, mean=dataset.mean, std=dataset.std)
+    operations = augment.parse(recipe.augment)
+    augment.check(operations, min((recipe.resize or dataset.size, *recipe.first_sizes)))
+    lr_schedule = schedule.with_old_settings(recipe.lr_schedule, *old_schedule)
+    return dataclasses.replace(recipe, lr_schedule=lr_schedule, augment=augment.as_text(operations))
+
+
+def _resolve_config(
+    given: dict[str, Any], recipe: Recipe, options: Options, dataset: Description, ranks: int
+) -> tuple[dict[str, Any], dict[str, Any], ds_config.Batch, list[str]]:
+    """The given config without "auto", the same resolved for the ranks in a precision of this machine, and notes."""
+    enabled = [ds_check.look_up(given, f"{section}.enabled") for section in ds_check.LOW_PRECISIONS]
+    wanted = options.precision or (load(options.recipe).precision if "auto" in enabled else ())
+    given, auto_notes = _without_auto(given, recipe, options, dataset, ranks)
+    precision, precision_notes = choose_precision(wanted)
+    chosen = ds_config.with_precision(given, precision) if precision else given
+    config, batch, changes = ds_config.resolve(chosen, ranks)
+    notes = [*auto_notes, *precision_notes, *changes]
+    if precision_of(config) == "fp16" and not device.count_gpus():
+        notes.append("fp16 on a CPU can take 400 times as long as fp32; --precision bf16 or --precision fp32 avoids that")
+    kernels.refuse_missing_kernel(config)
+    return given, config, batch, notes
+
+
+def _resolve_options(
+    options: Options, recipe: Recipe, given: dict[str, Any], config: dict[str, Any], ranks: int
+) -> tuple[Options, list[str]]:
+    """The options with what "auto" stands for, and notes."""
+    saving = options.gradient_checkpointing or "activation_checkpointing" in given
+    asked = "eager" if saving else load(options.recipe).engine_level
+    level = levels.resolve_level(options.engine_level, config, ranks, sync_bn=recipe.sync_bn, asked=asked)
+    if saving and level != "eager":
+        raise UsageError(f"--gradient-checkpointing is not supported with --engine-level {level}; use --engine-level eager")
+    if options.sealed and options.test_images:
+        raise UsageError("--test-images opens the test split, which --sealed refuses; leave out one of them")
+    resolved = dataclasses.replace(
+        options,
+        log_every_steps=options.log_every_steps or config.get("steps_per_print") or 100,
+        engine_level=level,
+        gradient_checkpointing=saving,
+        test_images=0 if options.sealed else options.test_images,
+    )
+    is_asked = level != "eager" and options.engine_level == "auto"
+    return resolved, [f"engine level: {level}, as the recipe asks"] if is_asked else []
+
+
+def _check_folders(plan: Plan) -> None:
+    """Refuse to resume another experiment's run, and a folder of one."""
+    options, manifest = plan.options, plan.dataset.manifest
     if options.resume not in ("auto", "never"):
         run_folder.refuse_other_position(run_folder.find_checkpoint(options.resume)[0].parent, plan.settings)
-    if options.output_dir is not None:
-        run_folder.refuse_unwritable(options.output_dir)
-        run_folder.refuse_if_never(options.output_dir, options.resume)
-        then = run_folder.manifest_of(options.output_dir)
-        if then and facts.manifest and then != facts.manifest:
-            changes = dataset.changes(options.data_dir, then)
-            raise UsageError(
-                f"the images in {options.data_dir} are not those that the run in {options.output_dir} began with: {changes};"
-                " restore them, or choose another --output-dir"
-            )
-        run_folder.refuse_other_settings(options.output_dir, plan.settings)
-        read_summary(options.output_dir)  # raises UsageError if it is corrupt
+    if options.output_dir is None:
+        return
+    run_folder.refuse_unwritable(options.output_dir)
+    run_folder.refuse_if_never(options.output_dir, options.resume)
+    then = run_folder.manifest_of(options.output_dir)
+    if then and manifest and then != manifest:
+        changes = registry.of(plan.recipe).changes(options.data_dir, then)
+        raise UsageError(
+            f"the images in {options.data_dir} are not those that the run in {options.output_dir} began with: {changes};"
+            " restore them, or choose another --output-dir"
+        )
+    run_folder.refuse_other_settings(options.output_dir, plan.settings)
+    read_summary(options.output_dir)  # raises UsageError if it is corrupt
+
+
+def _with_files(plan: Plan) -> Plan:
+    """The plan when its images and weights are there; a dry run does without."""
+    recipe, options, dataset = plan.recipe, plan.options, registry.of(plan.recipe)
     if options.dry_run:
         without = dataclasses.replace(recipe, weights="none" if recipe.weights == "imagenet" else recipe.weights)
-        return dataclasses.replace(plan, recipe=without, notes=[*notes, f"data: {dataset.whereabouts(options.data_dir)}"])
+        notes = [*plan.notes, f"data: {dataset.whereabouts(options.data_dir)}"]
+        return dataclasses.replace(plan, recipe=without, notes=notes)
     dataset.ensure(options.data_dir, need_test=options.test_images != 0)
     weights.ensure(recipe.weights, recipe.model)
     return plan
 
 
-def _check_pipeline(recipe: Recipe, config: dict[str, Any], stages: int) -> None:
+def _check_pipeline(plan: Plan) -> None:
     """Refuse what the stages of a pipeline cannot do; whether the network has enough layers is known when it is built."""
+    recipe, config, stages = plan.recipe, plan.ds_config, plan.batch.stages
     stage, optimizer = ds_check.look_up(config, "zero_optimization.stage", 0), config["optimizer"]["type"]
     timer = next((key for key in levels.TIMERS if levels.is_timed(config, key)), None)
     model = recipe.model
@@ -228,7 +265,7 @@ def _check_pipeline(recipe: Recipe, config: dict[str, Any], stages: int) -> None
         f"--model {model}, only with functions that return an nn.Sequential; use --model vgg11": not is_sequence(model),
         f"ZeRO stage {stage}, which DeepSpeed's pipelines refuse; set zero_optimization.stage to 0 or 1": stage > 1,
         f"{optimizer}, which treats the last layer apart; use SGD or AdamW": optimizer in ds_check.OUR_OPTIMIZERS,
-        "fp16, whose loss scale is one for all stages; use --precision bf16": precision_of(config) == "fp16",
+        "fp16, whose loss scale is one for all stages; use --precision bf16": plan.precision == "fp16",
         "--sync-bn, whose statistics are of all ranks; leave it out": recipe.sync_bn,
         f"DeepSpeed's {timer}; remove it from the JSON": timer is not None,
     }
@@ -236,18 +273,18 @@ def _check_pipeline(recipe: Recipe, config: dict[str, Any], stages: int) -> None
         raise UsageError(f"--pipeline-stages {stages} is not supported with {reason}")
 
 
-def _check_experts(recipe: Recipe, options: Options, config: dict[str, Any], world_size: int) -> None:
+def _check_experts(plan: Plan, ranks: int) -> None:
     """Refuse what DeepSpeed's layers of experts cannot do, and their flag for networks without any."""
-    size, model, level = options.expert_parallel, recipe.model, options.engine_level
+    size, model, level = plan.options.expert_parallel, plan.recipe.model, plan.options.engine_level
     if not has_experts(model):
         if size:
             raise UsageError(f"--expert-parallel is not supported by --model {model}, which has no experts; see --recipe moe")
         return
-    if size and world_size % size:
-        raise UsageError(f"--expert-parallel {size} does not divide the number of ranks, {world_size}; use --expert-parallel 1")
-    zero = {"stage": 0, **config.get("zero_optimization", {})}
+    if size and ranks % size:
+        raise UsageError(f"--expert-parallel {size} does not divide the number of ranks, {ranks}; use --expert-parallel 1")
+    zero = {"stage": 0, **plan.ds_config.get("zero_optimization", {})}
     off = next((key for key in ("reduce_scatter", "contiguous_gradients") if zero["stage"] and zero.get(key) is False), None)
-    divided_fp16 = precision_of(config) == "fp16" and not zero["stage"] and world_size > 1 and size != 1
+    divided_fp16 = plan.precision == "fp16" and not zero["stage"] and ranks > 1 and size != 1
     refused = {
         "ZeRO stage 3, which DeepSpeed's MoE refuses: it partitions each weight over all ranks, but not all have the same"
         " experts; set zero_optimization.stage to 0, 1 or 2": zero["stage"] == 3,
@@ -262,22 +299,23 @@ def _check_experts(recipe: Recipe, options: Options, config: dict[str, Any], wor
         raise UsageError(f"--model {model} is not supported with {reason}")
 
 
-def _check_schedule(recipe: Recipe, config: dict[str, Any], own: str) -> None:
-    """Refuse what a scheduler in the config would silently ignore; it may replace the recipe's `own` schedule."""
+def _check_schedule(plan: Plan) -> None:
+    """Refuse what a scheduler in the config would silently ignore; it may replace the recipe's own schedule."""
+    if not (scheduler := plan.ds_config.get("scheduler")):
+        return
     unused = {
         "lr_reference_batch": Recipe.lr_reference_batch,
         "plateau_lr_factor": Recipe.plateau_lr_factor,
-        "lr_schedule": own,
+        "lr_schedule": load(plan.options.recipe).recipe.lr_schedule,
     }
-    for name, value in unused.items():
-        flag = "--" + name.replace("_", "-")
-        if config.get("scheduler") and getattr(recipe, name) != value:
-            scheduler = config["scheduler"].get("type")
-            raise UsageError(f"{flag} is not supported with the config's scheduler, {scheduler}; leave out one of them")
+    for name in (name for name, value in unused.items() if getattr(plan.recipe, name) != value):
+        flag, theirs = "--" + name.replace("_", "-"), scheduler.get("type")
+        raise UsageError(f"{flag} is not supported with the config's scheduler, {theirs}; leave out one of them")
 
 
-def _check_sizes(recipe: Recipe, options: Options, batch: ds_config.Batch, dataset: Description) -> None:
+def _check_sizes(plan: Plan) -> None:
     """Refuse a split or a batch that the data set is too small for."""
+    recipe, options, batch, dataset = plan.recipe, plan.options, plan.batch, plan.dataset
     if recipe.val_images >= dataset.train_images:
         raise invalid(
             "--val-images", recipe.val_images, f"0 to {dataset.train_images - 1}", min(5000, dataset.train_images // 10)
@@ -292,8 +330,9 @@ def _check_sizes(recipe: Recipe, options: Options, batch: ds_config.Batch, datas
         raise invalid("--test-images", options.test_images, f"0 to {dataset.test_images}", dataset.test_images)
 
 
-def _check_images(recipe: Recipe, dataset: Description) -> None:
+def _check_images(plan: Plan) -> None:
     """Refuse a normalization for another number of channels than the data set's, and crops larger than the images."""
+    recipe, dataset = plan.recipe, plan.dataset
     for flag, numbers in (("--mean", recipe.mean), ("--std", recipe.std)):
         if len(numbers) != dataset.channels:
             expected = f"{dataset.channels}, one per channel of --dataset {recipe.dataset}"
