@@ -22,7 +22,7 @@ import small_runs
 import torch
 
 import cifar10_deepspeed as script
-from cifar10.commands import verify
+from cifar10.commands import verify, verify_again
 from cifar10.data import registry, synthetic
 from cifar10.data.dataset import Images
 from cifar10.engine.engine import prepare
@@ -385,7 +385,7 @@ if __name__ == "__main__":
     prepare()
     torch.set_num_threads(1)
     torch.optim.SGD([torch.zeros(1, requires_grad=True)])
-    verify.launch = launch
+    verify_again.launch = launch
     outcomes: dict[str, Any] = {"honest": {}, "forged": {}}
     only = [name for name in asked.honest.split(",") if name]
     for name, starts in honest(base).items():
