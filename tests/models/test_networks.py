@@ -233,7 +233,7 @@ def test_deepspeeds_key_keeps_the_inputs_of_blocks_on_the_cpu(monkeypatch: pytes
     for block in model.layers:
         block.register_forward_pre_hook(lambda _, given: inputs.append(given[0].data_ptr()))
     model.train()(batch(8)[0]).sum().backward()
-    assert [tensor.data_ptr() for tensor in packed] == inputs
+    assert [tensor.data_ptr() for tensor in packed if tensor.numel()] == inputs  # PyTorch 2.11 keeps an empty one beside each
 
 
 def test_checkpointing_keeps_less_memory() -> None:
