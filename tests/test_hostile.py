@@ -272,7 +272,7 @@ def test_a_damaged_best_model_is_not_tested(program: Program, run: Path, tmp_pat
     (run / "summary.json").unlink()
     WEIGHTS[name](run / "checkpoints" / "best_model" / PORTABLE_FILE, tmp_path / "exploded")
     flags = [*SMALL, "--max-steps", "10", "--output-dir", str(run), "--no-tensorboard"]
-    made_anew = ("summary.json", "steps.csv", "metrics.csv", "final", PORTABLE_FILE)
+    made_anew = ("summary.json", "steps.csv", "metrics.csv", "chain.jsonl", "final", PORTABLE_FILE)
     before = {} if name == "a folder" else tree(run / "checkpoints" / "best_model")
     line = refusal(program, tmp_path, *flags, but=(*MAY_CHANGE, *made_anew))
     assert "best_model" in line

@@ -61,6 +61,7 @@ OURS = {*FILES.values(), NETWORK_FILE, FACTS_FILE, DRAFT}
 TOLERANCE = 1e-4  # between the logits of a file in fp32 and of the model
 CALIBRATION_IMAGES = 1_000
 ROUNDS, BATCHES, BATCH_IMAGES = 9, 10, 100  # of the timing; images of 32x32 pixels, fewer if they are larger
+ROUND_SECONDS = 0.2  # for one model; large networks take fewer batches, and at least one
 BATCH_OF_ANY_SIZE = {"images": {0: torch.export.Dim("batch")}}
 
 Classifier = Callable[[Tensor], Tensor]  # float32 [B, C, S, S] in 0..1 -> logits [B, classes]
@@ -258,13 +259,18 @@ def check(name: str, path: Path, logits: np.ndarray, labels: np.ndarray, wanted:
 def speeds(models: dict[str, Classifier], batch: Tensor) -> dict[str, list[float]]:
     """Images per second of each in every round, in turns, so that other load on the machine affects all of them."""
     found: dict[str, list[float]] = {name: [] for name in models}
+    batches = dict.fromkeys(models, 1)
     for number in range(ROUNDS + 1):
         for name, classifier in models.items():
+            classifier(batch) if number == 0 else None  # with all that is done once
             started = time.perf_counter()
-            for _ in range(BATCHES):
+            for _ in range(batches[name]):
                 classifier(batch)
-            if number:  # the first is a warm-up
-                found[name].append(BATCHES * len(batch) / (time.perf_counter() - started))
+            seconds = time.perf_counter() - started
+            if number:
+                found[name].append(batches[name] * len(batch) / seconds)
+            else:
+                batches[name] = max(1, min(BATCHES, int(ROUND_SECONDS / seconds)))
     return found
 
 

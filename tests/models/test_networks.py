@@ -14,10 +14,12 @@ from cifar10.models import weights
 from cifar10.models.registry import arguments_of, build_model, model_names, source_file
 from cifar10.plan import make_plan
 from tests.helpers import batch, make_engine, one_rank, one_step, same_bits
+from tests.small_trained import command, train_all
 
 SHAPES = {"mnist_cnn": (1, 28, 28)}
 NEW = ["densenet121", "resnet9", "resnet18", "vit_tiny"]  # small enough for a test on two cores
 OTHERS = ["torchvision:mobilenet_v3_small", "torchvision:regnet_x_400mf"]
+IMAGES = 4  # a micro-batch
 THREE = pytest.param(3, marks=pytest.mark.slow)  # DeepSpeed's stage 3 takes seconds to set up
 
 
@@ -55,7 +57,7 @@ def small(train_only: str | None = None) -> nn.Module:
 
 def engine_of(model: nn.Module, stage: int = 0, accumulation: int = 1) -> Engine:
     engine = make_engine(
-        one_rank(), model, global_images=8 * accumulation, accumulation=accumulation, zero_optimization={"stage": stage}
+        one_rank(), model, global_images=IMAGES * accumulation, accumulation=accumulation, zero_optimization={"stage": stage}
     )
     engine.train()
     return engine
@@ -63,7 +65,7 @@ def engine_of(model: nn.Module, stage: int = 0, accumulation: int = 1) -> Engine
 
 def steps(engine: Engine, *seeds: int) -> None:
     for seed in seeds:
-        one_step(engine, [batch(8, seed)], multiplier=0.1)
+        one_step(engine, [batch(IMAGES, seed)], multiplier=0.1)
 
 
 # --- every network ----------------------------------------------------------------------------------------------------
@@ -88,10 +90,15 @@ def test_a_network_with_random_layers_resumes_bit_for_bit(stage: int) -> None:
     resumed_alike(lambda seed: small(), stage)
 
 
+LARGE = {"densenet121", "resnet34", "resnet50", "wrn28_10", *OTHERS}
+NETWORKS = [*(name for name in model_names() if name not in SHAPES and name != "vgg19"), *OTHERS]
+CELLS = [(name, stage) for name in NETWORKS for stage in ((0, 3) if name in LARGE else (0, 1, 2, 3))]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("name", [*(name for name in model_names() if name not in SHAPES and name != "vgg19"), *OTHERS])
-def test_every_network_resumes_bit_for_bit_at_every_stage(name: str, stage: int) -> None:
+@pytest.mark.parametrize(("name", "stage"), CELLS)
+def test_every_network_resumes_bit_for_bit(name: str, stage: int) -> None:
+    """At each ZeRO stage; the large ones where nothing is divided, and where everything is."""
     options = {"resnet9": {"dropout": 0.2}, "vit_tiny": {"dropout": 0.2, "drop_path": 0.2}}.get(name, {})
     resumed_alike(lambda seed: build_model(name, seed, 10, **options), stage)
 
@@ -197,7 +204,7 @@ def test_checkpointing_changes_no_bit_and_counts_statistics_once(stage: int) -> 
     engines = [engine_of(model, stage, accumulation=2) for model in (plain, saving)]
     for engine in engines:
         for seed in (1, 3):
-            one_step(engine, [batch(8, seed), batch(8, seed + 1)])
+            one_step(engine, [batch(IMAGES, seed), batch(IMAGES, seed + 1)])
     states = [engine.portable_state() for engine in engines]
     assert same_bits(*states)
     assert states[1]["layers.0.middle.num_batches_tracked"] == 4
@@ -291,15 +298,20 @@ def test_what_is_trained_is_counted_and_an_unknown_name_is_refused() -> None:
 # --- export -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [*NEW, "resnet34", "resnet50", "wrn28_10", *OTHERS])
-def test_a_network_is_trained_evaluated_predicted_and_exported(name: str, tmp_path: Path) -> None:
-    from tests.small_trained import command, train_all
-
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that holds a run of each network, of two steps."""
     flags = (
-        f"--recipe bn_cnn --model {name} --dataset synthetic --val-images 100 --threads 2 --max-steps 2 --global-batch-size 16"
+        "--recipe bn_cnn --dataset synthetic --val-images 20 --test-images 20 --threads 1 --max-steps 2 --global-batch-size 8"
     )
-    train_all(tmp_path, {"run": flags})
-    run = tmp_path / "run"
-    assert command("evaluate", run, "--threads", 2, "--images", 20) == 0
-    assert command("export", run, "--formats", "safetensors", "onnx", "--test-images", 20, "--threads", 2) == 0
+    base = tmp_path_factory.mktemp("networks")
+    train_all(base, {name.replace(":", " "): f"{flags} --global-batch-size 8 --model {name}" for name in [*NEW, *OTHERS]})
+    return base
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*NEW, *OTHERS])
+def test_a_network_is_trained_evaluated_predicted_and_exported(name: str, trained: Path) -> None:
+    run = trained / name.replace(":", " ")
+    assert command("evaluate", run, "--threads", 1, "--images", 20) == 0
+    assert command("export", run, "--formats", "safetensors", "onnx", "--test-images", 20, "--threads", 1) == 0
