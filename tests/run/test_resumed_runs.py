@@ -59,7 +59,7 @@ class Kind:
 FLIPS = ("RandomHorizontalFlip", "AlternatingFlip")
 OTHERS = """BrightnessContrast(0.1) Cutout(8) RandomRotation(15) RandomAffine(10) ColorJitter(0.2) RandomGrayscale RandomErasing
     RandAugment TrivialAugmentWide AutoAugment MixUp CutMix"""
-BLOCKS = {"flags": "--epochs 1 --ema 0.9 --model torchvision:shufflenet_v2_x0_5", "steps": 15, "stop_at": 9}
+BLOCKS = {"flags": "--max-steps 9 --ema 0.9 --model torchvision:shufflenet_v2_x0_5", "steps": 9, "stop_at": 5}
 CPU = {"device": "cpu"}
 OFFLOADED = {"offload_optimizer": CPU, "offload_param": CPU, "stage3_param_persistence_threshold": 0}
 
@@ -73,11 +73,11 @@ def everything(ranks: int, stage: int) -> Kind:
 KINDS = {
     "ZeRO 1, 2 passes, WarmupLR, SWA": Kind(stage=1, passes=2, scheduler=WARMUP, flags="--epochs 2 --swa-epochs 2"),
     "2 ranks, bf16, ZeRO 3, 2 passes, AdamW, EMA": Kind(
-        ranks=2, stage=3, passes=2, precision="bf16", optimizer=ADAMW, flags="--epochs 2 --ema 0.9"
+        ranks=2, stage=3, passes=2, precision="bf16", optimizer=ADAMW, flags="--epochs 2 --ema 0.9 --model lenet"
     ),
     **{f"everything, ranks {ranks}, ZeRO {stage}": everything(ranks, stage) for ranks in (1, 2) for stage in (0, 2)},
     "2 ranks, ZeRO 3, offloaded": Kind(ranks=2, stage=3, optimizer=ADAMW, zero=OFFLOADED, checkpointing={}, **BLOCKS),
-    "bf16, early stopping": Kind(precision="bf16", flags=f"--epochs 9 {IMPATIENT}", steps=60, stop_at=40),
+    "bf16, early stopping": Kind(precision="bf16", flags=f"--epochs 9 --model lenet {IMPATIENT}", steps=60, stop_at=40),
 }
 MOVED = [Kind(ranks=2, stage=2), Kind()]  # the one that is stopped, and the one that resumes in its folder
 
