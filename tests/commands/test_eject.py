@@ -61,11 +61,9 @@ def test_what_a_short_file_cannot_hold_is_refused(flags, named, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("recipe", "how"),
-    [*((recipe, "torchrun" if recipe == "slurm_zero2" else "python") for recipe in RECIPES), ("lenet", "deepspeed")],
-)
-def test_the_same_losses_as_the_program(recipe, how, tmp_path, real_data_dir):
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_same_losses_as_the_program(recipe, tmp_path, real_data_dir):
+    how = {"slurm_zero2": "torchrun", "lenet": "deepspeed"}.get(recipe, "python")
     starts = {
         "python": [sys.executable],
         "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2"],

@@ -77,7 +77,7 @@ def test_the_optimizer_is_offloaded(stage: int, old: bool, monkeypatch: pytest.M
 # --- the program, with --deepspeed_config FILE -------------------------------------------------------------------------
 
 FEW = "--recipe lenet --dataset synthetic --max-steps 3 --log-every-steps 1 --val-images 0 --test-images 0 --threads 1".split()
-CELLS = [(dtype, 0, 1) for dtype in ("fp32", "bf16", "fp16")] + [("fp32", stage, 1) for stage in (1, 2, 3)]
+CELLS = [(dtype, 0, 1) for dtype in ("fp32", "bf16", "fp16")]
 CELLS += [(dtype, stage, 2) for dtype in ("fp32", "bf16") for stage in range(4)] + [("fp16", stage, 2) for stage in (0, 2)]
 LARGEST_ERROR = {"fp32": 1e-6, "bf16": 1e-3, "fp16": 1e-3}  # of a loss near 2.3, relative to that of ZeRO 0 on one rank
 

@@ -98,30 +98,33 @@ def test_scontrol_requeue(cluster, weights, tmp_path) -> None:
     assert 0 < results["resumed_at_steps"][0] < 300
 
 
-@pytest.mark.parametrize("signal", ["SIGTERM", "user signal"])
-def test_preemption(signal, weights, tmp_path) -> None:
+@pytest.mark.parametrize(("signal", "ranks", "requests"), [("SIGTERM", 1, ONE_RANK), ("user signal", 2, ())])
+def test_preemption(signal, ranks, requests, weights, tmp_path) -> None:
     """With a grace time: SIGTERM goes to the job's steps, not to its script, or the script gets the user's signal."""
     folder = tmp_path / "run"
     with one_node(tmp_path, partitions=PREEMPTING + WITH_USER_SIGNAL * (signal != "SIGTERM")) as slurm:
-        number = submit(slurm, folder, ("--partition=low",), *SECONDS_LONG)
+        number = submit(slurm, folder, ("--partition=low", *requests), *SECONDS_LONG)
         wait_until(lambda: has_trained(folder), "the first steps")
         other = slurm.submit("--partition=high", "--gres=gpu:2", "--output=/dev/null", "--wrap", "sleep 1")
         assert slurm.wait(other)["JobState"] == "COMPLETED"
-        results = check_finished(follow(slurm, number), folder, 2, weights(2, *SECONDS_LONG))
+        results = check_finished(follow(slurm, number), folder, ranks, weights(ranks, *SECONDS_LONG))
     assert 0 < results["resumed_at_steps"][0] < 300
 
 
-def test_a_time_limit(cluster, weights, tmp_path) -> None:
+def test_a_time_limit(cluster, tmp_path) -> None:
     """Half a minute to a minute and a half from now, so that it comes while the run trains, on a machine of any speed."""
-    folder, flags = tmp_path / "run", (*COMMON, "--max-steps", "900", "--global-batch-size", "256")
-    number = submit(cluster, folder, (*ONE_RANK, "--time=60", "--signal=B:USR1@60"), *flags)
+    folder, endless = tmp_path / "run", (*COMMON, "--epochs", "100")
+    number = submit(cluster, folder, (*ONE_RANK, "--time=60", "--signal=B:USR1@60"), *endless)
     wait_until(lambda: has_trained(folder), "the first steps")
     hours, minutes, seconds = map(int, cluster.job(number)["RunTime"].split(":"))
     limit = 60 * hours + minutes + (1 if seconds < 30 else 2)
     assert cluster.run("scontrol", "update", f"jobid={number}", f"timelimit={limit}").returncode == 0
     wait_until(lambda: cluster.job(number)["Restarts"] != "0", "the job to be requeued")
+    assert summary(folder)["status"] == "stopped"
     assert cluster.run("scontrol", "update", f"jobid={number}", "timelimit=60").returncode == 0
-    check_finished(follow(cluster, number), folder, 1, weights(1, *flags))
+    wait_until(lambda: summary(folder)["status"] == "running" and summary(folder)["resumed_at_steps"], "the run to go on")
+    assert cluster.run("scancel", number).returncode == 0
+    assert (follow(cluster, number)["JobState"], summary(folder)["status"]) == ("CANCELLED", "stopped")
 
 
 def test_a_node_fails(cluster, weights, tmp_path) -> None:
@@ -179,4 +182,6 @@ def test_an_array(cluster, weights, tmp_path) -> None:
         print((tmp_path / f"{task}.log").read_text())
         assert jobs[task]["JobState"] == "COMPLETED"
         assert int(jobs[task]["Restarts"]) == (task == named_as_array), "the other task was disturbed"
-        assert summary(folder)["weights_sha256"] == weights(1, *SECONDS_LONG, "--seed", str(task))
+        assert summary(folder)["weights_sha256"] == weights(
+            1, *SECONDS_LONG, *(["--seed", "1"] if task else [])
+        )  # 0 is default
