@@ -25,7 +25,7 @@ SLOW = {  # under ZeRO with room for what DeepSpeed does after a step that it sk
     "bn_cnn_document captured": (6, 72, 0, 1.1),
     "lenet graph": (31, 37, 0, 0.1),
     "mnist_synthetic graph --dataset synthetic_mnist": (44, 46, 0, 1.1),
-    "speedrun94_cpu captured": (8, 279, 0, 21.1),
+    "speedrun94_cpu captured": (8, 280, 0, 21.1),  # 279 by itself
     "speedrun96 captured": (8, 382, 0, 28.5),
     "speedrun81_cpu captured": (8, 324, 0, 13.7),
     "slurm_zero2 graph --micro-batch-size 128": (139, 67, 5, 4.3),
