@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import tyro
 from rich.console import Console
 from torch import nn
@@ -95,9 +94,10 @@ def batches_of(plan: Plan, world: World, steps: int) -> list[list[MicroBatch]]:
     return list(islice(steps_of(loader), steps))
 
 
+@xray.torchs_linear()
 def measure(plan: Plan, world: World, batches: list[list[MicroBatch]]) -> dict[str, Any]:
     """What this rank holds and sends in a step: memory in the one after UNSEEN_STEPS, traffic in those after that."""
-    deepspeed, linear = prepare(), F.linear
+    deepspeed = prepare()
     gc.collect()
     before = xray.live_tensors()
     gc.freeze()  # so that only what comes now is looked through
@@ -122,7 +122,6 @@ def measure(plan: Plan, world: World, batches: list[list[MicroBatch]]) -> dict[s
     rows = {name: {key: value / steps for key, value in row.items()} for name, row in of_traffic.rows.items()}
     engine.deepspeed.destroy()  # or its hooks keep all of it for the columns that follow
     gc.unfreeze()
-    F.linear = linear  # which ZeRO 3 replaces
     return {"memory": memory.most, "at once": total, "moment": moment, "traffic": rows}
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cifar10.engine.buffers import ALIGNMENT
 from cifar10.engine.loss import cross_entropy
-from cifar10.engine.xray import computed, live_tensors
+from cifar10.engine.xray import computed, live_tensors, torchs_linear
 
 FP32 = 4  # bytes
 ALL_REDUCE_ELEMENTS = 500_000_000  # that ZeRO 0 reduces at once: MEMORY_OPT_ALLREDUCE_SIZE in DeepSpeed's engine.py
@@ -42,6 +42,7 @@ class Footprint:
     states: int  # tensors of the optimizer's state for each parameter
 
 
+@torchs_linear()
 def footprint(
     build: Callable[[], nn.Module], images: Sequence[int], config: dict[str, Any], device: torch.device, smoothing: float = 0.0
 ) -> Footprint:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from cifar10.engine.engine import Engine
@@ -42,6 +43,17 @@ COLLECTIVES = {  # methods of torch's ProcessGroup, some of torch 2.15 only: the
     )
     for method in methods.split()
 }
+
+
+@contextmanager
+def torchs_linear() -> Iterator[None]:
+    """Within, F.linear is PyTorch's own. DeepSpeed replaces it at ZeRO 3, for the rest of the process, by one that saves the
+    weights themselves for backward and not their copies in bf16 or fp16."""
+    found, F.linear = F.linear, torch._C._nn.linear
+    try:
+        yield
+    finally:
+        F.linear = found
 
 
 def storages(tensors: Iterable[Any]) -> Storages:

@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from cifar10.__main__ import main
 from cifar10.commands import xray as command
 from cifar10.engine import footprint, xray
-from tests.helpers import SGD, cut_down, one_rank
+from tests.helpers import SGD, cut_down, make_engine, one_rank
 
 STAGES = range(4)
 BUCKETS = "zero_optimization.reduce_bucket_size=20000"  # elements, fewer than lenet's largest parameter has
@@ -80,10 +81,19 @@ def test_what_cannot_be_measured_is_refused(flags, named, capsys):
     assert named in capsys.readouterr().err
 
 
+def test_a_prediction_is_the_same_after_zero_3_in_its_process(monkeypatch):
+    monkeypatch.setattr(F, "linear", torch._C._nn.linear)
+    plan = command.plan_of(flags_of("bn_cnn in bf16", 0), 2)
+    before = command.predict(plan)
+    make_engine(one_rank(), nn.Linear(4, 4), zero_optimization={"stage": 3})
+    assert F.linear is not torch._C._nn.linear, "DeepSpeed has replaced it"
+    assert command.predict(plan) == before
+
+
 @pytest.fixture(scope="module", params=[2, 4])
 def launched(request):
     """What each run's ranks have measured at each stage, all in one launch, and what was predicted."""
-    runs = list(RUNS)[: {2: 3, 4: 1}[request.param]]
+    runs = list(RUNS)[: {2: 4, 4: 1}[request.param]]
     columns = {f"{run}, ZeRO {stage}": flags_of(run, stage) for run in runs for stage in STAGES}
     measured = command.start(request.param, columns, steps=1)["columns"]
     predicted = {name: command.predict(command.plan_of(flags, request.param)) for name, flags in columns.items()}
