@@ -108,7 +108,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     starts.append(start(base, "moved", MOVED[0], stop_after=STOP_AT, keep_summary=str(base / "moved.first.json")))
     starts.append(start(base, "moved", MOVED[1]))
     starts.append(start(base, "unfinished", Kind(), stop_after=STOP_AT))
-    for part in (starts[:12], starts[12:]):  # each within a launch's deadline
+    for part in (starts[:9], starts[9:18], starts[18:]):  # each within a launch's deadline
         carry_out(base, part)
     return base
 
