@@ -167,10 +167,10 @@ def make_plan(
     return _with_files(plan)
 
 
-def _with_names(description: str | None) -> str | None:
-    """A program's description with what its flags can name."""
+def _with_names(description: str | None) -> str:
+    """A program's description, if it has one, with what its flags can name."""
     known = {"models": model_names(), "data sets": registry.DATASETS, "augmentations": values.classes(augment.Operation)}
-    return description and "\n\n".join([description, *(f"{kind}: {', '.join(names)}" for kind, names in known.items())])
+    return "\n\n".join([*filter(None, [description]), *(f"{kind}: {', '.join(names)}" for kind, names in known.items())])
 
 
 def _resolve_recipe(recipe: Recipe, dataset: Description, old_schedule: list[Any]) -> Recipe:
