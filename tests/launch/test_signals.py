@@ -10,7 +10,7 @@ CHAIN = [
     Cell("main.py", "SIGUSR1", AT_ONCE),
     Cell("runner", "SIGKILL"),
 ]
-STEPS = 1_000
+STEPS = 600
 
 
 def test_a_signal_to_any_process_ends_all_and_the_same_command_finishes_the_run(tmp_path) -> None:
