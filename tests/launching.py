@@ -32,9 +32,9 @@ COMMANDS = {
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's environment without what would change where and how a run trains."""
+    """This process's environment without what would change where and how a run trains, and what it says of its start."""
     ours = ("CIFAR10_STARTED_BY", "CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "LOCAL_RANK")  # world.join sets the last
-    kept = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("WANDB_")}
+    kept = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith(("WANDB_", "UV_RUN_"))}
     kept |= {"DS_ACCELERATOR": "cpu", "WANDB_MODE": "disabled", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", **more}
     modules = [kept.get("PYTHONPATH", ""), str(PROJECT / "tests" / "empty")]
     return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, modules))}
