@@ -8,16 +8,14 @@
 Read it from top to bottom: the network and its images, the learning rate, one step, one epoch, the whole run.
 """
 
-import json
 import math
 import shlex
 import sys
 import time
-from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +46,7 @@ from cifar10.models.mnist_cnn import CNNModelEnhanced
 from cifar10.models.registry import build_model
 from cifar10.models.weights import check_initial_weights, check_shapes, freeze, load
 from cifar10.plan import Plan, make_plan
-from cifar10.run import checkpoint, patience, probe
+from cifar10.run import checkpoint, patience
 from cifar10.run import folder as run_folder
 from cifar10.run.chain import Chain
 from cifar10.run.evaluation import Augmented, calculate_accuracy, evaluate
@@ -56,7 +54,9 @@ from cifar10.run.metric_buffer import MetricBuffer, count_steps
 from cifar10.run.predictions import TEST_FILE, save_predictions
 from cifar10.run.state import RunState, Sums
 from cifar10.run.stop import StopRequest, handlers_given_back
-from cifar10.run.summary import EndedBy, SplitResult, Status, Summary, has_finished, read_summary, summarize, test_fields
+from cifar10.run.summary import EndedBy, SplitResult, has_finished, test_fields
+from cifar10.trainer import dry_run
+from cifar10.trainer.run import Run
 
 # The names that the reference documents import from this file.
 __all__ = ["CIFAR10CNNEnhanced", "CNNModelEnhanced", "Net", "calculate_accuracy", "get_lr_schedule", "run"]
@@ -131,26 +131,6 @@ def train_step(engine: Engine, micro_batches: list[MicroBatch], smoothing: float
     return (losses[0], corrects[0]) if len(losses) == 1 else (torch.stack(losses).mean(), torch.stack(corrects).sum())
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a run in progress works with; nothing in it is replaced while the run lasts."""
-
-    plan: Plan
-    world: World
-    folder: Path
-    engine: Engine
-    step: Callable[..., tuple[Tensor, Tensor]]  # train_step, accelerated as --engine-level says
-    train: TrainLoader
-    val: EvaluationLoader
-    model: nn.Module  # a plain fp32 copy for evaluation, whatever ZeRO and precision do to the trained one
-    buffer: MetricBuffer
-    metrics: Metrics
-    chain: Chain
-    stop: StopRequest
-    total_steps: int  # of the schedule
-    last_step: int  # where this run ends: the same, or --max-steps
-
-
 def log_steps(run: Run, state: RunState) -> None:
     """Add up the metrics of the last steps; at a log point, a row for steps.csv and the console."""
     limit, images = run.plan.recipe.max_skipped_in_a_row, run.plan.batch.global_images
@@ -188,14 +168,6 @@ def train_one_epoch(run: Run, state: RunState) -> bool:
 # --- the whole run ------------------------------------------------------------------------------------------------------
 
 
-def save_portable(run: Run, name: str, module: dict[str, Tensor], facts: dict[str, Any]) -> bool:
-    """Write checkpoints/<name> on rank 0: weights with all that is needed to use them. False if writing failed."""
-    folder, all_facts = run.folder / "checkpoints" / name, {**run.plan.about_the_model, **facts}
-    if why_not := run.world.from_main(lambda: checkpoint.save_portable(folder, module, all_facts)):
-        run.metrics.event(why_not)
-    return not why_not
-
-
 def validate(run: Run, state: RunState) -> list[SplitResult]:
     """Measure the weights, and their average if there is one; keep the best yet as best_model. [] if nothing is held out."""
     results: list[SplitResult] = []
@@ -204,7 +176,7 @@ def validate(run: Run, state: RunState) -> list[SplitResult]:
         run.model.load_state_dict(weights)
         result = evaluate(run.model, run.val, run.world)
         facts = {"step": state.step, "val_accuracy": result.accuracy}
-        if result.accuracy > state.best_accuracy and save_portable(run, "best_model", weights, facts):
+        if result.accuracy > state.best_accuracy and run.save_portable("best_model", weights, facts):
             state.best_accuracy, state.best_step, state.best_is_averaged = result.accuracy, state.step, averaged
         results.append(result)
     return results
@@ -230,29 +202,6 @@ def finish_epoch(run: Run, state: RunState) -> None:
     run.metrics.say(lines)
 
 
-def write_summary(run: Run, state: RunState, status: Status, **known: Any) -> Summary:
-    """Write summary.json on rank 0: how the run stands, and what it has measured so far."""
-    known |= {"recipe": run.plan.options.recipe, "seed": run.plan.recipe.seed, "world_size": run.world.size}
-    summary = summarize(state, run.train.steps_per_epoch, status, capture_seconds=run.engine.capture_seconds or None, **known)
-    run.chain.end(state, summary)
-    if run.world.is_main:
-        summary.write(run.folder)
-    return summary
-
-
-def save(run: Run, state: RunState, status: Status, is_due: bool = True) -> bool:
-    """A link of the chain and, if due, a resumable checkpoint and a summary. False, and a line, if writing failed."""
-    full_state = run.chain.add(status, state, run.engine.full_state())
-    if not is_due:
-        return True
-    keep, pointers = run.plan.options.keep_checkpoints, checkpoint.names_for(state, run.plan.options.save_frequency)
-    place = run.folder / "checkpoints", run.engine, state, run.world, run.plan.settings
-    if why_not := checkpoint.save(*place, keep=keep, pointers=pointers, full_state=full_state):
-        run.metrics.event(why_not)
-    write_summary(run, state, status)
-    return not why_not
-
-
 def train(run: Run, state: RunState) -> EndedBy | Literal["stopped"]:
     """Train until the schedule's end, --max-steps, early stopping or a stop request; returns which it was."""
     options = run.plan.options
@@ -263,7 +212,7 @@ def train(run: Run, state: RunState) -> EndedBy | Literal["stopped"]:
             return "stopped"
         finish_epoch(run, state)
         at_end = state.step == run.last_step or patience.is_over(run.plan.recipe, state)
-        save(run, state, "running", at_end or state.ends_epoch_of(options.save_every_epochs, options.save_frequency))
+        run.save(state, "running", at_end or state.ends_epoch_of(options.save_every_epochs, options.save_frequency))
     if patience.is_over(run.plan.recipe, state):
         return "early_stopping"
     return "epochs" if state.step == run.total_steps else "max_steps"
@@ -296,17 +245,17 @@ def finish(run: Run, state: RunState, ended_by: EndedBy) -> None:
     if len(run.val) and state.best_step < 0:  # resumed at its last step, before any validation
         validate(run, state)
     weights = run.engine.portable_state()
-    written = save_portable(run, "final", weights, {"step": state.step})
+    written = run.save_portable("final", weights, {"step": state.step})
     if not len(run.val):
         state.best_step, state.best_is_averaged = state.step, run.engine.has_average
         best = run.engine.portable_state(averaged=True) if state.best_is_averaged else weights
-        written = save_portable(run, "best_model", best, {"step": state.step, "val_accuracy": None}) and written
+        written = run.save_portable("best_model", best, {"step": state.step, "val_accuracy": None}) and written
     if not written or state.best_step < 0:
         raise RunFailed("the trained weights could not be written; make room on the disk and run the same command again")
     tested = test_fields(measure_best_model(run, state), run.plan.dataset)
     run.stop.check_folder()
     known = {**run.world.peak_memory, "weights_sha256": weights_sha256(weights), "ended_by": ended_by}
-    summary = write_summary(run, state, "finished", **tested, **known)
+    summary = run.write_summary(state, "finished", **tested, **known)
     run.metrics.say([*text.closing_lines(summary, len(run.val), run.plan), f"written to {run.folder}"])
     run.metrics.finished(asdict(summary))
 
@@ -358,25 +307,6 @@ def start_run(plan: Plan, world: World, folder: Path, model: nn.Module) -> tuple
     return run, state
 
 
-def dry_run(plan: Plan, world: World, model: nn.Module) -> None:
-    """Say what a run would do, and measure some of its steps on random images; nothing is written."""
-    folder = plan.options.output_dir or run_folder.unnamed(plan.options.recipe, "<time>")
-    with text.beginning(plan, world):
-        run, _ = start_run(plan, world, folder, model)
-    first = world.from_main(lambda: getattr(read_summary(folder), "steps", 0))
-    images, steps = (len(run.train.labels), len(run.val)), (first, run.last_step, run.total_steps)
-    run.metrics.say(text.opening_lines(run.plan, folder, world.description, run.model, images, steps))
-    run.metrics.event(f"dry run: nothing is written; DeepSpeed's JSON: {json.dumps(plan.ds_config, indent=2)}")
-    run.engine.deepspeed.train()
-    run.engine.set_lr(0.0)  # random images must not drive the weights to values that are slow to compute with
-    step = probe.seconds_each(run.train.epoch(0), lambda batch: run.step(run.engine, batch, plan.recipe.label_smoothing), world)
-    with torch.no_grad():
-        batch = probe.seconds_each(run.val, lambda batch: run.model.eval()(batch[0]), world)
-    passes, left = math.ceil(run.last_step / run.train.steps_per_epoch), max(0, run.last_step - first)
-    run.metrics.event(probe.estimate(step, left, batch * sum(1 for _ in run.val), passes if len(run.val) else 0))
-    run.metrics.close()
-
-
 def train_and_finish(plan: Plan, world: World, folder: Path, model: nn.Module, resume_command: str) -> None:
     """Take the run in `folder` from where it stands to its end, to a stop, or to a failure that is written down."""
     with text.beginning(plan, world):
@@ -384,11 +314,11 @@ def train_and_finish(plan: Plan, world: World, folder: Path, model: nn.Module, r
     images, steps = (len(run.train.labels), len(run.val)), (state.step, run.last_step, run.total_steps)
     run.metrics.say(text.opening_lines(run.plan, folder, world.description, run.model, images, steps))
     run.metrics.say(run.metrics.notes)
-    write_summary(run, state, "running")
+    run.write_summary(state, "running")
     try:
         ended_by = train(run, state)
         if ended_by == "stopped":
-            saved = save(run, state, "stopped")
+            saved = run.save(state, "stopped")
             why = f" ({run.stop.reason})" if run.stop.reason else ""
             run.metrics.event(f"stopped at step {state.step}{why}{'; all is saved' if saved else ''}")
             run.metrics.event(f"to continue: {resume_command}")
@@ -396,7 +326,7 @@ def train_and_finish(plan: Plan, world: World, folder: Path, model: nn.Module, r
             finish(run, state, ended_by)
     except Exception as error:
         reason = text.failure(error, world.rank, state.step, plan.batch.micro_images)
-        write_summary(run, state, "failed", reason=reason)
+        run.write_summary(state, "failed", reason=reason)
         if not state.step:
             raise text.not_begun(error, plan, world) from error
         if not isinstance(error, (UsageError, RunFailed)):  # which main() reports, once
@@ -428,7 +358,10 @@ def carry_out(argv: list[str]) -> None:
     model, notes = initial_model(plan)
     plan = replace(plan, notes=[*launchers.notes(options.output_dir), *plan.notes, *notes])
     if options.dry_run:
-        return dry_run(plan, world, model)
+        folder = options.output_dir or run_folder.unnamed(options.recipe, "<time>")
+        with text.beginning(plan, world):
+            run, _ = start_run(plan, world, folder, model)
+        return dry_run.describe(run)
     folder = world.from_main(lambda: run_folder.choose(options.output_dir, options.recipe))
     if world.from_main(lambda: has_finished(folder, options.max_steps)):
         return

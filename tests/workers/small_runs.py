@@ -28,6 +28,7 @@ from cifar10.data.registry import DATASETS
 from cifar10.data.synthetic import Generated
 from cifar10.engine.engine import prepare
 from cifar10.run import stop
+from cifar10.trainer.run import Run
 
 ENDS = ("finished", "stopped")
 
@@ -59,14 +60,14 @@ def stop_after(steps: int) -> None:
 
 def write_the_end_late() -> None:
     """Delay the last summary.json on rank 0, as a slow disk would."""
-    write_summary = script.write_summary
+    write_summary = Run.write_summary
 
-    def late(run: Any, state: Any, status: str, *tested: Any, **known: Any) -> Any:
+    def late(run: Run, state: Any, status: str, *tested: Any, **known: Any) -> Any:
         if run.world.is_main and status in ENDS:
             time.sleep(1)
         return write_summary(run, state, status, *tested, **known)
 
-    script.write_summary = late
+    Run.write_summary = late
 
 
 def free_port() -> int:

@@ -1,0 +1,1 @@
+"""A run in progress: what the functions of the script work with."""
