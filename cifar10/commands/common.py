@@ -14,15 +14,24 @@ from cifar10.files import written_whole
 from cifar10.run.trained import Which
 
 _arg, RUNS = tyro.conf.arg, "A run's folder, its checkpoints/best_model or checkpoints/final, a file of weights, or an export."
-Run = Annotated[tyro.conf.Positional[Path], _arg(metavar="RUN", help=RUNS)]
-Runs = Annotated[tyro.conf.Positional[tuple[Path, ...]], _arg(metavar="RUN [RUN ...]", help=RUNS + " Several are an ensemble.")]
+Run = Annotated[tyro.conf.Positional[Path], _arg(metavar="RUN", help=RUNS, help_behavior_hint="")]
+Runs = Annotated[
+    tyro.conf.Positional[tuple[Path, ...]],
+    _arg(metavar="RUN [RUN ...]", help=RUNS + " Several are an ensemble.", help_behavior_hint=""),
+]
 WhichModel = Annotated[Which, _arg(help="Of a run's folder, the model that validation chose or the last one.")]
 WHERE = "Where the data set is, or is downloaded to (default: where the run had it, else $CIFAR10_DIR, else data/)."
-DataDir = Annotated[Path | None, _arg(help=WHERE)]
-Threads = Annotated[int | None, _arg(help="CPU threads (default: $OMP_NUM_THREADS, else the cores of this machine).")]
+DataDir = Annotated[Path | None, _arg(metavar="FOLDER", help=WHERE, help_behavior_hint="")]
+_THREADS = "CPU threads (default: $OMP_NUM_THREADS, else the cores of this machine)."
+Threads = Annotated[int | None, _arg(metavar="N", help=_THREADS, help_behavior_hint="")]
 Device = Annotated[device.Choice, _arg(help="Where to compute; auto is a GPU, if there is any sign of one.")]
-Sealed = Annotated[bool, _arg(help="Refuse to open the test split (default: no, unless $CIFAR10_SEALED is 1).")]
-JsonFile = Annotated[Path | None, _arg(name="json", help="Write the numbers of every round to this file.")]
+Sealed = Annotated[
+    bool, _arg(help="Refuse to open the test split (default: no, unless $CIFAR10_SEALED is 1).", help_behavior_hint="")
+]
+Count = Annotated[int | None, _arg(metavar="N", help_behavior_hint="")]
+JsonFile = Annotated[
+    Path | None, _arg(name="json", metavar="FILE", help="Write the numbers of every round to this file.", help_behavior_hint="")
+]
 
 
 def settle(asked: device.Choice) -> None:

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import tyro
 
 from cifar10 import UsageError
-from cifar10.config.cli import Options, split_options
+from cifar10.config.cli import Options, join_lines_of_help, split_options
 from cifar10.config.recipe import check_values
 from cifar10.config.values import is_positive
 from cifar10.distributed import device
@@ -228,6 +228,7 @@ def run(argv: list[str]) -> int:
     """Compare as the command line says; returns the exit code: that of a run that failed or stopped, else 0."""
     names, rest = split_candidates(argv)
     if {"--help", "-h"} & {*argv}:
+        join_lines_of_help(CompareOptions)
         tyro.cli(CompareOptions, args=["--help"], prog="python -m cifar10 compare A B [C ...]")
     options: Any
     grid, rest = take_grid(rest)

@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from cifar10 import UsageError
-from cifar10.commands.common import DataDir, Device, Runs, Sealed, Threads, WhichModel, number_table, settle
+from cifar10.commands.common import Count, DataDir, Device, Runs, Sealed, Threads, WhichModel, number_table, settle
 from cifar10.data import registry
 from cifar10.data.dataset import Images, stratified_split
 from cifar10.data.ledger import Look
@@ -234,7 +234,7 @@ def run(
     tta: Tta = "none",
     which: WhichModel = "best_model",
     data_dir: DataDir = None,
-    images: int | None = None,
+    images: Count = None,
     threads: Threads = None,
     device: Device = "auto",
     sealed: Sealed = False,

@@ -35,7 +35,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from cifar10 import UsageError
-from cifar10.commands.common import DataDir, Run, Sealed, Threads, WhichModel, number_table, quotients, settle
+from cifar10.commands.common import Count, DataDir, Run, Sealed, Threads, WhichModel, number_table, quotients, settle
 from cifar10.commands.evaluate import answers, first_images, split_images
 from cifar10.data.dataset import Images
 from cifar10.data.ledger import Look
@@ -355,10 +355,10 @@ def show(checks: list[dict[str, Any]], itself: dict[str, Any], job: Job, console
 
 def run(
     where: Run,
-    output: Path | None = None,
+    output: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None,
     formats: tuple[Format, ...] = FORMATS,
     which: WhichModel = "best_model",
-    test_images: int | None = None,
+    test_images: Count = None,
     data_dir: DataDir = None,
     threads: Threads = None,
     sealed: Sealed = False,

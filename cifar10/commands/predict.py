@@ -21,7 +21,7 @@ import tyro
 from PIL import ImageColor
 
 from cifar10 import UsageError
-from cifar10.commands.common import Device, Run, Threads, WhichModel, settle
+from cifar10.commands.common import Count, Device, Run, Threads, WhichModel, settle
 from cifar10.data.image_files import files_in, read_image, shown
 from cifar10.data.loader import EvaluationLoader, at_once
 from cifar10.distributed.world import World
@@ -110,8 +110,8 @@ def _write_csv(answers: Iterator[dict[str, Any]], top: int) -> None:
 
 def run(
     where: Run,
-    images: Annotated[tyro.conf.Positional[list[Path]], tyro.conf.arg(metavar="IMAGE [IMAGE ...]")],
-    top: int | None = None,
+    images: Annotated[tyro.conf.Positional[list[Path]], tyro.conf.arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="")],
+    top: Count = None,
     format: Format = "text",
     background: str = "white",
     which: WhichModel = "best_model",

@@ -68,7 +68,7 @@ def verify(folder: Path, segments: str, test: bool, data_dir: Path | None) -> tu
 
 
 def run(
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")],
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")],
     segments: str = "1",
     test: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     data_dir: DataDir = None,

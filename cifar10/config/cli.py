@@ -13,6 +13,7 @@ from itertools import dropwhile, takewhile, zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import docstring_parser
 import tyro
 
 from cifar10 import UsageError, at_home
@@ -170,6 +171,13 @@ def _refuse_empty(argv: list[str]) -> None:
             raise UsageError(f"{flag or 'an argument' if not word else word[:-1]} is empty; give it a value or omit it")
 
 
+def join_lines_of_help(kind: type) -> None:
+    """Make one line of each docstring of a dataclass's fields, for --help: tyro keeps the breaks of those that are indented."""
+    for field in docstring_parser.parse_from_object(kind).params:
+        text = tyro.conf.arg(help=" ".join((field.description or "").split()))
+        kind.__annotations__[field.arg_name] = Annotated[kind.__annotations__[field.arg_name], text]
+
+
 def _tyro(kind: type, argv: list[str], **how: Any) -> tuple[Any, list[str]]:
     """Parse a command line into a dataclass and the arguments that tyro does not know. Raises UsageError."""
     printed = io.StringIO()
@@ -209,6 +217,9 @@ def parse(
     )
     own = "launch" if program == "main.py" else program.split()[-1].replace("-", "_")
     tables = {**({own: extra()} if extra else {}), "run": options, "experiment": experiment.recipe}
+    if {"-h", "--help"} & {*argv}:
+        for values in tables.values():
+            join_lines_of_help(type(values))
     kind = make_dataclass("CommandLine", [(table, type(values)) for table, values in tables.items()])
     line, unknown = _tyro(kind, argv, default=kind(**tables), prog=program, description=description)
     if unknown:

@@ -25,7 +25,7 @@ _Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
 _Channels = Annotated[tuple[float, ...], tyro.conf.arg(metavar="X")]
 _Count = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
 _Share = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="")]
-_Sizes = Annotated[tuple[int, ...], tyro.conf.arg(metavar="N")]
+_Sizes = Annotated[tuple[int, ...], tyro.conf.arg(metavar="N", help_behavior_hint="(default: none)")]
 Precisions = tuple[Literal["fp32", "bf16", "fp16"], ...]
 
 
