@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import accumulate, count
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import median, stdev
 
 import torch
 
@@ -33,8 +33,8 @@ from cifar10.plan import Plan, make_plan
 from cifar10.run import folder as run_folder
 from cifar10.run import probe
 
-ROUNDS = 3
-SHARE_OF_BUDGET, LEAST_SECONDS, MOST_SECONDS = 0.03, 1.5, 8.0  # of timed steps, over all candidates
+ROUNDS = 5
+SHARE_OF_BUDGET, LEAST_SECONDS, MOST_SECONDS = 0.05, 3.0, 10.0  # of timed steps, over all candidates
 STEPS = 8  # global batches of images that the probe trains on
 EFFICIENCY_GAIN = 4.0  # how many times the arithmetic per second a larger network may reach
 CLOSING_SECONDS = 1.0  # the weights, their hash and the predictions are written
@@ -59,14 +59,14 @@ class Trial:
     @property
     def spread(self) -> float:
         """Relative standard error of the seconds per step, where they vary most."""
-        return max(stdev(found) / fmean(found) / len(found) ** 0.5 for found in self.rounds)
+        return max(stdev(found) / median(found) / len(found) ** 0.5 for found in self.rounds)
 
     def cost(self, loading: float) -> Cost:
         recipe, dataset, options = self.plan.recipe, self.plan.dataset, self.plan.options
         tested = dataset.test_images if options.test_images is None else options.test_images
         per_epoch = (dataset.train_images - recipe.val_images) // self.plan.batch.global_images
         passes = recipe.val_images * self.evaluation, tested * self.evaluation
-        return Cost(loading + self.start + CLOSING_SECONDS, tuple(map(fmean, self.rounds)), per_epoch, *passes)
+        return Cost(loading + self.start + CLOSING_SECONDS, tuple(map(median, self.rounds)), per_epoch, *passes)
 
 
 def build(candidate: Candidate, plan: Plan, images: Images, world: World) -> Trial:
