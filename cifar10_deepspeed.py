@@ -367,7 +367,7 @@ def carry_out(argv: list[str]) -> None:
         return
     program = sys.argv[0] if Path(sys.argv[0]).name == Path(__file__).name else __file__  # which a notebook has not started
     settings, command = as_json(plan.recipe, options.recipe, asdict(plan.dataset)), [program, *argv]
-    facts = {**world.facts, "data_dir": str(options.data_dir.absolute())}
+    facts = {**world.facts, "data_dir": str(options.data_dir.absolute()), "engine_level": options.engine_level}
     world.from_main(lambda: run_folder.open_run(folder, settings, plan.ds_config, options.resume, command, **facts))
     start = f"{world.start_command} {shlex.quote(program)}"
     resume_command = run_folder.command_to_continue(start, without_launcher_flags(argv), folder)

@@ -16,7 +16,7 @@ from cifar10.data.ledger import Look
 from cifar10.distributed import device
 from cifar10.engine import kernels, levels
 from cifar10.models import weights
-from cifar10.models.registry import has_experts, is_sequence, model_names, refuse_unknown_model
+from cifar10.models.registry import can_fuse, has_experts, is_sequence, model_names, refuse_unknown_model
 from cifar10.run import folder as run_folder
 from cifar10.run.summary import read_summary
 
@@ -206,7 +206,7 @@ def _resolve_options(
 ) -> tuple[Options, list[str]]:
     """The options with what "auto" stands for, and notes."""
     saving = options.gradient_checkpointing or "activation_checkpointing" in given
-    asked = "eager" if saving else load(options.recipe).engine_level
+    asked = "eager" if saving else _asked_level(options, recipe)
     level = levels.resolve_level(options.engine_level, config, ranks, sync_bn=recipe.sync_bn, asked=asked)
     if saving and level != "eager":
         raise UsageError(f"--gradient-checkpointing is not supported with --engine-level {level}; use --engine-level eager")
@@ -219,8 +219,24 @@ def _resolve_options(
         gradient_checkpointing=saving,
         test_images=0 if options.sealed else options.test_images,
     )
-    is_asked = level != "eager" and options.engine_level == "auto"
-    return resolved, [f"engine level: {level}, as the recipe asks"] if is_asked else []
+    notes = []
+    if options.engine_level == "auto" and level != "eager":
+        notes = [f"engine level: {level}, as the recipe asks"]
+    elif options.engine_level == "auto" and asked == "fused" and not device.count_gpus():
+        why_not = levels.why_not("fused", config, ranks, recipe.sync_bn) or ""
+        notes = [f"engine level: eager; fused {why_not.partition('; ')[0]}"]
+    return resolved, notes
+
+
+def _asked_level(options: Options, recipe: Recipe) -> levels.Level:
+    """What --engine-level auto takes where it is supported: what a run to resume had on a CPU, else what the recipe asks."""
+    had = run_folder.engine_level_of(options.output_dir) if options.output_dir else None
+    asked = had if had in ("eager", "fused") else load(options.recipe).engine_level
+    if "fused" in (asked, options.engine_level) and not can_fuse(recipe.model):
+        if options.engine_level == "fused":
+            raise UsageError(f"--engine-level fused has nothing to fuse in --model {recipe.model}; use --engine-level eager")
+        return "eager"
+    return asked
 
 
 def _check_folders(plan: Plan) -> None:

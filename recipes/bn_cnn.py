@@ -12,4 +12,5 @@ from cifar10.config.recipe import PROJECT, Experiment, Recipe
 EXPERIMENT = Experiment(
     Recipe(epochs=50, warmup_epochs=5, val_images=5_000, augment="RandomCrop(3) RandomHorizontalFlip", label_smoothing=0.1),
     deepspeed=PROJECT / "ds_config.json",  # in a file of its own, for users to edit
+    engine_level="fused",
 )

@@ -18,4 +18,5 @@ EXPERIMENT = Experiment(
         "gradient_clipping": 1.0,
         "fp16": {"enabled": False},
     },
+    engine_level="fused",
 )

@@ -30,4 +30,5 @@ EXPERIMENT = Experiment(
         "zero_optimization": {"stage": 0},
     },
     precision=("bf16", "fp32"),
+    engine_level="fused",
 )

@@ -20,4 +20,5 @@ EXPERIMENT = Experiment(
         "zero_optimization": {"stage": 2},
     },
     precision=("fp16", "bf16", "fp32"),
+    engine_level="fused",
 )

@@ -18,6 +18,7 @@ SCRIPT = PROJECT / "cifar10_deepspeed.py"
 FLOORS = (
     {"files", "streams"},
     {"distributed"},
+    {"ops"},
     {"config", "models"},
     {"data", "engine"},
     {"run"},

@@ -62,7 +62,7 @@ def tutorial_batches(plan: Plan) -> Iterator[MicroBatch]:
 
 
 class DocumentCNN(CIFAR10CNNEnhanced):
-    """The same network with exactly the reference document's forward; its outputs are bitwise equal to ours."""
+    """The same network with exactly the reference document's forward; its outputs are bitwise equal to ours, unless fused."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(F.relu(self.bn1(self.conv1(x))))

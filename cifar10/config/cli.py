@@ -82,10 +82,10 @@ class Options:
     of GPUs that PyTorch cannot use. $DS_ACCELERATOR=cpu, or an empty $CUDA_VISIBLE_DEVICES, asks for the CPU as well."""
     threads: _Whole = None
     """CPU threads per rank (default: $OMP_NUM_THREADS, else the cores of this machine or container, divided by its ranks)."""
-    engine_level: Literal["auto", "eager", "compile", "graph", "captured"] = "auto"
-    """How a step runs: eager; compile, with torch.compile; graph, forward and backward as CUDA graphs; captured, the whole step
-    as one CUDA graph (one GPU, no ZeRO). auto is eager, on GPUs too, where the others have not been measured yet, unless the
-    recipe asks for another that is supported, as speedrun94 does."""
+    engine_level: Literal["auto", "eager", "fused", "compile", "graph", "captured"] = "auto"
+    """How a step runs: eager; fused, on a CPU with BatchNorm, pooling and ReLU as one operation; compile, with torch.compile;
+    graph, forward and backward as CUDA graphs; captured, the whole step as one CUDA graph (one GPU, no ZeRO). auto is what the
+    recipe asks for where it is supported, as bn_cnn does for fused and speedrun94 for captured, else eager."""
     gradient_checkpointing: bool = False
     """Save memory: keep only each block's input for the backward pass, which computes the rest again with the same results."""
     expert_parallel: _Whole = None

@@ -136,7 +136,7 @@ class Experiment:
     recipe: Recipe
     deepspeed: dict[str, Any] | Path
     precision: Precisions = ()
-    engine_level: Literal["eager", "compile", "graph", "captured"] = "eager"
+    engine_level: Literal["eager", "fused", "compile", "graph", "captured"] = "eager"
 
 
 _EXAMPLES: dict[str, object] = {"epochs": 50, "mean": "0.4914 0.4822 0.4465", "std": "0.2023 0.1994 0.201", "lr": 0.1}

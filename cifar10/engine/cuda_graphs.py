@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cifar10.engine.engine import Engine
 from cifar10.engine.levels import Level
+from cifar10.ops import norm_pool
 
 WARMUP_RUNS = 3  # before a capture, in which libraries choose their algorithms and allocate their memory
 COUNTERS = ("global_steps", "micro_steps", "global_samples", "skipped_steps")  # DeepSpeed's
@@ -185,7 +186,9 @@ class GraphedForward:
 
 def accelerate(step: Step, engine: Engine, level: Level, recorder: CudaRecorder | None = None) -> Step:
     """`step` at a level from `levels.resolve_level`; call it once, before the first step."""
-    if level == "compile":
+    if level == "fused":
+        norm_pool.fuse(engine.module)
+    elif level == "compile":
         for hook in (engine.deepspeed.module_forward_pre_hook, engine.deepspeed.module_forward_post_hook):
             hook.remove()  # they read a step count, which would recompile at each step
         engine.deepspeed.compile(compile_kwargs={"dynamic": False})  # one compilation per image size

@@ -1,12 +1,14 @@
 """How a step is executed, `--engine-level`, and which configs each level supports, checked before any rank starts.
 
     eager      the script's step, one operation after another: the reference that the others are tested against
+    fused      on a CPU, BatchNorm, pooling and ReLU in one operation that reads and writes less memory (cifar10/ops)
     compile    DeepSpeed's engine.compile(): forward and backward as kernels from PyTorch's Inductor
     graph      forward and backward as two CUDA graphs; gradient averaging and the update stay eager
     captured   the whole step as one CUDA graph, without any Python
 
-The levels change the speed, not the results, except that compiled dropout uses other random numbers, still by seed and step.
-No level has been measured on a GPU yet, so `auto` is eager, unless the recipe asks for another level that is supported.
+The levels change the speed, not the results, except that compiled dropout uses other random numbers, still by seed and step,
+and that fused and compiled steps round differently. `auto` is the level that the recipe asks for, where that is supported, else
+eager; a run that is resumed keeps to eager or fused, so that its bits do not depend on where it was stopped.
 """
 
 from typing import Any, Literal, get_args
@@ -14,8 +16,9 @@ from typing import Any, Literal, get_args
 from cifar10 import UsageError
 from cifar10.config.ds_check import look_up
 from cifar10.distributed import device
+from cifar10.ops import build
 
-Level = Literal["eager", "compile", "graph", "captured"]
+Level = Literal["eager", "fused", "compile", "graph", "captured"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 CAPTURED_OPTIMIZERS = ("SGD", "MuonWithSGD")  # they read the learning rate, and skip a step, on the device
 TIMERS = ("wall_clock_breakdown", "flops_profiler", "timers.throughput")  # DeepSpeed's, around each forward
@@ -29,9 +32,9 @@ def resolve_level(
     `auto` is the level that the recipe has `asked` for, or eager where that is not supported.
     """
     if wanted == "auto":
-        return "eager" if asked == "eager" or _why_not(asked, config, world_size, sync_bn) else asked
+        return "eager" if asked == "eager" or why_not(asked, config, world_size, sync_bn) else asked
     level: Level = wanted
-    reason = None if level == "eager" else _why_not(level, config, world_size, sync_bn)
+    reason = None if level == "eager" else why_not(level, config, world_size, sync_bn)
     if reason:
         raise UsageError(f"--engine-level {level} {reason}")
     return level
@@ -43,7 +46,8 @@ def is_timed(config: dict[str, Any], key: str) -> bool:
     return bool(value.get("enabled", False) if isinstance(value, dict) else value)
 
 
-def _why_not(level: Level, config: dict[str, Any], world_size: int, sync_bn: bool) -> str | None:
+def why_not(level: Level, config: dict[str, Any], world_size: int, sync_bn: bool) -> str | None:
+    """Why a level is not supported, as the end of a sentence about it; None if it is."""
     stage, passes = config.get("zero_optimization", {}).get("stage", 0), config["gradient_accumulation_steps"]
     if sync_bn and world_size > 1:
         return "is not supported with --sync-bn on several ranks; use --engine-level eager"
@@ -56,6 +60,14 @@ def _why_not(level: Level, config: dict[str, Any], world_size: int, sync_bn: boo
     if level == "compile":
         missing = device.missing_for_compiling()
         return f"needs {missing}; or use --engine-level eager" if missing else None
+    if level == "fused":
+        if device.count_gpus():
+            return "is for CPUs; use --engine-level eager"
+        try:
+            build.library()
+        except UsageError as error:
+            return f"needs {error}; or use --engine-level eager"
+        return None
     if not device.count_gpus():
         return "needs a GPU, for CUDA graphs; use --engine-level eager, or compile"
     if passes > 1:

@@ -68,6 +68,11 @@ def refuse_unknown_model(name: str, **options: float | None) -> None:
             raise UsageError(f"--{option.replace('_', '-')} is not supported by --model {name}; these have it: {having}")
 
 
+def can_fuse(name: str) -> bool:
+    """Whether the network called `name` has layers for --engine-level fused."""
+    return "def norm_pool_relu(" in source_file(name).read_text(encoding="utf-8")
+
+
 def has_experts(name: str) -> bool:
     """Whether the network called `name` has layers of experts."""
     return "top_k" in _functions()[name.partition(":")[0]][1]

@@ -124,6 +124,15 @@ def manifest_of(folder: Path) -> str | None:
     return dataset.get("manifest") if isinstance(dataset, dict) else None
 
 
+def engine_level_of(folder: Path) -> str | None:
+    """The engine level of the training in `folder`, if there is one."""
+    if not os.path.isdir(folder):
+        return None
+    starts = (read_json(folder / "environment.json") or {}).get("starts") if holds_training(folder) else None
+    last = starts[-1] if isinstance(starts, list) and starts else None
+    return last.get("engine_level") if isinstance(last, dict) else None
+
+
 def refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Raise UsageError with the differences if `folder` holds a run with other settings, {"recipe": ..., "deepspeed": ...}."""
     recipe, config = read_recipe(folder), read_json(folder / "ds_config.json")

@@ -1,0 +1,1 @@
+"""Operations of this program in C++, for CPUs, each beside the PyTorch operations that it replaces."""
