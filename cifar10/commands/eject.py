@@ -66,8 +66,7 @@ CONFIG = $config
 
 LOAD_FILES = """
 data = datasets.$name(os.environ.get("CIFAR10_DIR", "data"))
-images = torch.from_numpy(np.asarray(data.data).reshape(len(data), $size, $size, -1))  # uint8 [N, H, W, C]
-labels = torch.tensor(data.targets)
+images, labels = torch.from_numpy(np.asarray(data.data).reshape(len(data), $size, $size, -1)), torch.tensor(data.targets)
 """
 
 LOAD_GENERATED = '''
@@ -93,11 +92,10 @@ images, labels = torch.from_numpy(images), torch.from_numpy(labels)  # uint8 [N,
 '''
 
 SPLIT = """\
-# All but $val_images validation images, the same share of each class.
 shuffled = np.random.Philox(key=np.array([$split_seed, 0], np.uint64)).random_raw(len(labels)).argsort(kind="stable")
 by_class, counts = shuffled[labels.numpy()[shuffled].argsort(kind="stable")], np.bincount(labels)
 share = (np.arange(len(labels)) - np.repeat(counts.cumsum() - counts, counts) + 0.5) / np.repeat(counts, counts)
-kept = np.sort(by_class[share.argsort(kind="stable")[$val_images:]])
+kept = np.sort(by_class[share.argsort(kind="stable")[$val_images:]])  # all but $val_images to validate with, evenly by class
 images, labels = images[kept], labels[kept]
 """
 

@@ -33,15 +33,10 @@ class CIFAR10CNNEnhanced(nn.Module):
         """float32 [B, 3, 32, 32] -> logits [B, classes]."""
         x = self.norm_pool_relu(self.bn1, self.conv1(images))  # [B, 16, 16, 16]
         x = self.norm_pool_relu(self.bn2, self.conv2(x))  # [B, 32, 8, 8]
-        x = F.relu(self.fc1(torch.flatten(x, 1)))  # [B, 128]
-        return self.fc2(x)  # [B, classes]
+        return self.fc2(F.relu(self.fc1(torch.flatten(x, 1))))  # [B, 128] -> [B, classes]
 
     def norm_pool_relu(self, norm: nn.Module, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H // 2, W // 2]. The document pools after ReLU: the same result for more work.
-
-        --engine-level fused replaces this method by one operation.
-        """
-        return F.relu(self.pool(norm(x)))
+        return F.relu(self.pool(norm(x)))  # the document pools after ReLU: the same result for more work
 
 
 def bn_cnn(num_classes: int) -> CIFAR10CNNEnhanced:
