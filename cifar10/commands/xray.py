@@ -1,10 +1,11 @@
 """`python -m cifar10 xray [flags of a run]`: what each rank holds and sends, predicted and measured, side by side.
 
 A few steps of the run that the flags describe, at each ZeRO stage or in the columns asked for, on 1, 2 and 4 ranks that it
-starts itself. Memory is that of live storages at the moments of one step (see engine/xray.py), predicted by the ZeRO papers'
-formulas and by what DeepSpeed adds (engine/footprint.py). Traffic is counted at the process group: the bytes of whole tensors,
-whatever the algorithm, and what a ring sends of them, (N - 1) / N, twice for an all-reduce. Every collective is waited for, and
-its time includes waiting for the slowest rank. No test image is looked at, nothing is kept, and no step has a learning rate.
+starts itself. The first ones train, and their losses are compared with those of the first column. Memory is that of live
+storages at the moments of one step (see engine/xray.py), predicted by the ZeRO papers' formulas and by what DeepSpeed adds
+(engine/footprint.py). Traffic is counted at the process group: the bytes of whole tensors, whatever the algorithm, and what a
+ring sends of them, (N - 1) / N, twice for an all-reduce. Every collective is then waited for, and its time includes waiting for
+the slowest rank. No test image is looked at, and nothing is kept.
 """
 
 import gc
@@ -13,11 +14,12 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
+from statistics import fmean, median
 from typing import Annotated, Any
 
 import torch
@@ -28,13 +30,13 @@ from torch import nn
 from cifar10 import UsageError
 from cifar10.commands.bench_levels import steps_of
 from cifar10.commands.common import number_table, write_picture
-from cifar10.config.cli import split_options
+from cifar10.config.cli import join_lines_of_help, split_options
 from cifar10.config.recipe import PROJECT, check_values, invalid
 from cifar10.data.loader import MicroBatch
 from cifar10.distributed import world as distributed
 from cifar10.distributed.device import count_gpus
 from cifar10.distributed.world import World
-from cifar10.engine import footprint, xray
+from cifar10.engine import experts, footprint, pipeline, xray
 from cifar10.engine.engine import Engine, checkpoint_blocks, leave, own_optimizer, prepare
 from cifar10.models.registry import build_model, has_experts
 from cifar10.models.weights import freeze
@@ -54,8 +56,11 @@ COLUMNS: dict[str, tuple[str, ...]] = {  # flags that are added to the run's
         *(f"zero_optimization.offload_{what}.device=cpu" for what in OFFLOADED),
     ),
     "checkpointing": ("--gradient-checkpointing",),
+    "pipeline": ("--pipeline-stages", "2"),
+    "undivided experts": ("--expert-parallel", "1"),
 }
-UNSEEN_STEPS = 2  # in which the optimizer allocates its state, and ZeRO 3 learns the order of the layers
+LEAST_RANKS = {"pipeline": 2, "undivided experts": 2}
+TRAINING_STEPS = 6  # in the first two the optimizer allocates its state, and ZeRO 3 learns the order of the layers
 MB = 1e6
 
 
@@ -66,8 +71,8 @@ class XRay:
     ranks: tuple[int, ...] = (1, 2, 4)
     """Numbers of ranks, each measured by itself (default: 1 2 4); those of more ranks than GPUs are left out."""
     columns: tuple[str, ...] = ("ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3")
-    """What is compared: "ZeRO 0" to "ZeRO 3", "ZeRO 2 offload", "ZeRO 3 offload", "checkpointing", and "as given", the run's
-    own flags (default: the stages)."""
+    """What is compared: "ZeRO 0" to "ZeRO 3", "ZeRO 2 offload", "ZeRO 3 offload", "checkpointing", "pipeline" (of two stages),
+    "undivided experts" (as copies on all ranks), and "as given", the run's own flags (default: the ZeRO stages)."""
     xray_steps: int = 2
     """Steps whose traffic is averaged (default: 2)."""
     output_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None
@@ -77,8 +82,6 @@ class XRay:
 def plan_of(flags: Sequence[str], ranks: int) -> Plan:
     """The run that the flags describe, without a download. Raises UsageError."""
     plan = make_plan([*flags, "--dry-run"], ranks, "xray")
-    if plan.batch.stages > 1 or has_experts(plan.recipe.model):
-        raise UsageError("xray does not support pipelines and experts, for which it has no prediction; leave them out")
     return replace(plan, options=replace(plan.options, engine_level="eager"))
 
 
@@ -96,33 +99,42 @@ def batches_of(plan: Plan, world: World, steps: int) -> list[list[MicroBatch]]:
 
 @xray.torchs_linear()
 def measure(plan: Plan, world: World, batches: list[list[MicroBatch]]) -> dict[str, Any]:
-    """What this rank holds and sends in a step: memory in the one after UNSEEN_STEPS, traffic in those after that."""
+    """What this rank's losses are in TRAINING_STEPS, what it holds in the step after that, and what it sends in the others."""
     deepspeed = prepare()
     gc.collect()
     before = xray.live_tensors()
     gc.freeze()  # so that only what comes now is looked through
     model, config = initial_model(plan)[0].to(world.device), plan.ds_config
+    make_engine, step = Engine, train_step
+    if plan.batch.stages > 1:
+        model, make_engine, step = pipeline.this_stage(model, config), pipeline.PipelineEngine, pipeline.train_step
+    experts.divide(model, world, plan.options.expert_parallel)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     given = {"model_parameters": trained, "optimizer": own_optimizer(model, config), "config": config}
-    engine = Engine(deepspeed.initialize(model=model, **given)[0], world, plan.recipe.seed)
+    engine = make_engine(deepspeed.initialize(model=model, **given)[0], world, plan.recipe.seed)
     engine.train()
+    engine.set_lr(plan.recipe.lr_scale(plan.batch.global_images))
+    losses, marks = [], []
+    for batch in batches[:TRAINING_STEPS]:
+        losses.append(step(engine, batch, plan.recipe.label_smoothing)[0].item())
+        marks.append(time.perf_counter())
+    seconds = median(after - before for before, after in pairwise(marks[1:]))
     engine.set_lr(0.0)
     memory = xray.Memory(engine, before)
     of_memory, of_traffic = xray.Traffic(world.device, memory.look), xray.Traffic(world.device)
-    for number, batch in enumerate(batches):
-        with ExitStack() as looking:
-            if number == UNSEEN_STEPS:
-                looking.enter_context(of_memory.counted())
-                looking.enter_context(memory.watched())
-            elif number > UNSEEN_STEPS:
-                looking.enter_context(of_traffic.counted())
-            train_step(engine, batch, plan.recipe.label_smoothing)
+    with of_memory.counted(), memory.watched():
+        step(engine, batches[TRAINING_STEPS], plan.recipe.label_smoothing)
+    with of_traffic.counted():
+        for batch in batches[TRAINING_STEPS + 1 :]:
+            step(engine, batch, plan.recipe.label_smoothing)
     moment, total = memory.peak
-    steps = len(batches) - UNSEEN_STEPS - 1
+    steps = len(batches) - TRAINING_STEPS - 1
     rows = {name: {key: value / steps for key, value in row.items()} for name, row in of_traffic.rows.items()}
     engine.deepspeed.destroy()  # or its hooks keep all of it for the columns that follow
     gc.unfreeze()
-    return {"memory": memory.most, "at once": total, "moment": moment, "traffic": rows}
+    speed = plan.batch.global_images / seconds
+    found = {"memory": memory.most, "at once": total, "moment": moment, "traffic": rows}
+    return {**found, "losses": losses, "images_per_second": speed}
 
 
 def rank() -> None:
@@ -136,7 +148,7 @@ def rank() -> None:
     for column, plan in plans.items():
         images = plan.recipe, plan.batch, plan.precision
         if images not in batches:
-            batches[images] = batches_of(plan, world, UNSEEN_STEPS + 1 + job["steps"])
+            batches[images] = batches_of(plan, world, TRAINING_STEPS + 1 + job["steps"])
         measured[column] = world.gather(measure(plan, world, batches[images]))
         gc.collect()
     if world.is_main:
@@ -165,7 +177,8 @@ def start(ranks: int, columns: dict[str, Sequence[str]], steps: int) -> dict[str
 
 
 def predict(plan: Plan) -> dict[str, Any]:
-    """What a rank should hold and send. There is no formula here for what offloading adds."""
+    """What a rank should hold and send. There is no formula here for what offloading adds; of pipelines and experts only for
+    parameters, gradients and the optimizer's state, and for what stages send."""
     recipe, config, ranks = plan.recipe, plan.ds_config, plan.batch.world_size
     channels, size, _ = plan.image_shape
     size = recipe.first_sizes[0] if recipe.first_sizes else size
@@ -179,6 +192,11 @@ def predict(plan: Plan) -> dict[str, Any]:
 
     device = torch.device("cuda" if count_gpus() else "cpu")
     shape = plan.batch.micro_images, channels, size, size
+    if plan.batch.stages > 1:
+        return {"pieces": {}, "paper": None, **footprint.of_pipeline(build, shape, config, ranks)}
+    if has_experts(recipe.model):
+        memory = footprint.of_experts(build, config, ranks, plan.options.expert_parallel)
+        return {"memory": memory, "pieces": {}, "traffic": {}, "sent": {}, "paper": None}
     seen = footprint.footprint(build, shape, config, device, recipe.label_smoothing)
     memory, pieces = footprint.memory(seen, config, ranks)
     if {"offload_optimizer", "offload_param"} & {*config.get("zero_optimization", {})}:
@@ -193,6 +211,11 @@ def predict(plan: Plan) -> dict[str, Any]:
 def largest(measured: Sequence[dict[str, Any]], kind: str) -> int:
     """The most that any rank holds of a kind."""
     return max(rank["memory"][kind] for rank in measured)
+
+
+def losses_of(measured: Sequence[dict[str, Any]]) -> list[float]:
+    """Of each training step, the mean over the ranks."""
+    return [fmean(of_step) for of_step in zip(*(rank["losses"] for rank in measured), strict=True)]
 
 
 def in_mb(measured: float, predicted: float | None) -> str:
@@ -226,12 +249,30 @@ def show(found: dict[str, Any], ranks: int, console: Console) -> None:
         table.add_row(name, "all, ZeRO paper", "", "", in_mb(total, paper), f"{1000 * seconds:,.1f}")
         table.add_section()
     console.print(table)
+    table = number_table("", f"loss of step {TRAINING_STEPS}", "largest difference", "images/s", title=f"the run on {count}")
+    for name, one in columns.items():
+        speed = min(rank["images_per_second"] for rank in one["measured"])
+        difference = "-" if one["difference"] is None else f"{one['difference']:.1e}"
+        table.add_row(name, f"{losses_of(one['measured'])[-1]:.6f}", difference, f"{speed:,.0f}")
+    console.print(table)
+
+
+def compare_losses(found: dict[str, Any], plans: dict[int, dict[str, Plan]], first: str) -> None:
+    """Add to each column the largest difference of a loss from the first column, on as many ranks as have images of their own;
+    None if that was not measured."""
+    for ranks, columns in plans.items():
+        for name, plan in columns.items():
+            plain = found.get(str(plan.batch.data_ranks), {}).get("columns", {}).get(first)
+            own = found[str(ranks)]["columns"][name]
+            pairs = zip(losses_of(own["measured"]), losses_of(plain["measured"]), strict=True) if plain else ()
+            own["difference"] = max((abs(one - other) for one, other in pairs), default=None)
 
 
 def run(argv: list[str]) -> None:
     """Measure each column on each number of ranks, and print both tables."""
     options: Any
     if {"--help", "-h"} & {*argv}:
+        join_lines_of_help(XRay)
         tyro.cli(XRay, args=["--help"], prog="python -m cifar10 xray", description=__doc__)
     options, flags = split_options(argv, XRay)
     check_values(options, ("xray_steps", lambda n: n >= 1, "an integer >= 1"))
@@ -242,21 +283,28 @@ def run(argv: list[str]) -> None:
     if unknown := [name for name in options.columns if name not in COLUMNS]:
         raise invalid("--columns", unknown[0], ", ".join(f'"{name}"' for name in COLUMNS), '"ZeRO 2"')
     of_columns = {column: [*flags, *COLUMNS[column]] for column in options.columns}
-    plans = {ranks: {column: plan_of(words, ranks) for column, words in of_columns.items()} for ranks in counts}
+    flags_on = {
+        ranks: {name: words for name, words in of_columns.items() if ranks >= LEAST_RANKS.get(name, 1)} for ranks in counts
+    }
+    counts = [ranks for ranks in counts if flags_on[ranks]]
+    if not counts:
+        raise invalid("--ranks", " ".join(map(str, options.ranks)), f"at least 2 for {options.columns[0]}", 2)
+    plans = {ranks: {name: plan_of(words, ranks) for name, words in flags_on[ranks].items()} for ranks in counts}
     if options.output_dir is not None:
         run_folder.refuse_unwritable(options.output_dir)
     console, found = Console(highlight=False), {}
     if left_out := [str(number) for number in options.ranks if number not in counts]:
         console.print(f"left out, more ranks than GPUs ({gpus}): {', '.join(left_out)}")
-    first = plans[counts[0]][options.columns[0]]
+    first = next(iter(plans[counts[0]].values()))
     batch = f"{first.batch.global_images} images a step, {first.precision}"
     console.print(f"{first.options.recipe}: {batch}, {options.xray_steps} steps; MB are 10^6 bytes", soft_wrap=True)
     for ranks, columns in plans.items():
-        measured = start(ranks, of_columns, options.xray_steps)
+        measured = start(ranks, flags_on[ranks], options.xray_steps)
         both = {
             column: {"predicted": predict(plan), "measured": measured["columns"][column]} for column, plan in columns.items()
         }
         found[str(ranks)] = {"facts": measured["facts"], "columns": both}
+        compare_losses(found, {ranks: columns}, options.columns[0])
         show(found[str(ranks)], ranks, console)
     if options.output_dir is not None:
         options.output_dir.mkdir(parents=True, exist_ok=True)

@@ -10,15 +10,17 @@ running the network on tensors without memory (FakeTensorMode), with the same ho
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cifar10.engine import pipeline
 from cifar10.engine.buffers import ALIGNMENT
 from cifar10.engine.loss import cross_entropy
-from cifar10.engine.xray import computed, live_tensors, torchs_linear
+from cifar10.engine.xray import KINDS, computed, live_tensors, ring_bytes, torchs_linear
+from cifar10.models.moe import MixtureOfExperts
 
 FP32 = 4  # bytes
 ALL_REDUCE_ELEMENTS = 500_000_000  # that ZeRO 0 reduces at once: MEMORY_OPT_ALLREDUCE_SIZE in DeepSpeed's engine.py
@@ -205,6 +207,39 @@ def _zero_3(seen: Footprint, zero: dict[str, Any], ranks: int) -> Iterator[Piece
         own = sum(size for size in sizes if size > limit) + (seen.sizes[following] if following else 0)
         yield {**always, WHOLE: gathered(following or 0), FLAT: flat, OWN: FP32 * own}
     yield {**always, FLAT: part}  # at the optimizer's step
+
+
+def of_experts(build: Callable[[], nn.Module], config: dict[str, Any], ranks: int, size: int | None) -> dict[str, int]:
+    """Bytes of parameters, gradients and optimizer state that a rank holds, each layer of experts divided over `size` ranks.
+
+    ZeRO divides what is not an expert over all ranks, and experts over those that have the same.
+    """
+    stage, each = config.get("zero_optimization", {}).get("stage", 0), FP32 * states(config["optimizer"])
+    with torch.device("meta"):
+        layers = [layer for layer in build().modules() if isinstance(layer, MixtureOfExperts)]
+        whole = sum(one.numel() for one in build().parameters())
+    of_layers = sum(one.numel() for layer in layers for one in layer.experts.parameters())
+    held = whole - of_layers + of_layers // (size or math.gcd(ranks, len(layers[0].experts)))
+    part = math.ceil(whole / ranks)
+    found = FP32 * held, FP32 * (part if stage > 1 else held), each * (part if stage else held)
+    return dict(zip(KINDS[:3], found, strict=True))
+
+
+def of_pipeline(build: Callable[[], nn.Module], images: Sequence[int], config: dict[str, Any], ranks: int) -> dict[str, Any]:
+    """Of pipeline stages: bytes of parameters, gradients and optimizer state of the largest; what the first moves in a step."""
+    stages, each = config["pipeline"]["stages"], FP32 * states(config["optimizer"])
+    data_ranks, passes = ranks // stages, config["gradient_accumulation_steps"]
+    with torch.device("meta"):
+        model = build()
+        bounds = pipeline.bounds(model, config)
+        output = model[: bounds[1]](torch.empty(images))
+    sizes = [sum(one.numel() for one in model[start:end].parameters()) for start, end in pairwise(bounds)]
+    state = max(sizes) if not config.get("zero_optimization", {}).get("stage", 0) else math.ceil(max(sizes) / data_ranks)
+    moved = {name: passes * output.numel() * FP32 for name in ("send", "receive")}
+    moved |= {"all-reduce": FP32 * sizes[0]} if data_ranks > 1 else {}
+    sent = {name: ring_bytes(name, payload, data_ranks)[0] for name, payload in moved.items()}
+    held = dict(zip(KINDS[:3], (FP32 * max(sizes), FP32 * max(sizes), each * state), strict=True))
+    return {"memory": held, "traffic": moved, "sent": sent}
 
 
 # --- traffic ------------------------------------------------------------------------------------------------------------

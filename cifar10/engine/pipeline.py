@@ -32,15 +32,24 @@ def check_layers(model: nn.Module, model_name: str, config: dict[str, Any]) -> N
             f"--pipeline-stages {stages} is not supported with --model {model_name}, only with an nn.Sequential whose layers"
             " share no weights; use --model vgg11"
         )
+    trained = _trained(model)
+    if not all(any(trained[start:end]) for start, end in pairwise(bounds(model, config))):
+        count = f"{len(layers)} layers, {sum(map(bool, trained))} of them trained"
+        raise UsageError(f"--pipeline-stages {stages} leaves a stage with nothing to train, of {count}; use fewer stages")
+
+
+def _trained(model: nn.Module) -> list[int]:
+    """Trained elements of each layer."""
+    return [sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in model.children()]
+
+
+def bounds(model: nn.Module, config: dict[str, Any]) -> list[int]:
+    """The number of each stage's first layer, and that of all layers, as PipelineModule divides them."""
     prepare()
     from deepspeed.runtime.utils import partition_balanced, partition_uniform
 
-    trained = [sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in layers]
-    uniform = _method(config) == "uniform"
-    bounds = partition_uniform(len(layers), stages) if uniform else partition_balanced(trained, stages)
-    if not all(any(trained[start:end]) for start, end in pairwise(bounds)):
-        count = f"{len(layers)} layers, {sum(map(bool, trained))} of them trained"
-        raise UsageError(f"--pipeline-stages {stages} leaves a stage with nothing to train, of {count}; use fewer stages")
+    trained, stages = _trained(model), config["pipeline"]["stages"]
+    return partition_uniform(len(trained), stages) if _method(config) == "uniform" else partition_balanced(trained, stages)
 
 
 def _method(config: dict[str, Any]) -> str:

@@ -85,6 +85,13 @@ def ring_bytes(collective: str, payload: int, ranks: int) -> tuple[float, float]
     return share, share
 
 
+class Waited:
+    """Work that has been waited for. Gloo's sends and receives cannot be waited for twice: the second wait never ends."""
+
+    def wait(self, *_: Any) -> bool:
+        return True
+
+
 class Traffic:
     """Calls of collectives, and for each its payload in bytes, ring bytes and seconds; `look` is called within each."""
 
@@ -117,7 +124,7 @@ class Traffic:
             facts = {"calls": 1, "payload": payload, "sent": sent, "received": received, "seconds": self._now() - started}
             for name, value in facts.items():
                 self.rows[collective][name] += value
-            return work
+            return Waited() if work is not None and collective in ("send", "receive") else work
 
         return counting
 

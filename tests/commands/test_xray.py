@@ -27,6 +27,7 @@ def flags_of(run: str, stage: int) -> list[str]:
     return ["--global-batch-size", "8", *where, *RUNS[run]]
 
 
+EXPERTS = ["ZeRO 0", "ZeRO 2", "undivided experts"]
 SCALARS = 64  # bytes of norms, flags and losses, which are not predicted
 
 
@@ -62,7 +63,8 @@ def test_activations_are_counted_without_computing():
 def test_one_rank_holds_what_is_predicted(stage, monkeypatch):
     cut_down(monkeypatch)
     plan = command.plan_of([*flags_of("lenet in small buckets", stage), "--val-images", "0"], 1)
-    measured, predicted = command.measure(plan, one_rank(), command.batches_of(plan, one_rank(), 4)), command.predict(plan)
+    batches = command.batches_of(plan, one_rank(), command.TRAINING_STEPS + 2)
+    measured, predicted = command.measure(plan, one_rank(), batches), command.predict(plan)
     assert [kind for kind in xray.KINDS if differs(measured["memory"][kind], predicted["memory"][kind])] == []
 
 
@@ -71,7 +73,8 @@ def test_one_rank_holds_what_is_predicted(stage, monkeypatch):
     [
         (("--columns", "ZeRO 9"), "ZeRO 9"),
         (("--ranks", "0"), "--ranks"),
-        (("--recipe", "moe", "--ranks", "1"), "experts"),
+        (("--ranks", "1", "--columns", "pipeline"), "at least 2 for pipeline"),
+        (("--columns", "ZeRO 0", "undivided experts"), "has no experts"),
         (("--xray-steps", "0"), "--xray-steps"),
         (("--ranks", "3", "--global-batch-size", "8"), "3 ranks"),
     ],
@@ -127,3 +130,25 @@ def test_tables_a_picture_and_a_json(tmp_path, capfd):
     found = json.loads((tmp_path / "out" / "xray.json").read_text())
     assert found["ranks"]["2"]["columns"]["ZeRO 3"]["measured"][1]["memory"]["parameters"] > 0
     assert (tmp_path / "out" / "xray.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "columns", "ranks", "batch"),
+    [("vgg_pipeline", ["ZeRO 0", "pipeline"], ["1", "2"], ["4", "--micro-batch-size", "1"]), ("moe", EXPERTS, ["2"], ["8"])],
+)
+def test_pipelines_and_experts_beside_the_plain_run(recipe, columns, ranks, batch, tmp_path):
+    where = ["--dataset", "synthetic", "--threads", "1", "--ranks", *ranks, "--xray-steps", "1", "--output-dir", str(tmp_path)]
+    assert main(["xray", "--recipe", recipe, "--columns", *columns, "--global-batch-size", *batch, *where]) == 0
+    found = json.loads((tmp_path / "xray.json").read_text())["ranks"]
+    assert list(found["2"]["columns"]) == columns
+    for name, one in found["2"]["columns"].items():
+        expected = one["predicted"]["memory"]
+        wrong = [kind for kind in expected if differs(command.largest(one["measured"], kind), expected[kind])]
+        assert (name, wrong) == (name, [])
+        if recipe == "moe" or name == "pipeline":  # compared with a run on as many ranks that have images of their own
+            assert one["difference"] < 1e-6
+    if recipe == "vgg_pipeline":
+        assert list(found["1"]["columns"]) == ["ZeRO 0"]
+        sent = found["2"]["columns"]["pipeline"]
+        assert sent["measured"][0]["traffic"]["send"]["payload"] == sent["predicted"]["traffic"]["send"] > 0
