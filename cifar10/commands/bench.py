@@ -5,17 +5,19 @@
     stock DeepSpeed   exactly the same loop through `deepspeed.initialize`, with the document's JSON as it is
     this program      our loader, engine, step and metric buffer, with the recipe bn_cnn_document
     bn_cnn_fast       the same network in this program as that recipe trains it: bf16 where it is native, batch 500
+    ..., eager        these two without the fused operation, where the recipes have it
 
-The same network from the same weights, in one process, in rounds A B C D A B C D, so that other load on the machine affects
-all of them; the first three with batch 32, fp32, and the JSON's learning rate. Two things make the reference loops faster than
-such scripts are: the document's 12 gradient norms per step are left out, and freed memory is kept for the next step in all
-loops (device.keep_freed_memory). Only the ratios of one run can be compared. The losses show that all of them learn.
+The same network from the same weights, in one process, in rounds A B C ... A B C ..., so that other load on the machine
+affects all of them; all but bn_cnn_fast with batch 32, fp32, and the JSON's learning rate. Two things make the reference loops
+faster than such scripts are: the document's 12 gradient norms per step are left out, and freed memory is kept for the next step
+in all loops (device.keep_freed_memory). Only the ratios of one run can be compared. The losses show that all of them learn.
 """
 
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from statistics import fmean, median
 from typing import Any, Literal
 
@@ -33,13 +35,15 @@ from cifar10.distributed import world as distributed
 from cifar10.distributed.device import count_gpus
 from cifar10.distributed.world import World
 from cifar10.engine.engine import leave, prepare
+from cifar10.engine.levels import Level
 from cifar10.plan import Plan, make_plan
 from cifar10.run import folder as run_folder
 from cifar10_deepspeed import CIFAR10CNNEnhanced, calculate_accuracy, get_cifar10_dataloaders
 
 RECIPE, FAST_RECIPE = "bn_cnn_document", "bn_cnn_fast"
 PLAIN, STOCK, OURS, FAST = "plain PyTorch", "stock DeepSpeed", "this program", "bn_cnn_fast"
-RATIOS = ((STOCK, PLAIN), (OURS, STOCK), (FAST, STOCK))
+EAGER = ", eager"  # the same at that engine level
+RATIOS = ((STOCK, PLAIN), (OURS, STOCK), (FAST, STOCK), (OURS, OURS + EAGER), (FAST, FAST + EAGER))
 WORKERS = 2  # of the DataLoader
 
 
@@ -118,6 +122,10 @@ def stock_step(plan: Plan, world: World) -> Step:
     return tutorial_step(world, engine, update)
 
 
+def at_level(plan: Plan, level: Level) -> Plan:
+    return replace(plan, options=replace(plan.options, engine_level=level))
+
+
 def measure(plan: Plan, fast: Plan, world: World, console: Console, *, rounds: int, warmup_steps: int, steps: int) -> Any:
     """Images per second of every loop in every round, and its final loss; rounds have about the same number of images."""
     tutorial, images, fast_images = tutorial_batches(plan), plan.batch.global_images, fast.batch.global_images
@@ -129,6 +137,10 @@ def measure(plan: Plan, fast: Plan, world: World, console: Console, *, rounds: i
         OURS: Loop(engine_step(plan, world), steps_of(ours), images, warmup_steps, steps),
         FAST: Loop(engine_step(fast, world), steps_of(fast_loader), fast_images, 2, fast_steps),
     }
+    if plan.options.engine_level == "fused":
+        eager, fast_eager = (engine_step(at_level(either, "eager"), world) for either in (plan, fast))
+        loops[OURS + EAGER] = Loop(eager, steps_of(ours), images, warmup_steps, steps)
+        loops[FAST + EAGER] = Loop(fast_eager, steps_of(fast_loader), fast_images, 2, fast_steps)
     for number in range(1, rounds + 1):
         for loop in loops.values():
             loop.take_round()
@@ -147,6 +159,7 @@ def compare(rows: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {"of": name, "to": base, "ratio": of[name][0] / of[base][0], "per_round": quotients(of[name][1], of[base][1])}
         for name, base in RATIOS
+        if base in of
     ]
 
 

@@ -257,15 +257,14 @@ def show(found: dict[str, Any], ranks: int, console: Console) -> None:
     console.print(table)
 
 
-def compare_losses(found: dict[str, Any], plans: dict[int, dict[str, Plan]], first: str) -> None:
-    """Add to each column the largest difference of a loss from the first column, on as many ranks as have images of their own;
-    None if that was not measured."""
-    for ranks, columns in plans.items():
-        for name, plan in columns.items():
-            plain = found.get(str(plan.batch.data_ranks), {}).get("columns", {}).get(first)
-            own = found[str(ranks)]["columns"][name]
-            pairs = zip(losses_of(own["measured"]), losses_of(plain["measured"]), strict=True) if plain else ()
-            own["difference"] = max((abs(one - other) for one, other in pairs), default=None)
+def compare_losses(found: dict[str, Any], ranks: int, plans: dict[str, Plan], first: str) -> None:
+    """Add to each column on `ranks` ranks how far its losses are from those of `first` on as many ranks as have images of
+    their own; None if that was not measured."""
+    for name, plan in plans.items():
+        plain = found.get(str(plan.batch.data_ranks), {}).get("columns", {}).get(first)
+        own = found[str(ranks)]["columns"][name]
+        pairs = zip(losses_of(own["measured"]), losses_of(plain["measured"]), strict=True) if plain else ()
+        own["difference"] = max((abs(one - other) for one, other in pairs), default=None)
 
 
 def run(argv: list[str]) -> None:
@@ -304,7 +303,7 @@ def run(argv: list[str]) -> None:
             column: {"predicted": predict(plan), "measured": measured["columns"][column]} for column, plan in columns.items()
         }
         found[str(ranks)] = {"facts": measured["facts"], "columns": both}
-        compare_losses(found, {ranks: columns}, options.columns[0])
+        compare_losses(found, ranks, columns, options.columns[0])
         show(found[str(ranks)], ranks, console)
     if options.output_dir is not None:
         options.output_dir.mkdir(parents=True, exist_ok=True)
