@@ -128,7 +128,7 @@ def augmented(indices, epoch):
 TRAIN = """
 alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
 os.environ.update({name: value for name, value in alone.items() if name not in os.environ})  # plain `python`: one rank
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # not for training, and its build needs a C++ compiler
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # which would need a C++ compiler, and is not used
 deepspeed.init_distributed()
 rank, ranks = dist.get_rank(), dist.get_world_size()
 torch.manual_seed(SEED)
@@ -143,8 +143,8 @@ ${set_lr}        total = torch.zeros((), device=engine.device)
         for part in mine.split(engine.train_micro_batch_size_per_gpu()):
             inputs = (($batch / 255 - MEAN) / STD).permute(0, 3, 1, 2).to(engine.device)
             loss = F.cross_entropy(engine(inputs).float(), labels[part].to(engine.device)$smoothing)
-            engine.backward(loss)  # averages the gradients over the ranks
-            engine.step()  # clips them and updates the weights, after the last micro-batch
+            engine.backward(loss)  # averages the gradients over the ranks$kept
+            engine.step()  # only the last micro-batch's call does anything: it clips, updates the weights, zeroes the gradients
             total += loss.detach() * len(part) / batch
         dist.all_reduce(total)
         step += 1
@@ -153,6 +153,12 @@ ${set_lr}        total = torch.zeros((), device=engine.device)
 dist.destroy_process_group()
 """
 
+KEPT = (  # by ZeRO stage
+    "",
+    "; each has a part of the optimizer's state",
+    "; each keeps a part of them and of the optimizer's state",
+    "; each keeps a part of them, of the state and of the weights",
+)
 SET_LR = """\
         now = $now  # in epochs: $lr_words
         optimizer.param_groups[0]["lr"] = LR * ($factor)
@@ -219,10 +225,16 @@ def _config(plan: Plan) -> str:
     }
     if plan.batch.accumulation == 1:
         del config["train_micro_batch_size_per_gpu"]
-    lines = (f"    {key!r}: {value!r},\n".replace("'", '"') for key, value in config.items())
-    return (
-        "{\n" + "".join(line if len(line) < 128 else line.replace(', "params"', ',\n        "params"') for line in lines) + "}"
-    )
+    said = {
+        "train_batch_size": "images of a step, over all ranks",
+        "train_micro_batch_size_per_gpu": "images of a pass on a rank",
+    }
+    lines = []
+    for key, value in config.items():
+        line = f"    {key!r}: {value!r},".replace("'", '"')
+        comment = f"  # {said[key]}" if key in said and len(line) + len(said[key]) < 124 else ""
+        lines.append((line if len(line) < 128 else line.replace(', "params"', ',\n        "params"')) + comment)
+    return "\n".join(["{", *lines, "}"])
 
 
 def source(plan: Plan, command: str) -> str:
@@ -244,6 +256,7 @@ def source(plan: Plan, command: str) -> str:
         "mean": list(recipe.mean),
         "std": list(recipe.std),
         "config": _config(plan),
+        "kept": KEPT[plan.ds_config.get("zero_optimization", {}).get("stage", 0)],
         "name": TORCHVISION.get(recipe.dataset),
         "cut": GENERATED.get(recipe.dataset),
         "train_images": dataset.train_images,

@@ -5,7 +5,7 @@ starts itself. The first ones train, and their losses are compared with those of
 storages at the moments of one step (see engine/xray.py), predicted by the ZeRO papers' formulas and by what DeepSpeed adds
 (engine/footprint.py). Traffic is counted at the process group: the bytes of whole tensors, whatever the algorithm, and what a
 ring sends of them, (N - 1) / N, twice for an all-reduce. Every collective is then waited for, and its time includes waiting for
-the slowest rank. No test image is looked at, and nothing is kept.
+the slowest rank. No test image is looked at.
 """
 
 import gc
@@ -223,7 +223,7 @@ def in_mb(measured: float, predicted: float | None) -> str:
 
 
 def show(found: dict[str, Any], ranks: int, console: Console) -> None:
-    """Two tables for a number of ranks: memory, and traffic."""
+    """Three tables for a number of ranks: memory, traffic, and the run."""
     columns, count = found["columns"], f"{ranks} rank{'s' * (ranks > 1)}"
     table = number_table("MB", *columns, title=f"memory of a rank, {count}: the most at any moment, measured (predicted)")
     for kind in xray.KINDS:
@@ -268,7 +268,7 @@ def compare_losses(found: dict[str, Any], ranks: int, plans: dict[str, Plan], fi
 
 
 def run(argv: list[str]) -> None:
-    """Measure each column on each number of ranks, and print both tables."""
+    """Measure each column on each number of ranks, and print three tables."""
     options: Any
     if {"--help", "-h"} & {*argv}:
         join_lines_of_help(XRay)

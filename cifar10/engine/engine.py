@@ -1,4 +1,4 @@
-"""DeepSpeed's engine with its bugs fixed; only this file, full_state.py and cuda_graphs.py know DeepSpeed's internals.
+"""DeepSpeed's engine with its bugs fixed; only this folder knows DeepSpeed's internals.
 
 Training goes through DeepSpeed's forward, backward and step. What this file adds to DeepSpeed 0.19.8:
 

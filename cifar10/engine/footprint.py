@@ -2,7 +2,7 @@
 
 Rajbhandari et al. 2020 (arXiv 1910.02054), here with fp32 weights at any precision (bf16 and fp16 are torch_autocast), for
 P parameters on N ranks, in bytes: parameters 4P, gradients 4P, and 4P for each tensor of the optimizer's state. ZeRO 1 divides
-the state by N, ZeRO 2 the gradients as well, ZeRO 3 the parameters as well. Sent a step: 2P, at ZeRO 3 3P, times (N - 1) / N.
+the state by N, ZeRO 2 the gradients as well, ZeRO 3 the parameters as well. Sent a step: 8P, at ZeRO 3 12P, times (N - 1) / N.
 DeepSpeed pads partitions: the whole to 2N elements at ZeRO 1 and 2, each parameter to N at ZeRO 3. Activations are counted by
 running the network on tensors without memory (FakeTensorMode), with the same hooks as in xray.py.
 """
@@ -127,7 +127,7 @@ def memory(seen: Footprint, config: dict[str, Any], ranks: int) -> tuple[dict[st
 
 
 def _zero_0(seen: Footprint, zero: dict[str, Any], ranks: int) -> Iterator[Pieces]:
-    """The gradients are flattened to be reduced; one rank has nobody to send them to."""
+    """The gradients are flattened to be reduced; one rank sends nothing."""
     yield {}
     if ranks > 1:
         yield {FLAT: FP32 * min(sum(seen.sizes), ALL_REDUCE_ELEMENTS)}
@@ -181,8 +181,8 @@ def _zero_1_2(seen: Footprint, zero: dict[str, Any], ranks: int) -> Iterator[Pie
         for bucket, following in _buckets(seen, limit):
             elements, item = sum(seen.sizes[number] for number in bucket), seen.item_sizes[bucket[0]]
             flat = FP32 * _flattened(bucket, spans, part, limit) + (elements * item if item != FP32 else 0)
-            whole = [size for size in (elements if elements > limit else 0, seen.sizes[following] if following else 0)]
-            own = FP32 * sum(whole) if zero["stage"] == 2 else 0
+            whole = (elements if elements > limit else 0) + (0 if following is None else seen.sizes[following])
+            own = FP32 * whole if zero["stage"] == 2 else 0
             yield {COPY: FP32 * part, BUCKET: all_buckets, FLAT: flat, OWN: own, AROUND: kept}
             if following is not None and any(rank in ranks_of[number] for number in bucket):  # the last ones go together
                 kept = around
@@ -204,7 +204,7 @@ def _zero_3(seen: Footprint, zero: dict[str, Any], ranks: int) -> Iterator[Piece
         sizes = [seen.sizes[number] for number in bucket]
         sent = sum(math.ceil(size / ranks) * ranks for size in sizes) * seen.item_sizes[bucket[0]]
         flat = 0 if len(sizes) == 1 and sizes[0] % ranks == 0 else sent
-        own = sum(size for size in sizes if size > limit) + (seen.sizes[following] if following else 0)
+        own = sum(size for size in sizes if size > limit) + (0 if following is None else seen.sizes[following])
         yield {**always, WHOLE: gathered(following or 0), FLAT: flat, OWN: FP32 * own}
     yield {**always, FLAT: part}  # at the optimizer's step
 
@@ -264,5 +264,5 @@ def traffic(seen: Footprint, config: dict[str, Any], ranks: int) -> dict[str, in
 
 
 def paper_bytes(seen: Footprint, stage: int, ranks: int) -> float:
-    """Bytes that a rank sends in a step by the ZeRO paper: 2P, at ZeRO 3 3P, as a ring."""
+    """Bytes that a rank sends in a step by the ZeRO paper: of 2P elements, at ZeRO 3 3P, as a ring."""
     return (3 if stage == 3 else 2) * FP32 * sum(seen.sizes) * (ranks - 1) / ranks

@@ -21,7 +21,7 @@ class CIFAR10CNNEnhanced(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        """Kaiming normal over the inputs of each layer, linear weights halved, biases zero."""
+        """Kaiming normal (fan-in), linear weights halved, biases zero."""
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
@@ -31,12 +31,12 @@ class CIFAR10CNNEnhanced(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """float32 [B, 3, 32, 32] -> logits [B, classes]."""
-        x = self.norm_pool_relu(self.bn1, self.conv1(images))  # [B, 16, 16, 16]
-        x = self.norm_pool_relu(self.bn2, self.conv2(x))  # [B, 32, 8, 8]
+        x = self.norm_pool_relu(self.bn1, self.conv1(images))  # [B, first, 16, 16]
+        x = self.norm_pool_relu(self.bn2, self.conv2(x))  # [B, second, 8, 8]
         return self.fc2(F.relu(self.fc1(torch.flatten(x, 1))))  # [B, 128] -> [B, classes]
 
     def norm_pool_relu(self, norm: nn.Module, x: Tensor) -> Tensor:
-        return F.relu(self.pool(norm(x)))  # the document pools after ReLU: the same result for more work
+        return F.relu(self.pool(norm(x)))  # the document pools last: the same result, more work
 
 
 def bn_cnn(num_classes: int) -> CIFAR10CNNEnhanced:

@@ -42,6 +42,8 @@ def _takes(norm: nn.Module, x: Tensor) -> bool:
         norm.training
         and type(norm) is nn.BatchNorm2d
         and norm.momentum is not None
+        and norm.affine
+        and norm.track_running_stats
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.is_contiguous(memory_format=torch.channels_last)
         and height % 2 == width % 2 == channels % _library().channels_at_a_time() == 0

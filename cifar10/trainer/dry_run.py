@@ -18,11 +18,13 @@ def describe(run: Run) -> None:
     images, steps = (len(run.train.labels), len(run.val)), (first, run.last_step, run.total_steps)
     run.metrics.say(text.opening_lines(plan, run.folder, world.description, run.model, images, steps))
     run.metrics.event(f"dry run: nothing is written; DeepSpeed's JSON: {json.dumps(plan.ds_config, indent=2)}")
-    run.engine.deepspeed.train()
+    run.engine.train()
     run.engine.set_lr(0.0)  # random images must not drive the weights to values that are slow to compute with
-    step = probe.seconds_each(run.train.epoch(0), lambda batch: run.step(run.engine, batch, plan.recipe.label_smoothing), world)
+    smoothing = plan.recipe.label_smoothing
+    step_seconds = probe.seconds_each(run.train.epoch(0), lambda batch: run.step(run.engine, batch, smoothing), world)
     with torch.no_grad():
-        batch = probe.seconds_each(run.val, lambda batch: run.model.eval()(batch[0]), world)
+        batch_seconds = probe.seconds_each(run.val, lambda batch: run.model.eval()(batch[0]), world)
     passes, left = math.ceil(run.last_step / run.train.steps_per_epoch), max(0, run.last_step - first)
-    run.metrics.event(probe.estimate(step, left, batch * sum(1 for _ in run.val), passes if len(run.val) else 0))
+    evaluation_seconds = batch_seconds * sum(1 for _ in run.val)
+    run.metrics.event(probe.estimate(step_seconds, left, evaluation_seconds, passes if len(run.val) else 0))
     run.metrics.close()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from io import StringIO
@@ -20,6 +21,8 @@ from tests.helpers import one_rank
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOPS = ["plain PyTorch", "stock DeepSpeed", "this program", "bn_cnn_fast", "this program, eager", "bn_cnn_fast, eager"]
+if shutil.which("g++") is None:
+    del LOOPS[4:]
 
 
 @pytest.mark.slow
@@ -39,8 +42,8 @@ def test_the_tables_and_the_numbers_behind_them(tmp_path: Path) -> None:
         assert row["steps"] == 2 * (2 + (2 if "fast" in name else 5))
         assert 0 < row["final_loss"] < 5
         assert re.search(rf"│ {name} +│ +{row['median']:,.0f} │", done.stdout)
-    assert [LOOPS.index(ratio["of"]) for ratio in result["ratios"]] == [1, 2, 3, 2, 3]
-    assert [LOOPS.index(ratio["to"]) for ratio in result["ratios"]] == [0, 1, 1, 4, 5]
+    assert [LOOPS.index(ratio["of"]) for ratio in result["ratios"]] == [1, 2, 3, 2, 3][: len(LOOPS) - 1]
+    assert [LOOPS.index(ratio["to"]) for ratio in result["ratios"]] == [0, 1, 1, 4, 5][: len(LOOPS) - 1]
     for ratio in result["ratios"]:
         above, below = rows[ratio["of"]], rows[ratio["to"]]
         assert ratio["ratio"] == above["median"] / below["median"]
