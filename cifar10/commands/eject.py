@@ -156,7 +156,7 @@ dist.destroy_process_group()
 KEPT = (  # by ZeRO stage
     "",
     "; each has a part of the optimizer's state",
-    "; each keeps a part of them and of the optimizer's state",
+    "; each keeps a part, also of the optimizer's state",
     "; each keeps a part of them, of the state and of the weights",
 )
 SET_LR = """\
