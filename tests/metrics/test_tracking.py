@@ -374,20 +374,8 @@ print("loaded", *sorted({"wandb", "torch.utils.tensorboard", "mlflow", "matplotl
 
 def opened(folder: Path, *flags: str, **variables: str) -> tuple[list[str], str]:
     """Open and close the sinks of a run in a process of its own; returns what it prints to stdout and stderr."""
-    command = [
-        "env",
-        "-u",
-        "WANDB_MODE",
-        sys.executable,
-        "-c",
-        OPENS,
-        str(folder),
-        "--dataset",
-        "synthetic",
-        "--engine-level",
-        "eager",
-        *flags,
-    ]
+    given = ["--dataset", "synthetic", "--engine-level", "eager", *flags]  # fused would be compiled, in that home
+    command = ["env", "-u", "WANDB_MODE", sys.executable, "-c", OPENS, str(folder), *given]
     process = run(command, PYTHONPATH=str(PROJECT), **{"HOME": str(folder), "NETRC": str(folder / "none"), **variables})
     assert process.returncode == 0, process.stderr
     return process.stdout.splitlines(), process.stderr
